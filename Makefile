@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine: `make repro` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+PORT ?= 5000
+
+.PHONY: setup repro test lint plan dashboard track testbed clean
+
+setup: $(READY)
+
+$(READY): requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# Validate everything first: a wrong parameter must not cost a stage its outputs.
+repro: $(READY)
+	$(RUN) python -m stages.plan
+	$(RUN) dvc repro
+
+plan: $(READY)
+	$(RUN) python -m stages.plan
+
+test: $(READY) lint
+	$(RUN) python -m pytest
+
+lint: $(READY)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) lint-imports
+
+# Everything the sweep logged, at http://127.0.0.1:$(PORT)
+dashboard: $(READY)
+	$(RUN) mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port $(PORT)
+
+# Replay the finished sweep into MLflow.
+track: $(READY)
+	$(RUN) python -m stages.track
+
+# Retrain the testbed's model from nothing: about two hours on two cores.
+testbed: $(READY)
+	$(RUN) dvc repro --force --single-item testbed
+
+# Cached features and results, not the environment.
+clean:
+	rm -rf cache

@@ -1,0 +1,1 @@
+"""Visual token pruning for vision-language models: methods, schedules, models, benchmarks."""

@@ -1,0 +1,109 @@
+"""MMBench (en, dev): four options; letter, then option text; a question counts when all its circular copies are right.
+
+Copies with rotated options carry the index of the original plus multiples of a million. A table without copies gives
+the same number twice.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from nuwa.benchmarks.choices import OPTION_LETTER, Options, choice_scores, find_words, option_lines
+from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, optional_text, text
+
+LETTERS = ("A", "B", "C", "D")
+COPY_STEP = 1_000_000
+WORDS_WITH_ARTICLE = 3  # in a longer answer a bare "A" may be the article
+
+SCHEMA = columns(
+    **{
+        "index": pa.int64(),
+        "question": pa.string(),
+        "hint": pa.string(),
+        "answer": pa.string(),
+        "A": pa.string(),
+        "B": pa.string(),
+        "C": pa.string(),
+        "D": pa.string(),
+        "category": pa.string(),
+        "image": IMAGE,
+        "source": pa.string(),
+        "L2-category": pa.string(),
+        "comment": pa.string(),
+        "split": pa.string(),
+    }
+)
+
+
+def named_letter(answer: str, options: Options) -> str | None:
+    """The one option letter that stands as a word of its own; bare letters first, then letters in punctuation."""
+    words = answer.split()
+    bare = {word for word in words if word in options}
+    if len(bare) == 1 and not ("A" in bare and len(words) > WORDS_WITH_ARTICLE):
+        return bare.pop()
+    marked = {word.strip(string.punctuation) for word in words if word not in options} & set(options)
+    return marked.pop() if len(marked) == 1 else None
+
+
+def named_text(answer: str, options: Options) -> str | None:
+    """The one option whose text is the answer, or else stands in it as whole words."""
+    same = [letter for letter, option in options.items() if option.lower() == answer.strip().lower()]
+    found = same or [letter for letter, option in options.items() if find_words(option, answer)]
+    return found[0] if len(found) == 1 else None
+
+
+def _read(row: dict[str, Any]) -> Iterator[Example]:
+    # an option that a question lacks is published as "nan": it is no option
+    options = {letter: option for letter in LETTERS if (option := optional_text(row, letter))}
+    if len(options) < 2:
+        raise RecordError(f"columns 'A' to 'D' hold {len(options)} options, at least 2 are needed")
+    index = int(text(row, "index"))
+    yield Example(
+        example_id=f"mmbench:{index}",
+        question=text(row, "question"),
+        truth={"answer": one_of(row, "answer", tuple(options)), "options": options, "group": str(index % COPY_STEP)},
+        category=row["category"] or "",
+        image=image_bytes(row["image"], "image"),
+        context={"hint": optional_text(row, "hint")},
+    )
+
+
+def _prompt(example: Example) -> str:
+    hint = f"{example.context['hint']} " if example.context["hint"] else ""
+    options = option_lines(example.truth["options"])
+    return f"{hint}{example.question} There are several options:\n{options}\n{OPTION_LETTER}"
+
+
+def _score(prediction: str, truth: Truth) -> Scores:
+    options = truth["options"]
+    return choice_scores(named_letter(prediction, options) or named_text(prediction, options), truth["answer"])
+
+
+def aggregate(rows: pd.DataFrame) -> Scores:
+    """``accuracy`` over all rows, ``circular_accuracy`` over questions whose copies are all right."""
+    return {
+        "accuracy": float(rows["accuracy"].mean()),
+        "circular_accuracy": float(rows.groupby("group")["accuracy"].min().mean()),
+        "parse_failure": float(rows["parse_failure"].mean()),
+    }
+
+
+VARIANTS = (
+    Benchmark(
+        name="mmbench",
+        family="vqa",
+        schema=SCHEMA,
+        max_new_tokens=16,
+        headline="circular_accuracy",
+        read=_read,
+        llava_v1=_prompt,
+        score=_score,
+        aggregate=aggregate,
+    ),
+)

@@ -1,0 +1,100 @@
+"""MME: two yes-or-no questions an image; acc + acc+ per category, summed to perception, cognition and total.
+
+An answer counts by its first word, which must be yes or no (a lone y or n will do): ``Eyes`` is neither.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from nuwa.benchmarks.answers import SINGLE_WORD
+from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
+
+SCHEMA = columns(question_id=pa.string(), image=IMAGE, question=pa.string(), answer=pa.string(), category=pa.string())
+PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+REQUEST = " Please answer yes or no."
+WORD = re.compile(r"\w+")
+
+
+def first_word(answer: str) -> str | None:
+    """``yes``, ``no``, or ``None`` for anything else."""
+    words = WORD.findall(answer.lower())
+    if words in (["y"], ["n"]):
+        return "yes" if words == ["y"] else "no"
+    return words[0] if words and words[0] in ("yes", "no") else None
+
+
+def _read(row: dict[str, Any]) -> Iterator[Example]:
+    pair, category = text(row, "question_id"), one_of(row, "category", PERCEPTION + COGNITION)
+    answer = one_of(row, "answer", ("yes", "no"), lower=True)
+    # both questions of an image carry its question_id; one's answer is yes, the other's no
+    yield Example(
+        example_id=f"mme:{pair}:{answer}",
+        question=text(row, "question").strip(),
+        truth={"answer": answer, "group": f"{category}/{pair}"},
+        category=category,
+        image=image_bytes(row["image"], "image"),
+    )
+
+
+def _score(prediction: str, truth: Truth) -> Scores:
+    said = first_word(prediction)
+    return {"accuracy": float(said == truth["answer"]), "parse_failure": float(said is None)}
+
+
+def aggregate(rows: pd.DataFrame) -> Scores:
+    """Per category the mean over pairs of 100·acc + 100·(both right).
+
+    Their sums over the ten perception (≤ 2000) and the four cognition categories (≤ 800), and the total of both.
+
+    Raises:
+        ValueError: an image with other than two answers.
+    """
+    pairs = rows.groupby(["category", "group"])["accuracy"].agg(["mean", "min", "size"])
+    broken = pairs.loc[pairs["size"] != 2, "size"]
+    if len(broken):
+        label = broken.index[0][1]
+        raise ValueError(f"mme scores pairs: image {label!r} has {broken.iloc[0]} answers, not 2; score whole images")
+    points = (100 * pairs["mean"] + 100 * pairs["min"]).groupby(level="category").mean()
+    perception = float(points[points.index.isin(PERCEPTION)].sum())
+    cognition = float(points[points.index.isin(COGNITION)].sum())
+    return {
+        "perception": perception,
+        "cognition": cognition,
+        "total": perception + cognition,
+        "accuracy": float(rows["accuracy"].mean()),
+        "parse_failure": float(rows["parse_failure"].mean()),
+    }
+
+
+VARIANTS = (
+    Benchmark(
+        name="mme",
+        family="vqa",
+        schema=SCHEMA,
+        max_new_tokens=16,
+        headline="total",
+        read=_read,
+        llava_v1=lambda example: example.question.replace(REQUEST, "") + SINGLE_WORD,
+        score=_score,
+        aggregate=aggregate,
+    ),
+)

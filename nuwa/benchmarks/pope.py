@@ -1,0 +1,103 @@
+"""POPE: is an object in the image? Accuracy, precision, recall, F1 and the yes-ratio of the predictions.
+
+Variants: ``exact`` takes nothing but yes or no for an answer; ``first_sentence`` reads the text before the first
+period: no or not means no, anything else yes. An answer that cannot be read is wrong and counts as neither yes nor no,
+so it lowers recall, never precision. Papers report F1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from nuwa.benchmarks.answers import SINGLE_WORD
+from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
+
+SCHEMA = columns(
+    id=pa.string(),
+    question_id=pa.string(),
+    question=pa.string(),
+    answer=pa.string(),
+    image=IMAGE,
+    category=pa.string(),
+)
+WORD = re.compile(r"\w+")
+
+
+def exact(answer: str) -> bool | None:
+    """True for yes, False for no, None for anything else."""
+    return {"yes": True, "no": False}.get(answer.strip().lower())
+
+
+def first_sentence(answer: str) -> bool | None:
+    """False where the first sentence says no or not, None where it says nothing, else True."""
+    words = WORD.findall(answer.split(".", 1)[0].lower())
+    return not {"no", "not"} & set(words) if words else None
+
+
+def _read(row: dict[str, Any]) -> Iterator[Example]:
+    category = text(row, "category")
+    # the three categories number their questions alike
+    example_id = f"pope:{category}/{text(row, 'question_id')}"
+    truth = {"answer": one_of(row, "answer", ("yes", "no"), lower=True)}
+    yield Example(example_id, text(row, "question").strip(), truth, category, image_bytes(row["image"], "image"))
+
+
+def aggregate(rows: pd.DataFrame) -> Scores:
+    """The five figures over ``correct``, ``said_yes``, ``is_yes``, ``hit``; a ratio without denominator is 0."""
+    hits = float(rows["hit"].sum())
+    precision = _ratio(hits, float(rows["said_yes"].sum()))
+    recall = _ratio(hits, float(rows["is_yes"].sum()))
+    return {
+        "accuracy": float(rows["correct"].mean()),
+        "precision": precision,
+        "recall": recall,
+        "f1": _ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": float(rows["said_yes"].mean()),
+        "parse_failure": float(rows["parse_failure"].mean()),
+    }
+
+
+def f1_of_sums(sums: Mapping[str, np.ndarray]) -> np.ndarray:
+    """``F1 = 2 hits / (said yes + is yes)``, the harmonic mean written as one ratio."""
+    said_or_is = sums["said_yes"] + sums["is_yes"]
+    return np.divide(2 * sums["hit"], said_or_is, out=np.zeros_like(said_or_is), where=said_or_is > 0)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _benchmark(variant: str, parse: Callable[[str], bool | None]) -> Benchmark:
+    def score(prediction: str, truth: Truth) -> Scores:
+        said, is_yes = parse(prediction), truth["answer"] == "yes"
+        return {
+            "correct": float(said is is_yes),
+            "said_yes": float(said is True),
+            "is_yes": float(is_yes),
+            "hit": float(said is True and is_yes),
+            "parse_failure": float(said is None),
+        }
+
+    return Benchmark(
+        name="pope",
+        variant=variant,
+        family="vqa",
+        schema=SCHEMA,
+        max_new_tokens=16,
+        headline="f1",
+        read=_read,
+        llava_v1=lambda example: example.question + SINGLE_WORD,
+        score=score,
+        aggregate=aggregate,
+        headline_of_sums=f1_of_sums,
+    )
+
+
+VARIANTS = (_benchmark("exact", exact), _benchmark("first_sentence", first_sentence))

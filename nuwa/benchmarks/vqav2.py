@@ -1,0 +1,62 @@
+"""VQAv2: open questions with ten human answers; punctuation and word normalisation, soft vote.
+
+Prediction and answers are always normalised, also where the ten agree, and people are told apart by their place in the
+list, never by ``answer_id``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from nuwa.benchmarks.answers import SINGLE_WORD, check_votes, normalize_punctuation, normalize_words, vote_scores
+from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.records import IMAGE, columns, image_bytes, text
+
+VOTE = pa.struct([("answer", pa.string()), ("answer_confidence", pa.string()), ("answer_id", pa.int64())])
+SCHEMA = columns(
+    question_type=pa.string(),
+    multiple_choice_answer=pa.string(),
+    answers=pa.list_(VOTE),
+    image_id=pa.int64(),
+    answer_type=pa.string(),
+    question_id=pa.int64(),
+    question=pa.string(),
+    image=IMAGE,
+)
+
+
+def normalize(answer: str) -> str:
+    """The punctuation step, then the digit and article step."""
+    return normalize_words(normalize_punctuation(" ".join(answer.split())))
+
+
+def _read(row: dict[str, Any]) -> Iterator[Example]:
+    votes = None if row["answers"] is None else [vote and vote["answer"] for vote in row["answers"]]
+    yield Example(
+        example_id=f"vqav2:{text(row, 'question_id')}",
+        question=text(row, "question"),
+        truth={"answers": check_votes(votes)},
+        category=row["answer_type"] or "",
+        image=image_bytes(row["image"], "image"),
+    )
+
+
+def _score(prediction: str, truth: Truth) -> Scores:
+    return vote_scores(normalize(prediction), [normalize(answer) for answer in truth["answers"]])
+
+
+VARIANTS = (
+    Benchmark(
+        name="vqav2",
+        family="vqa",
+        schema=SCHEMA,
+        max_new_tokens=16,
+        headline="accuracy",
+        read=_read,
+        llava_v1=lambda example: example.question + SINGLE_WORD,
+        score=_score,
+    ),
+)

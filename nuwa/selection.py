@@ -1,0 +1,38 @@
+"""What a stage-1 method returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nuwa.signals import VisionSignals
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kept visual tokens of a batch, in raster order.
+
+    ``indices``: original patch index of every kept token, ascending and unique, ``(batch, kept)`` int64.
+    ``features``: their features after merging, ``(batch, kept, dim)``; what the projector consumes.
+    ``pillars``: True where a token is exactly its input, False where it aggregates others, ``(batch, kept)``.
+    """
+
+    indices: Tensor
+    features: Tensor
+    pillars: Tensor
+
+    @property
+    def kept(self) -> int:
+        return self.indices.shape[1]
+
+
+def gather_tokens(values: Tensor, indices: Tensor) -> Tensor:
+    """``values`` ``(batch, tokens, dim)`` at ``indices`` ``(batch, kept)`` → ``(batch, kept, dim)``."""
+    return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def keep_unmerged(signals: VisionSignals, indices: Tensor) -> Selection:
+    """Kept tokens exactly as the encoder gave them."""
+    return Selection(indices, gather_tokens(signals.features, indices), torch.ones_like(indices, dtype=torch.bool))

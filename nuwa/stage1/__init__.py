@@ -1,0 +1,10 @@
+"""Stage-1 methods: which visual tokens leave the vision encoder, and what they carry.
+
+A method is one file: a frozen dataclass of its hyper-parameters and a pure function
+``select(signals, keep, config, seed) -> Selection`` under :func:`register`.
+"""
+
+from nuwa.stage1 import nuwa, pooling, random, uniform, unpruned, visionzip  # noqa: F401  (each registers itself)
+from nuwa.stage1.registry import METHODS, Method, get_method, register
+
+__all__ = ["METHODS", "Method", "get_method", "register"]

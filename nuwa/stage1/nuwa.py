@@ -1,0 +1,163 @@
+"""Nüwa, stage 1 (ICLR 2026): separation, alignment, aggregation.
+
+Two presets, both faithful: ``paper`` follows equations 3-7 and Algorithm 1, ``released`` the authors' code. Every
+difference between them is one field of :class:`Nuwa`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nuwa.grid import PatchGrid
+from nuwa.selection import Selection, gather_tokens, keep_unmerged
+from nuwa.signals import VisionSignals, ranked, top_indices
+from nuwa.stage1.registry import register
+
+Salience = Literal["cls_attention_key_norm", "cls_attention"]
+PillarSignal = Literal["key_norm", "salience", "feature_norm"]
+DistanceConvention = Literal["squared", "plain"]
+WEIGHT_EPSILON = 1e-8  # of the row normalisation
+
+
+@dataclass(frozen=True)
+class Nuwa:
+    """Hyper-parameters of stage 1.
+
+    ``separation``: choose per region (True) or globally (Table 8, "region").
+    ``region_side``: patches along a region's side; 2 cuts CLIP's 24x24 grid into the paper's 12x12 regions.
+    ``candidates_per_region``: n of the alignment; null takes the smallest n that offers enough candidates
+    (1 / 2 / 3 for averages of 64 / 128 / 192 on LLaVA-1.5).
+    ``salience``: eq. 3 weighs CLS attention with the key norm; the released code does not.
+    ``pillars``: whether some tokens stay untouched (Table 8, "pillar").
+    ``pillar_signal``, ``pillar_quantile``: a token is a pillar when its signal is at or above that quantile (linear
+    interpolation) of the kept tokens (eq. 4).
+    ``aggregation``: whether collectors gather their neighbourhood at all.
+    ``distance_threshold``: reach of the aggregation as a share of the largest distance on the grid: of its square
+    (``squared``: 280 / 1058, Table 7's "26 %") or of itself (``plain``).
+    ``reset_self_weight``: set a collector's own weight to 1 after normalisation (Algorithm 1, line 26).
+    """
+
+    separation: bool = True
+    region_side: int = 2
+    candidates_per_region: int | None = None
+    salience: Salience = "cls_attention"
+    pillars: bool = True
+    pillar_signal: PillarSignal = "salience"
+    pillar_quantile: float = 0.55
+    aggregation: bool = True
+    distance_threshold: float = 280 / 1058
+    distance_convention: DistanceConvention = "squared"
+    reset_self_weight: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("salience", Salience),
+            ("pillar_signal", PillarSignal),
+            ("distance_convention", DistanceConvention),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"nuwa.{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(get_args(kind))}"
+                )
+        if not 0 <= self.pillar_quantile <= 1:
+            raise ValueError(f"nuwa.pillar_quantile {self.pillar_quantile} must lie in [0, 1]")
+        if not 0 < self.distance_threshold <= 1:
+            raise ValueError(f"nuwa.distance_threshold {self.distance_threshold} must lie in (0, 1]")
+        if self.region_side < 1:
+            raise ValueError(f"nuwa.region_side {self.region_side} must be at least 1")
+        if self.candidates_per_region is not None and self.candidates_per_region < 1:
+            raise ValueError(f"nuwa.candidates_per_region {self.candidates_per_region} must be null or at least 1")
+
+
+PRESETS = {
+    "released": {},
+    "paper": {"salience": "cls_attention_key_norm", "pillar_signal": "key_norm", "pillar_quantile": 0.75},
+}
+
+
+def salience_of(signals: VisionSignals, config: Nuwa) -> Tensor:
+    """``s_i = α_i · ‖k_i‖₂`` (eq. 3) or ``α_i`` (released code), ``(batch, tokens)`` float32."""
+    attention = signals.cls_attention.float()
+    return attention * signals.key_norm if config.salience == "cls_attention_key_norm" else attention
+
+
+def rank_in_region(salience: Tensor, regions: Tensor) -> Tensor:
+    """How many tokens of its own region precede each token by salience, ``(batch, tokens)`` int64."""
+    by_salience = ranked(salience)
+    grouped = by_salience.gather(1, torch.sort(regions[by_salience], dim=1, stable=True).indices)
+    sizes = torch.bincount(regions)
+    starts = torch.cumsum(sizes, 0) - sizes
+    places = torch.arange(salience.shape[1], device=salience.device) - starts[regions[grouped]]
+    return torch.empty_like(grouped).scatter_(1, grouped, places)
+
+
+def candidates_needed(grid: PatchGrid, region_side: int, keep: int) -> int:
+    """The smallest n for which n tokens of every region (or all it has) are at least ``keep``."""
+    sizes = torch.bincount(grid.regions(region_side))
+    n = 1
+    while int(sizes.clamp(max=n).sum()) < keep:
+        n += 1
+    return n
+
+
+def align(signals: VisionSignals, salience: Tensor, keep: int, config: Nuwa) -> Tensor:
+    """Separation and alignment: the n most salient of every region, then the global top ``keep``, in raster order."""
+    if not config.separation:
+        return top_indices(salience, keep)
+    needed = candidates_needed(signals.grid, config.region_side, keep)
+    n = max(config.candidates_per_region or 1, needed)
+    regions = signals.grid.regions(config.region_side).to(salience.device)
+    candidate = rank_in_region(salience, regions) < n
+    return top_indices(salience.masked_fill(~candidate, -torch.inf), keep)
+
+
+def is_pillar(signals: VisionSignals, salience: Tensor, indices: Tensor, config: Nuwa) -> Tensor:
+    """Eq. 4: True where the pillar signal reaches its quantile among the kept tokens, ``(batch, kept)``."""
+    if not config.pillars:
+        return torch.zeros_like(indices, dtype=torch.bool)
+    signal = {
+        "salience": lambda: salience,
+        "key_norm": lambda: signals.key_norm,
+        "feature_norm": lambda: signals.features.float().norm(dim=-1),
+    }[config.pillar_signal]().gather(1, indices)
+    return signal >= torch.quantile(signal, config.pillar_quantile, dim=1, keepdim=True)
+
+
+def aggregation_weights(signals: VisionSignals, indices: Tensor, config: Nuwa) -> Tensor:
+    """Rows of W for the kept tokens as collectors (eq. 5-7), ``(batch, kept, tokens)`` float32.
+
+    ``A_ij = ReLU(cos(S̄_i, S̄_j))``, ``P_ij = 1 - min(1, d_ij / d_thresh)`` (eq. 6 prints max, which would be ≤ 0
+    everywhere), rows of ``A ⊙ P`` normalised to sum 1, then the own weight set to 1.
+    """
+    grid = signals.grid
+    direction = F.normalize(signals.similarity.float(), dim=-1)
+    affinity = (gather_tokens(direction, indices) @ direction.transpose(1, 2)).relu()
+    if config.distance_convention == "squared":
+        reach = (config.distance_threshold * grid.max_squared_distance) ** 0.5
+    else:
+        reach = config.distance_threshold * grid.max_squared_distance**0.5
+    proximity = 1 - (grid.distances(indices) / max(reach, WEIGHT_EPSILON)).clamp(max=1)
+    weights = affinity * proximity
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + WEIGHT_EPSILON)
+    if config.reset_self_weight:
+        weights = weights.scatter(2, indices[..., None], 1.0)
+    return weights
+
+
+@register("nuwa", Nuwa, presets=PRESETS)
+def select(signals: VisionSignals, keep: int, config: Nuwa, seed: int = 0) -> Selection:
+    """``T = W_I · H``: pillars exactly as the encoder gave them, collectors with what they gathered."""
+    salience = salience_of(signals, config)
+    indices = align(signals, salience, keep, config)
+    untouched = keep_unmerged(signals, indices)
+    if not config.aggregation:
+        return untouched
+    pillars = is_pillar(signals, salience, indices, config)
+    gathered = aggregation_weights(signals, indices, config) @ signals.features.float()
+    features = torch.where(pillars[..., None], untouched.features, gathered.to(untouched.features.dtype))
+    return Selection(indices, features, pillars)

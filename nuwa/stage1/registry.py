@@ -1,0 +1,74 @@
+"""The registry of stage-1 methods."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+from nuwa.grid import PatchGrid
+from nuwa.selection import Selection
+from nuwa.signals import VisionSignals
+
+
+class Select(Protocol):
+    def __call__(self, signals: VisionSignals, keep: int, config: Any, seed: int) -> Selection:
+        """Keep ``keep`` of the image's tokens; ``seed`` matters to random methods only."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A stage-1 method: its function, the type of its hyper-parameters and its named presets.
+
+    ``kept``: tokens it really keeps when asked for ``keep`` (a pooled grid may be smaller).
+    ``seeded``: whether the seed changes its result; trials of an unseeded method differing in seed only are one.
+    """
+
+    name: str
+    select: Select
+    config: type
+    seeded: bool = False
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kept: Callable[[PatchGrid, int], int] = lambda grid, keep: keep
+
+    @property
+    def default_preset(self) -> str:
+        return next(iter(self.presets), "default")
+
+    def configure(self, preset: str | None = None, **parameters: Any) -> Any:
+        """Hyper-parameters from a preset and overrides; raises ``ValueError`` naming what exists."""
+        allowed = [item.name for item in fields(self.config)]
+        for name in parameters:
+            if name not in allowed:
+                raise ValueError(f"{self.name} has no parameter {name!r}; allowed: {', '.join(allowed) or 'none'}")
+        preset = preset or self.default_preset
+        if preset not in (self.presets or {"default": {}}):
+            raise ValueError(f"{self.name} has no preset {preset!r}; allowed: {', '.join(self.presets or ['default'])}")
+        return self.config(**{**self.presets.get(preset, {}), **parameters})
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(name: str, config: type, **properties: Any) -> Callable[[Callable], Callable]:
+    """Decorator that makes ``select`` known as ``name``; ``properties`` are fields of :class:`Method`.
+
+    The first of its ``presets`` is the default.
+    """
+
+    def add(select: Callable) -> Callable:
+        if name in METHODS:
+            raise ValueError(f"stage-1 method {name!r} is registered twice")
+        METHODS[name] = Method(name, select, config, **properties)
+        return select
+
+    return add
+
+
+def get_method(name: str) -> Method:
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"stage-1 method {name!r} is unknown; allowed: {', '.join(sorted(METHODS))}{hint}")
+    return METHODS[name]

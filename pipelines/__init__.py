@@ -1,0 +1,1 @@
+"""Orchestration: settings, data, cached features, sweeps on Ray, evidence, MLflow, report."""

@@ -1,0 +1,175 @@
+"""Grids of ``params.yaml`` → trials with stable ids.
+
+A trial's id is the digest of what decides its answers: the configured method, the tokens per layer, the position
+strategy and, where anything random is involved, the seed. Entries that come to the same trial give one trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nuwa.grid import PatchGrid
+from nuwa.methods import MethodSpec, specify
+from nuwa.schedule import TokenSchedule, UnreachableBudget
+from nuwa.stage1 import get_method
+from nuwa.stage2 import get_scorer
+from pipelines.settings import GridEntry, SettingsError, SweepSettings
+
+UNPRUNED = "unpruned"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration, with the schedule it means on this model. ``grids``: names of the grids that asked for it."""
+
+    spec: MethodSpec
+    schedule: TokenSchedule
+    parameters: dict[str, Any]  # stage-1 parameters set beside the preset
+    grids: tuple[str, ...] = ()
+
+    @property
+    def seeded(self) -> bool:
+        random_cut = (
+            self.spec.stage2 is not None and bool(self.schedule.cuts) and get_scorer(self.spec.stage2.scorer).seeded
+        )
+        return get_method(self.spec.stage1).seeded or random_cut
+
+    @property
+    def stage1_identity(self) -> str:
+        """Digest of the stage-1 selection and positions: trials that agree in it share their trunk."""
+        method = get_method(self.spec.stage1)
+        return _digest(
+            [
+                method.name,
+                dataclasses.asdict(self.spec.config),
+                self.schedule.stage1_keep,
+                self.spec.position,
+                self.spec.seed if method.seeded else None,
+            ]
+        )
+
+    @property
+    def trial_id(self) -> str:
+        cuts = [[*cut, self.spec.stage2.scorer] for cut in self.schedule.cuts]
+        position = self.spec.position if self.schedule.entering[-1] < self.schedule.tokens else None
+        identity = [
+            self.stage1_identity if position else self.spec.stage1,
+            dataclasses.asdict(self.spec.config),
+            cuts,
+            position,
+        ]
+        return _digest([*identity, self.spec.seed if self.seeded else None])[:16]
+
+    @property
+    def label(self) -> str:
+        """Short and telling: ``nuwa · 16 · pesp``, then whatever differs from the method's own defaults."""
+        spec, usual = self.spec, specify(self.spec.method, preset=self.spec.preset, budget=self.spec.budget)
+        parts = [
+            spec.method if spec.preset == get_method(spec.stage1).default_preset else f"{spec.method} ({spec.preset})"
+        ]
+        if spec.budget is not None:
+            parts += [f"{spec.budget:g}", spec.position]
+        if usual.stage2 and not spec.stage2:
+            parts.append("no stage 2")
+        elif spec.stage2 and spec.stage2 != usual.stage2:
+            cut = f"stage 2 at {self.schedule.cuts[0][0]}"
+            parts.append(f"{cut} by {spec.stage2.scorer} ({self.schedule.stage1_keep} to {self.schedule.cuts[0][1]})")
+        parts += [f"{name}={_short(value)}" for name, value in sorted(self.parameters.items())]
+        if self.seeded and spec.seed:
+            parts.append(f"seed {spec.seed}")
+        return " · ".join(parts)
+
+    def row(self) -> dict[str, Any]:
+        """The trial as a row of ``trials.parquet``."""
+        spec, schedule = self.spec, self.schedule
+        layer, keep = schedule.cuts[0] if schedule.cuts else (None, None)
+        return {
+            "trial_id": self.trial_id,
+            "label": self.label,
+            "grids": list(self.grids),
+            "method": spec.method,
+            "preset": spec.preset,
+            "position": spec.position,
+            "budget": spec.budget,
+            "average_tokens": schedule.average_tokens,
+            "image_tokens": schedule.tokens,
+            "stage1_keep": schedule.stage1_keep,
+            "stage2_layer": layer,
+            "stage2_keep": keep,
+            "stage2_scorer": spec.stage2.scorer if schedule.cuts else None,
+            "seed": spec.seed,
+            "params": json.dumps(self.parameters, sort_keys=True),
+        }
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _axis(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _specifications(entry: GridEntry, budgets: list[float]) -> Iterator[dict[str, Any]]:
+    """The product of an entry's axes, as arguments of :func:`nuwa.methods.specify`."""
+    axes = {
+        "method": _axis(entry.method),
+        "preset": _axis(entry.preset),
+        "position": _axis(entry.position),
+        "budget": _axis(entry.budget if entry.budget is not None else list(budgets)),
+        "stage2_layer": _axis(entry.stage2_layer),
+        "stage2_scorer": _axis(entry.stage2_scorer),
+        "stage2_ratio": _axis(entry.stage2_ratio),
+        "seed": _axis(entry.seed),
+        **{f"parameters.{name}": _axis(value) for name, value in entry.parameters.items()},
+    }
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        cut = {name: point.pop(f"stage2_{name}") for name in ("layer", "scorer", "ratio")}
+        parameters = {name: point.pop(f"parameters.{name}") for name in entry.parameters}
+        yield {
+            **point,
+            "budget": None if point["method"] == UNPRUNED else point["budget"],
+            "without_stage2": cut["layer"] == "off",
+            "stage2": {name: value for name, value in cut.items() if value is not None},
+            "parameters": parameters,
+        }
+
+
+def expand(sweep: SweepSettings, grid: PatchGrid, layers: int) -> list[Trial]:
+    """All trials of a sweep, the unpruned one first, each once; raises :class:`SettingsError` for impossible ones."""
+    everything = specify(UNPRUNED)
+    trials = {}
+
+    def add(trial: Trial, name: str) -> None:
+        known = trials.get(trial.trial_id)
+        if known is None:
+            trials[trial.trial_id] = dataclasses.replace(trial, grids=(name,))
+        elif name not in known.grids:
+            trials[trial.trial_id] = dataclasses.replace(known, grids=(*known.grids, name))
+
+    add(Trial(everything, everything.schedule(grid, layers), {}), sweep.grids[0].name)
+    for number, entry in enumerate(sweep.grids):
+        for arguments in _specifications(entry, sweep.budgets):
+            try:
+                spec = specify(**arguments)
+                add(Trial(spec, spec.schedule(grid, layers), arguments["parameters"]), entry.name)
+            except UnreachableBudget as error:
+                if not entry.where_reachable:
+                    raise SettingsError(
+                        f"sweep.grids.{number} ({entry.name}), method {arguments['method']}: {error}; "
+                        "give the entry its own budget or set where_reachable: true"
+                    ) from None
+            except (ValueError, TypeError) as error:
+                raise SettingsError(f"sweep.grids.{number} ({entry.name}): {error}") from None
+    return list(trials.values())

@@ -1,0 +1,1 @@
+"""The report of a sweep: one self-contained page, and the same in Markdown."""

@@ -1,0 +1,298 @@
+"""Charts: panels drawn by matplotlib, each as inline SVG for the page and together as one PNG for Markdown.
+
+The same input gives the same bytes: ids in the SVG come from a fixed salt, neither format carries a date or version.
+SVG text stays text, so the page's font, search and selection apply to it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from pipelines.report.outcomes import Estimate, Outcomes, Trial
+from pipelines.report.style import INK, LINE_STYLES, MUTED, PUBLISHED_GROUND, RULE, method_style, percent
+
+RC = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # shipped with matplotlib: the same text widths on every machine
+    "font.size": 7.8,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.6,
+    "axes.titlesize": 8.6,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.5,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+}
+SEQUENTIAL = LinearSegmentedColormap.from_list("paper to blue", ["#f4f7fb", "#a9c8e4", "#3f7fb5", "#123a63"])
+HIGHEST = "#D55E00"
+PNG_DPI = 200
+LABEL_SIZE, LABEL_LINE = 7.0, 0.14  # points; inches from one line to the next
+DODGE = 0.35  # average tokens between neighbouring series of one budget
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. ``published`` marks other people's figures, which the page frames apart."""
+
+    title: str
+    draw: Callable[[Axes], None]
+    width: float = 4.7  # inches, small enough for a phone
+    height: float = 3.2
+    published: bool = False
+
+
+def panel_svg(panel: Panel, name: str) -> str:
+    """``<svg>`` to stand inside HTML. ``name`` salts its ids: unique on the page, the same every time."""
+    with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
+        figure = Figure(figsize=(panel.width, panel.height), layout="constrained")
+        _draw(panel, figure.add_subplot())
+        buffer = io.StringIO()
+        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=empty, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if f"#{match[1]}" in svg else "", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(panel.title)}" ', 1).strip()
+
+
+def panels_png(panels: Sequence[Panel], columns: int = 2) -> bytes:
+    """All panels in one picture, row by row."""
+    columns = min(columns, len(panels))
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    width = sum(max(row[i].width for row in rows if i < len(row)) for i in range(columns))
+    heights = [max(panel.height for panel in row) for row in rows]
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        for index, ax in enumerate(axes.flat):
+            if index < len(panels):
+                _draw(panels[index], ax)
+            else:
+                ax.set_axis_off()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, metadata={"Software": None}, facecolor="white")
+    return buffer.getvalue()
+
+
+def _draw(panel: Panel, ax: Axes) -> None:
+    panel.draw(ax)
+    if panel.published:
+        ax.set_facecolor(PUBLISHED_GROUND)
+    ax.set_title(panel.title)
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+
+
+def budget_curves(outcomes: Outcomes, family: str, title: str) -> Panel:
+    """Retention against realised average tokens: a colour and marker a method, a line style a position strategy."""
+    series: dict[tuple[str, str], list[Trial]] = {}
+    for trial in outcomes.main:
+        if outcomes.retention(trial, family) is not None:
+            series.setdefault((outcomes.name(trial), trial.position), []).append(trial)
+    presets = _first_presets(outcomes)
+
+    def draw(ax: Axes) -> None:
+        ends = []
+        for index, ((name, position), trials) in enumerate(series.items()):
+            trials = sorted(trials, key=lambda trial: trial.average_tokens)
+            shift = DODGE * (index - (len(series) - 1) / 2)
+            x = np.array([trial.average_tokens for trial in trials]) + shift
+            y = _percent_curve([outcomes.retention(trial, family) for trial in trials])
+            method = trials[0].method
+            _curve(ax, x, y, method, position, hollow=trials[0].preset != presets[method])
+            ends.append((float(x[-1]), float(y[0, -1]), f"{name} {position.upper()}", method_style(method).color))
+        _curve_axes(ax, outcomes)
+        _label_ends(ax, ends)
+
+    return Panel(title, draw, width=5.0, height=max(3.8, 1.2 + LABEL_LINE * len(series)))
+
+
+def _first_presets(outcomes: Outcomes) -> dict[str, str]:
+    presets: dict[str, str] = {}
+    for trial in outcomes.main:
+        presets.setdefault(trial.method, trial.preset)
+    return presets
+
+
+def _percent_curve(estimates: Sequence[Estimate]) -> np.ndarray:
+    """Rows: value, distance down to the interval's low end, distance up to its high end; in per cent."""
+    table = 100 * np.array([(e.value, e.value - e.low, e.high - e.value) for e in estimates]).T
+    return np.vstack([table[0], table[1:].clip(min=0)])
+
+
+def _curve(ax: Axes, x: np.ndarray, y: np.ndarray, method: str, position: str, hollow: bool) -> None:
+    style, strong = method_style(method), (method, position) == ("nuwa", "pesp")
+    ax.errorbar(
+        x, y[0], yerr=y[1:], color=style.color, linestyle=LINE_STYLES.get(position, "-"), marker=style.marker,
+        markersize=4.8 if strong else 3.6, linewidth=1.8 if strong else 1.0, elinewidth=0.7, capsize=0,
+        markerfacecolor="white" if hollow else style.color, markeredgewidth=0.8, zorder=4 if strong else 3,
+    )  # fmt: skip
+
+
+def _curve_axes(ax: Axes, outcomes: Outcomes) -> None:
+    budgets = outcomes.budgets()
+    total = outcomes.unpruned.image_tokens
+    ax.axhline(100, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=2)
+    ax.text(0.008, 100.3, "unpruned", color=MUTED, fontsize=6.5, transform=ax.get_yaxis_transform(), va="bottom")
+    ax.set_xticks(budgets, [f"{budget:g}\n{100 * budget / total:.0f} %" for budget in budgets])
+    ax.set_xlabel("average tokens, and their share of the image’s")
+    ax.set_ylabel("retention, %")
+    lowest = ax.get_ylim()[0]
+    ax.set_ylim(bottom=0 if lowest < 40 else 10 * (lowest // 10))
+    ax.grid(axis="y")
+
+
+def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Name each line at its right end, names moved apart until none touches another."""
+    if not ends:
+        return
+    ends = sorted(ends, key=lambda end: end[1])
+    low, high = ax.get_ylim()
+    left, right = ax.get_xlim()
+    height = ax.figure.get_figheight() / ax.get_subplotspec().get_gridspec().nrows
+    gap = (high - low) * LABEL_LINE / (height - 0.95)
+    heights = spread([end[1] for end in ends], gap, low, high)
+    start = right + 0.03 * (right - left)
+    for (x, y, name, color), at in zip(ends, heights, strict=True):
+        ax.plot([x, right, start], [y, at, at], color=color, linewidth=0.4, alpha=0.55, clip_on=False, zorder=2)
+        ax.annotate(
+            name, (start, at), xytext=(2, 0), textcoords="offset points", color=color, fontsize=LABEL_SIZE, va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+    ax.set_xlim(left, right)
+    ax.set_ylim(low, high)
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move ascending ``values`` as little as least squares allows, until neighbours are ``gap`` apart.
+
+    Blocks of values that would touch are laid around their common mean (pool adjacent violators), then the whole is
+    kept inside ``low``..``high`` as far as it fits.
+    """
+    blocks: list[list[float]] = []  # each: [sum of value - index * gap, count]
+    for index, value in enumerate(values):
+        blocks.append([value - index * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] >= blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    bases = [total / count for total, count in blocks for _ in range(int(count))]
+    placed = [base + index * gap for index, base in enumerate(bases)]
+    ceiling = [high - (len(placed) - 1 - index) * gap for index in range(len(placed))]
+    placed = [min(at, top) for at, top in zip(placed, ceiling, strict=True)]
+    return [max(at, low + index * gap) for index, at in enumerate(placed)]
+
+
+def heatmap(
+    title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray, axes: tuple[str, str]
+) -> Panel:
+    """``values`` ``(rows, columns)`` as shares, NaN where there is no trial; the highest cells are outlined."""
+
+    def draw(ax: Axes) -> None:
+        shown = np.ma.masked_invalid(100 * values)
+        best = np.nanmax(values, initial=-np.inf)
+        low, high = (float(shown.min()), float(shown.max())) if shown.count() else (0.0, 1.0)
+        middle = low + 0.55 * (high - low)
+        edges = [np.arange(size + 1) - 0.5 for size in values.shape[::-1]]
+        colors = {"cmap": SEQUENTIAL, "vmin": low, "vmax": max(high, low + 0.1)}
+        ax.pcolormesh(*edges, shown, **colors, edgecolors="white", linewidth=1.5)
+        for (row, column), value in np.ndenumerate(values):
+            text = percent(float(value))
+            color = "white" if np.isfinite(value) and 100 * value > middle else INK
+            ax.text(column, row, text, ha="center", va="center", color=color)
+            if value == best:
+                corner = (column - 0.5, row - 0.5)
+                ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=HIGHEST, linewidth=1.8, clip_on=False))
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set_xticks(range(len(columns)), columns)
+        ax.tick_params(length=0)
+        ax.set_ylabel(axes[0])
+        ax.set_xlabel(axes[1])
+        ax.spines[:].set_visible(False)
+
+    return Panel(title, draw, height=1.1 + 0.34 * len(rows))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting and its retention; ``low`` and ``high`` are ``None`` where no interval was published."""
+
+    x: float
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def line(title: str, points: Sequence[Point], x_label: str, color: str, marked: float | None = None) -> Panel:
+    """Retention over one numeric parameter, with the band of its intervals; ``marked`` is the preset's own value."""
+
+    def draw(ax: Axes) -> None:
+        x = [point.x for point in points]
+        if all(point.low is not None for point in points):
+            low, high = ([100 * getattr(point, end) for point in points] for end in ("low", "high"))
+            ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.plot(x, [100 * point.value for point in points], color=color, marker="o", markersize=3.6, linewidth=1.3)
+        if marked is not None:
+            ax.axvline(marked, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
+            ax.annotate(
+                "preset", (marked, 1), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points",
+                color=MUTED, fontsize=6.5, va="top",
+            )  # fmt: skip
+        ax.set_xlabel(x_label)
+        ax.set_ylabel("retention, %")
+        ax.yaxis.set_major_locator(MaxNLocator(6))
+        ax.margins(y=0.2)
+        ax.grid(axis="y")
+
+    return Panel(title, draw, height=2.6)
+
+
+def forest(title: str, points: Sequence[Point], color: str) -> Panel:
+    """One row a setting: dot, interval, number. For settings without an order."""
+
+    def draw(ax: Axes) -> None:
+        for row, point in enumerate(points):
+            if point.low is not None and point.high is not None:
+                ax.plot([100 * point.low, 100 * point.high], [row, row], color=color, linewidth=1.5, alpha=0.45)
+            ax.plot(100 * point.value, row, "o", color=color, markersize=4.5)
+            ax.annotate(
+                percent(point.value), (1, row), xycoords=("axes fraction", "data"), xytext=(6, 0),
+                textcoords="offset points", va="center", annotation_clip=False,
+            )  # fmt: skip
+        ax.set_yticks(range(len(points)), [point.label for point in points])
+        ax.tick_params(axis="y", labelcolor=INK)
+        ax.set_ylim(len(points) - 0.5, -0.5)
+        ax.set_xlim(0, 1.05 * max(100 * (point.value if point.high is None else point.high) for point in points))
+        ax.set_xlabel("retention, %")
+        ax.grid(axis="x")
+        ax.spines["left"].set_visible(False)
+
+    return Panel(title, draw, height=1.0 + 0.22 * len(points))

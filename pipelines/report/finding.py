@@ -1,0 +1,115 @@
+"""What the run found, in sentences made of its numbers, whichever way they point.
+
+The claim under test is Nüwa's (abstract): at 11 % of the tokens it keeps grounding that other methods lose (47 % of it
+against VisionZip's 7 %) and about as much visual question answering. The verdict looks at grounding, where the methods
+are said to differ, and needs intervals apart to call one ahead of another.
+"""
+
+from __future__ import annotations
+
+from pipelines.report.outcomes import Estimate, Outcomes, Trial
+from pipelines.report.style import percent, plain_number, position_name
+
+
+def describe(estimate: Estimate) -> str:
+    """``47.2 % [44.0, 50.1]``, with blanks that do not break."""
+    return f"{percent(estimate.value)}\u00a0% [{percent(estimate.low)},\u00a0{percent(estimate.high)}]"
+
+
+def finding(outcomes: Outcomes, budget: float) -> list[str]:
+    """One to three sentences: what Nüwa and VisionZip keep, who keeps most, what position ids change."""
+    trials = outcomes.at_budget(budget)
+    nuwa = _first(trials, "nuwa", ("pesp", "rpme", "perc"))
+    if nuwa is None or outcomes.retention(nuwa, "grounding") is None:
+        return [_without_nuwa(outcomes, trials, budget)]
+    rivals = [trial for trial in trials if trial.method != "nuwa" and outcomes.retention(trial, "grounding")]
+    sentences = [_kept(outcomes, nuwa, _first(rivals, "visionzip", ("perc", "pesp", "rpme")), budget)]
+    if rivals:
+        best = max(rivals, key=lambda trial: outcomes.retention(trial, "grounding").value)
+        sentences.append(_verdict(outcomes, nuwa, best))
+    positions = _positions(outcomes, trials)
+    return [*sentences, positions] if positions else sentences
+
+
+def share_of_tokens(outcomes: Outcomes, budget: float) -> str:
+    """``11 % of the tokens (16 of 144 on average)``."""
+    total = outcomes.unpruned.image_tokens
+    return f"{100 * budget / total:.0f}\u00a0% of the tokens ({plain_number(budget)} of {total} on average)"
+
+
+def _first(trials: list[Trial], method: str, positions: tuple[str, ...]) -> Trial | None:
+    """The method's trial with the first of ``positions``; presets in their order, ``released`` before others."""
+    found = [trial for trial in trials if trial.method == method]
+    return min(found, key=lambda trial: positions.index(trial.position), default=None)
+
+
+def _ids(trial: Trial) -> str:
+    return f"{position_name(trial.position)} position ids"
+
+
+def _kept(outcomes: Outcomes, nuwa: Trial, visionzip: Trial | None, budget: float) -> str:
+    text = (
+        f"At {share_of_tokens(outcomes, budget)}, {outcomes.name(nuwa)} keeps "
+        f"{describe(outcomes.retention(nuwa, 'grounding'))} of grounding accuracy"
+    )
+    vqa = outcomes.retention(nuwa, "vqa")
+    if vqa is not None:
+        text += f" and {describe(vqa)} of visual question answering"
+    if visionzip is None:
+        return text + "."
+    grounding = describe(outcomes.retention(visionzip, "grounding"))
+    text += f"; VisionZip with {_ids(visionzip)} keeps {grounding} of the former"
+    vqa = outcomes.retention(visionzip, "vqa")
+    return text + (f" and {describe(vqa)} of the latter." if vqa is not None else ".")
+
+
+def _verdict(outcomes: Outcomes, nuwa: Trial, best: Trial) -> str:
+    ours, other = outcomes.retention(nuwa, "grounding"), outcomes.retention(best, "grounding")
+    name, rival = outcomes.name(nuwa), f"{outcomes.name(best)} with {_ids(best)}"
+    if ours.low > other.high:
+        return (
+            f"The paper’s claim holds here: no other method keeps as much grounding, "
+            f"the next being {rival} at {describe(other)}."
+        )
+    if other.low > ours.high:
+        return (
+            f"This contradicts the paper’s claim: {rival} keeps more grounding than {name}, {describe(other)}, "
+            f"and the intervals do not overlap."
+        )
+    order = "ahead of" if ours.value > other.value else "level with" if ours.value == other.value else "behind"
+    return (
+        f"This neither confirms nor refutes the paper’s claim: {name} is {order} {rival}, {describe(other)}, "
+        f"but their intervals overlap."
+    )
+
+
+def _positions(outcomes: Outcomes, trials: list[Trial]) -> str | None:
+    """Finding 3 of the paper: other position ids with the same VisionZip tokens."""
+    found = {trial.position: outcomes.retention(trial, "grounding") for trial in trials if trial.method == "visionzip"}
+    compressed = found.pop("perc", None)
+    others = [(position, estimate) for position, estimate in sorted(found.items()) if estimate is not None]
+    if compressed is None or not others:
+        return None
+    parts = " and ".join(f"{describe(estimate)} with {position_name(position)} ids" for position, estimate in others)
+    best = max(others, key=lambda other: other[1].value)[1]
+    if best.low > compressed.high:
+        word = "matter"
+    elif best.high < compressed.low:
+        word = "do not help"
+    else:
+        word = "make no clear difference"
+    return (
+        f"Position ids {word}: the same VisionZip tokens keep {parts}, and {describe(compressed)} with compressed ones."
+    )
+
+
+def _without_nuwa(outcomes: Outcomes, trials: list[Trial], budget: float) -> str:
+    start = f"At {share_of_tokens(outcomes, budget)} this run has no grounding result of Nüwa"
+    known = [trial for trial in trials if outcomes.retention(trial, "grounding")]
+    if not known:
+        return f"{start}, and none of any other method."
+    best = max(known, key=lambda trial: outcomes.retention(trial, "grounding").value)
+    return (
+        f"{start}, so it says nothing on the paper’s claim; {outcomes.name(best)} with {_ids(best)} keeps most, "
+        f"{describe(outcomes.retention(best, 'grounding'))}."
+    )

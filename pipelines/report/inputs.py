@@ -1,0 +1,89 @@
+"""What the report reads: six Parquet files, checked before anything is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+REMEDY = "run `dvc repro evaluate` to make it"
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "trials": (
+        "trial_id", "label", "grids", "method", "preset", "position", "budget", "average_tokens", "image_tokens",
+        "stage1_keep", "stage2_layer", "stage2_keep", "stage2_scorer", "seed", "params",
+    ),
+    "scores": (
+        "trial_id", "benchmark", "family", "metric", "score", "low", "high", "n", "headline",
+        "retention", "retention_low", "retention_high",
+    ),
+    "examples": ("example_id", "benchmark", "family", "image", "question", "truth", "width", "height"),
+    "predictions": ("trial_id", "example_id", "prediction", "kept_final"),
+    "kept": ("trial_id", "image", "indices", "pillar"),
+    "images": ("image", "bytes"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """The record of one run.
+
+    ``trials``, ``scores`` and ``examples`` are small and held as tables. ``predictions``, ``kept`` and ``images`` grow
+    with trials × examples; they stay Arrow datasets, of which the gallery reads the few rows it shows.
+    ``provenance`` is printed as it is (fingerprints, versions); its key ``model path`` names the model in the text.
+    """
+
+    trials: pd.DataFrame
+    scores: pd.DataFrame
+    examples: pd.DataFrame
+    predictions: ds.Dataset
+    kept: ds.Dataset
+    images: ds.Dataset
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, data_dir: Path, provenance: Mapping[str, str] | None = None) -> ReportInputs:
+        """Open the files of ``data_dir``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is no Parquet file, has no rows, lacks a column, or no trial is unpruned.
+        """
+        datasets = {name: _open(Path(data_dir) / f"{name}.parquet", columns) for name, columns in COLUMNS.items()}
+        tables = {
+            name: datasets[name].to_table(columns=list(COLUMNS[name])).to_pandas()
+            for name in ("trials", "scores", "examples")
+        }
+        if not (tables["trials"]["method"] == "unpruned").any():
+            raise ValueError(
+                f"{Path(data_dir) / 'trials.parquet'} has no trial of method 'unpruned', which every retention is "
+                "measured against; add it to a grid in params.yaml and run `dvc repro evaluate`"
+            )
+        return cls(
+            trials=tables["trials"],
+            scores=tables["scores"],
+            examples=tables["examples"],
+            predictions=datasets["predictions"],
+            kept=datasets["kept"],
+            images=datasets["images"],
+            provenance=dict(provenance or {}),
+        )
+
+
+def _open(path: Path, columns: tuple[str, ...]) -> ds.Dataset:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {REMEDY}")
+    try:
+        dataset = ds.dataset(path, format="parquet")
+        rows = dataset.count_rows()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a Parquet file; {REMEDY}") from error
+    missing = [column for column in columns if column not in dataset.schema.names]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; {REMEDY}")
+    if rows == 0:
+        raise ValueError(f"{path} has no rows; {REMEDY}")
+    return dataset

@@ -1,0 +1,227 @@
+"""Trials and their scores, ordered and named as every table and chart shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from nuwa.methods import RECIPES
+from nuwa.stage1 import get_method
+from pipelines.report.inputs import ReportInputs
+from pipelines.report.style import (
+    benchmark_rank,
+    method_rank,
+    method_style,
+    parameter_name,
+    position_rank,
+    setting_text,
+)
+
+COMPARED = ("method", "preset", "position", "budget")  # what the main grids may vary
+STAGE2 = ("stage2_layer", "stage2_scorer")
+DERIVED = ("seed", "stage1_keep")  # of interest only where nothing else explains them (K1: the ratio K2 / K1)
+FAMILIES = ("grounding", "vqa")
+MEAN = "mean"  # stands for a benchmark in the rows of a family's mean retention
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score or retention with its 95 % interval, over ``n`` examples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of ``trials.parquet``; what does not apply is ``None``, ``params`` is decoded."""
+
+    trial_id: str
+    label: str
+    grids: tuple[str, ...]
+    method: str
+    preset: str
+    position: str
+    budget: float | None
+    average_tokens: float
+    image_tokens: int
+    stage1_keep: int
+    stage2_layer: int | None
+    stage2_keep: int | None
+    stage2_scorer: str | None
+    seed: int
+    params: dict[str, Any] = field(hash=False)
+
+    @property
+    def pruned(self) -> bool:
+        return self.method != "unpruned"
+
+    def setting(self, name: str) -> Any:
+        """The value of a column, or of a hyper-parameter: the trial's own, else its preset's, else ``"preset"``."""
+        if name in (*COMPARED, *STAGE2, *DERIVED):
+            return getattr(self, name)
+        if name in self.params or self.method not in RECIPES:
+            return self.params.get(name, "preset")
+        method = get_method(RECIPES[self.method].stage1)
+        return getattr(method.configure(self.preset), name, "preset")
+
+
+@dataclass(frozen=True)
+class BenchmarkColumn:
+    """A benchmark's headline score. ``scale`` is 100 for shares (shown in per cent) and 1 for sums of points."""
+
+    benchmark: str
+    family: str
+    metric: str
+    scale: int
+    n: int
+
+    def text(self, value: float) -> str:
+        return f"{self.scale * value:.1f}"
+
+
+class Outcomes:
+    """What the run's trials scored.
+
+    Attributes:
+        trials: pruned trials in the order of rows: method, preset (``released`` first), position, budget.
+        unpruned: the trial every retention is measured against.
+        columns: headline scores, grounding benchmarks first.
+        main: the trials of the unpruned one's grid, and of grids that vary method, preset, position or budget only.
+        ablations: the names of the other grids, in alphabetical order.
+    """
+
+    def __init__(self, inputs: ReportInputs) -> None:
+        trials = [_trial(row) for row in inputs.trials.to_dict("records")]
+        self.unpruned = next(trial for trial in trials if not trial.pruned)
+        self.trials = sorted((trial for trial in trials if trial.pruned), key=_rank)
+        self._scores: dict[tuple[str, str], Estimate] = {}
+        self._retention: dict[tuple[str, str], Estimate] = {}
+        self._read_scores(inputs.scores)
+        self.columns = _columns(inputs.scores)
+        grids = sorted({name for trial in self.trials for name in trial.grids})
+        others = [name for name in grids if name not in self.unpruned.grids]
+        self.ablations = [name for name in others if set(varying(self.grid(name))) - set(COMPARED)]
+        self.main = [trial for trial in self.trials if set(trial.grids) - set(self.ablations)]
+        self._names = _names(self.main)
+
+    def _read_scores(self, scores: pd.DataFrame) -> None:
+        for row in _headlines(scores).itertuples():
+            self._scores[row.trial_id, row.benchmark] = Estimate(row.score, row.low, row.high, int(row.n))
+        for row in scores[scores["benchmark"] == MEAN].itertuples():
+            self._retention[row.trial_id, row.family] = Estimate(row.score, row.low, row.high, int(row.n))
+
+    def grid(self, name: str) -> list[Trial]:
+        """The pruned trials of a grid, in order."""
+        return [trial for trial in self.trials if name in trial.grids]
+
+    def budgets(self) -> list[float]:
+        """Budgets of the main trials, ascending, in average tokens."""
+        return sorted({trial.budget for trial in self.main if trial.budget is not None})
+
+    def at_budget(self, budget: float) -> list[Trial]:
+        return [trial for trial in self.main if trial.budget == budget]
+
+    def name(self, trial: Trial) -> str:
+        """``Nüwa``, with whatever else tells the trial from the run's other main trials of that position and budget."""
+        return self._names.get(trial.trial_id, method_style(trial.method).name)
+
+    def score(self, trial: Trial, benchmark: str) -> Estimate | None:
+        """The headline score of a benchmark."""
+        return _known(self._scores.get((trial.trial_id, benchmark)))
+
+    def retention(self, trial: Trial, family: str) -> Estimate | None:
+        """Unweighted mean retention over the benchmarks of ``grounding`` or ``vqa``."""
+        return _known(self._retention.get((trial.trial_id, family)))
+
+
+def varying(trials: Iterable[Trial]) -> list[str]:
+    """Columns and hyper-parameters in which ``trials`` differ.
+
+    What follows from a parameter listed before it is left out: the stage-2 layer where it is the method's own, K1 and
+    K2 mostly. Columns come before hyper-parameters, seed and K1 last.
+    """
+    trials = list(trials)
+    keys = sorted({key for trial in trials for key in trial.params} - {*COMPARED, *STAGE2, *DERIVED})
+    found: list[str] = []
+    for name in (*COMPARED, *STAGE2, *keys, *DERIVED):
+        groups: dict[tuple, set[str]] = {}
+        for trial in trials:
+            groups.setdefault(tuple(str(trial.setting(other)) for other in found), set()).add(str(trial.setting(name)))
+        if any(len(values) > 1 for values in groups.values()):
+            found.append(name)
+    return found
+
+
+def _trial(row: dict[str, Any]) -> Trial:
+    def number(name: str, kind: type) -> Any:
+        value = row[name]
+        return None if value is None or pd.isna(value) else kind(value)
+
+    return Trial(
+        trial_id=row["trial_id"],
+        label=row["label"],
+        grids=tuple(row["grids"]),
+        method=row["method"],
+        preset=row["preset"],
+        position=row["position"],
+        budget=number("budget", float),
+        average_tokens=float(row["average_tokens"]),
+        image_tokens=int(row["image_tokens"]),
+        stage1_keep=int(row["stage1_keep"]),
+        stage2_layer=number("stage2_layer", int),
+        stage2_keep=number("stage2_keep", int),
+        stage2_scorer=number("stage2_scorer", str),
+        seed=int(row["seed"]),
+        params=json.loads(row["params"] or "{}"),
+    )
+
+
+def _rank(trial: Trial) -> tuple:
+    preset = (trial.preset != "released", trial.preset)
+    return (method_rank(trial.method), preset, position_rank(trial.position), trial.budget or 0.0, trial.label)
+
+
+def _headlines(scores: pd.DataFrame) -> pd.DataFrame:
+    return scores[scores["headline"] & (scores["benchmark"] != MEAN)]
+
+
+def _columns(scores: pd.DataFrame) -> list[BenchmarkColumn]:
+    columns = []
+    for benchmark, rows in _headlines(scores).groupby("benchmark"):
+        scale = 100 if rows["score"].max() <= 1 else 1
+        first = rows.iloc[0]
+        columns.append(BenchmarkColumn(benchmark, first["family"], first["metric"], scale, int(rows["n"].max())))
+    return sorted(columns, key=lambda column: (FAMILIES.index(column.family), benchmark_rank(column.benchmark)))
+
+
+def _names(main: list[Trial]) -> dict[str, str]:
+    """The method, its preset where several ran, and whatever else parts a trial from its series' others."""
+    series: dict[tuple[str, str, str], list[Trial]] = {}
+    presets: dict[str, set[str]] = {}
+    for trial in main:
+        series.setdefault((trial.method, trial.preset, trial.position), []).append(trial)
+        presets.setdefault(trial.method, set()).add(trial.preset)
+    names = {}
+    for trials in series.values():
+        unexplained = [name for name in varying(trials) if name not in COMPARED]
+        for trial in trials:
+            details = [trial.preset] if len(presets[trial.method]) > 1 else []
+            details += [
+                f"{parameter_name(name)} {setting_text(name, trial.setting(name))}"
+                for name in dict.fromkeys((*sorted(trial.params), *unexplained))
+            ]
+            name = method_style(trial.method).name
+            names[trial.trial_id] = f"{name} ({', '.join(details)})" if details else name
+    return names
+
+
+def _known(estimate: Estimate | None) -> Estimate | None:
+    return None if estimate is None or math.isnan(estimate.value) else estimate

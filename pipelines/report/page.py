@@ -1,0 +1,164 @@
+"""The report of a sweep, as one HTML file and as Markdown with pictures.
+
+Jinja2 lays out the text and tables of both, matplotlib draws the charts, Pillow the gallery: all three are dependencies
+already. The page loads nothing: style, charts and pictures stand inside it. The same inputs give the same bytes.
+
+    build_report(ReportInputs.load(Path("data")), Path("report"), headline_budget=16)
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow.dataset as ds
+
+from pipelines.report.ablations import Ablation, ablation
+from pipelines.report.charts import Panel, budget_curves, panel_svg, panels_png
+from pipelines.report.finding import finding
+from pipelines.report.gallery import gallery
+from pipelines.report.inputs import ReportInputs
+from pipelines.report.outcomes import FAMILIES, Outcomes
+from pipelines.report.published import MODEL_NAME, published_retention, published_scores
+from pipelines.report.style import FAMILIES as FAMILY_NAMES
+from pipelines.report.style import benchmark_name, plain_number
+from pipelines.report.tables import budget_table, failure_table, side_by_side
+
+DIRECTORY = Path(__file__).parent
+GLYPH_WIDTH, GLYPH_LARGEST = 66, 1.2  # pixels; retention at the right end
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure: its panels as SVG, the PNG's name, and its text."""
+
+    name: str
+    svgs: list[tuple[str, bool]]  # (svg, published)
+    png: bytes
+    alt: str
+
+
+def build_report(inputs: ReportInputs, output: Path, headline_budget: float) -> None:
+    """Write ``index.html``, ``report.md`` and ``figures/*.png`` into ``output``.
+
+    Args:
+        inputs: the record of the run.
+        output: a directory, made if it is missing.
+        headline_budget: average tokens of the headline table, the finding and the gallery.
+
+    Raises:
+        ValueError: the run has no main trial at ``headline_budget``.
+    """
+    outcomes = Outcomes(inputs)
+    if outcomes.main and headline_budget not in outcomes.budgets():
+        raise ValueError(
+            f"headline_budget {plain_number(headline_budget)} has no trial; set report.headline_budget in params.yaml "
+            f"to one of this run's budgets: {', '.join(map(plain_number, outcomes.budgets()))}"
+        )
+    context = _context(inputs, outcomes, headline_budget)
+    figures = Path(output) / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    for name, png in _pictures(context):
+        (figures / f"{name}.png").write_bytes(png)
+    environment = _environment()
+    for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
+        text = environment.get_template(template).render(context)
+        (Path(output) / name).write_text(text.strip() + "\n", encoding="utf-8", newline="\n")
+
+
+def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -> dict[str, Any]:
+    scores = published_scores()
+    rows, unanchored = published_retention(scores)
+    ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
+    return {
+        "model": inputs.provenance.get("model path", "model not named"),
+        "finding": finding(outcomes, headline_budget),
+        "facts": _facts(inputs, outcomes),
+        "columns": outcomes.columns,
+        "families": FAMILY_NAMES,
+        "image_tokens": outcomes.unpruned.image_tokens,
+        "headline": budget_table(outcomes, headline_budget),
+        "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
+        "curves": _chart("retention", [budget_curves(outcomes, family, FAMILY_NAMES[family]) for family in FAMILIES]),
+        "ablations": [(item, _ablation_chart(item)) for item in ablations],
+        "cases": gallery(inputs, outcomes, headline_budget),
+        "beside": side_by_side(outcomes, rows, unanchored),
+        "published_model": MODEL_NAME,
+        "failures": failure_table(outcomes, inputs.scores),
+        "provenance": dict(sorted(inputs.provenance.items())),
+        "questions": {family: sum(c.n for c in outcomes.columns if c.family == family) for family in FAMILIES},
+    }
+
+
+def _facts(inputs: ReportInputs, outcomes: Outcomes) -> list[tuple[str, str]]:
+    benchmarks = [f"{benchmark_name(column.benchmark)} {column.n:,}" for column in outcomes.columns]
+    asked = inputs.predictions.to_table(
+        columns=["example_id"], filter=ds.field("trial_id") == outcomes.unpruned.trial_id
+    )["example_id"].to_pylist()
+    examples = inputs.examples[inputs.examples["example_id"].isin(asked)]
+    budgets = ", ".join(plain_number(budget) for budget in outcomes.budgets())
+    return [
+        ("Images", f"{examples['image'].nunique():,}"),
+        ("Questions", f"{len(examples):,}"),
+        ("Trials", f"{len(inputs.trials):,}"),
+        ("Answers", f"{inputs.predictions.count_rows():,}"),
+        ("Budgets", f"{budgets} of {outcomes.unpruned.image_tokens} tokens" if budgets else "none"),
+        ("Benchmarks", ", ".join(benchmarks)),
+    ]
+
+
+def _chart(name: str, panels: list[Panel]) -> Chart | None:
+    if not panels:
+        return None
+    svgs = [(panel_svg(panel, f"{name}-{index}"), panel.published) for index, panel in enumerate(panels)]
+    return Chart(name, svgs, panels_png(panels), "; ".join(panel.title for panel in panels))
+
+
+def _ablation_chart(item: Ablation) -> Chart | None:
+    return _chart(f"ablation-{_slug(item.grid)}", item.panels)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _pictures(context: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """Every PNG that the Markdown shows: charts, then the gallery's pictures."""
+    charts = [context["curves"], *(chart for _, chart in context["ablations"])]
+    pictures = [(chart.name, chart.png) for chart in charts if chart is not None]
+    for number, case in enumerate(context["cases"], start=1):
+        pictures += [(f"case-{number}-{index}", picture.png) for index, picture in enumerate(case.pictures)]
+    return pictures
+
+
+def _environment() -> jinja2.Environment:
+    """Everything that comes from data is escaped: by default in HTML, through ``md`` in Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(DIRECTORY),
+        autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = markdown_text
+    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    environment.filters["benchmark"] = benchmark_name
+    environment.globals["glyph"] = glyph_place
+    environment.globals["glyph_width"] = GLYPH_WIDTH
+    return environment
+
+
+def glyph_place(retention: float) -> float:
+    """Pixels from the left of a cell's little interval drawing."""
+    return round(GLYPH_WIDTH * min(max(retention, 0.0), GLYPH_LARGEST) / GLYPH_LARGEST, 1)
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown and the HTML inside it leave alone, on one line."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)

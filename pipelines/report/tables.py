@@ -1,0 +1,242 @@
+"""The tables of the page, as rows of finished text: templates place them, nothing is computed there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, Trial
+from pipelines.report.published import PublishedRow
+from pipelines.report.style import (
+    POSITIONS,
+    benchmark_name,
+    benchmark_rank,
+    method_rank,
+    method_style,
+    percent,
+    plain_number,
+    position_rank,
+)
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number and its interval as text. ``estimate`` is what they were made of, for the little interval drawings."""
+
+    text: str
+    interval: str = ""
+    best: bool = False
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    trial_id: str
+    name: str
+    color: str
+    position: str  # PERC, PESP or RPME
+    strategy: str  # the same in a word
+    retention: dict[str, Cell]
+    scores: dict[str, Cell]
+    tokens: tuple[str, str, str, str]  # K1, K2, layer, realised average
+    pruned: bool
+
+
+@dataclass(frozen=True)
+class BudgetTable:
+    """All main trials of one budget, the unpruned one on top; ``absent`` names series that have no such trial."""
+
+    budget: str
+    share: str
+    rows: list[Row]
+    absent: list[str]
+
+
+def budget_table(outcomes: Outcomes, budget: float) -> BudgetTable:
+    trials = outcomes.at_budget(budget)
+    best = _best(outcomes, trials)
+    return BudgetTable(
+        budget=plain_number(budget),
+        share=f"{100 * budget / outcomes.unpruned.image_tokens:.0f}",
+        rows=[_row(outcomes, trial, best) for trial in (outcomes.unpruned, *trials)],
+        absent=_absent(outcomes, trials),
+    )
+
+
+def _best(outcomes: Outcomes, trials: list[Trial]) -> dict[str, float]:
+    """The highest value of every column, by family or benchmark."""
+    values: dict[str, list[Estimate | None]] = {
+        family: [outcomes.retention(trial, family) for trial in trials] for family in FAMILIES
+    }
+    for column in outcomes.columns:
+        values[column.benchmark] = [outcomes.score(trial, column.benchmark) for trial in trials]
+    known = {key: [estimate.value for estimate in column if estimate] for key, column in values.items()}
+    return {key: max(column) for key, column in known.items() if column}
+
+
+def _row(outcomes: Outcomes, trial: Trial, best: dict[str, float]) -> Row:
+    def is_best(key: str, estimate: Estimate | None) -> bool:
+        return trial.pruned and estimate is not None and estimate.value == best.get(key)
+
+    scores = {}
+    for column in outcomes.columns:
+        estimate = outcomes.score(trial, column.benchmark)
+        scores[column.benchmark] = (
+            Cell(DASH)
+            if estimate is None
+            else Cell(
+                column.text(estimate.value),
+                f"{column.text(estimate.low)}–{column.text(estimate.high)}",
+                is_best(column.benchmark, estimate),
+                estimate,
+            )
+        )
+    retention = {family: outcomes.retention(trial, family) for family in FAMILIES}
+    return Row(
+        trial_id=trial.trial_id,
+        name=outcomes.name(trial),
+        color=method_style(trial.method).color,
+        position=trial.position.upper() if trial.pruned else "all tokens",
+        strategy=POSITIONS.get(trial.position, "") if trial.pruned else "",
+        retention={
+            family: retention_cell(estimate, is_best(family, estimate)) if trial.pruned else Cell("100")
+            for family, estimate in retention.items()
+        },
+        scores=scores,
+        tokens=token_columns(trial),
+        pruned=trial.pruned,
+    )
+
+
+def retention_cell(estimate: Estimate | None, best: bool = False) -> Cell:
+    if estimate is None:
+        return Cell(DASH)
+    return Cell(percent(estimate.value), f"{percent(estimate.low)}–{percent(estimate.high)}", best, estimate)
+
+
+def token_columns(trial: Trial) -> tuple[str, str, str, str]:
+    """K1, K2, stage-2 layer and realised average tokens; a dash where there is no second stage."""
+    layer = DASH if trial.stage2_layer is None else str(trial.stage2_layer)
+    second = DASH if trial.stage2_keep is None else str(trial.stage2_keep)
+    return (str(trial.stage1_keep), second, layer, plain_number(round(trial.average_tokens, 1)))
+
+
+def _absent(outcomes: Outcomes, trials: list[Trial]) -> list[str]:
+    """Series with main trials, but none here: ``FastV (PESP, PERC), run at 32, 48``."""
+    here = {(outcomes.name(trial), trial.position) for trial in trials}
+    budgets: dict[tuple[str, str], list[float]] = {}
+    for trial in outcomes.main:
+        if (outcomes.name(trial), trial.position) not in here and trial.budget is not None:
+            budgets.setdefault((outcomes.name(trial), trial.position), []).append(trial.budget)
+    positions: dict[tuple[str, str], list[str]] = {}
+    for (name, position), known in budgets.items():
+        positions.setdefault((name, ", ".join(map(plain_number, known))), []).append(position.upper())
+    return [f"{name} ({', '.join(found)}), run at {known}" for (name, known), found in positions.items()]
+
+
+@dataclass(frozen=True)
+class FailureTable:
+    """Share of answers that could not be read, in per cent. ``worst`` is a sentence, empty where nothing failed."""
+
+    benchmarks: list[str]
+    rows: list[tuple[str, list[str]]]
+    worst: str
+
+
+def failure_table(outcomes: Outcomes, scores: pd.DataFrame) -> FailureTable | None:
+    """All trials by all benchmarks that report ``parse_failure``; ``None`` where none does."""
+    failures = scores[scores["metric"] == "parse_failure"]
+    if failures.empty:
+        return None
+    rates = {(row.trial_id, row.benchmark): row.score for row in failures.itertuples()}
+    benchmarks = sorted(set(failures["benchmark"]), key=benchmark_rank)
+    rows = [
+        (trial.label, [percent(rates.get((trial.trial_id, benchmark))) for benchmark in benchmarks])
+        for trial in (outcomes.unpruned, *outcomes.trials)
+    ]
+    labels = {trial.trial_id: trial.label for trial in (outcomes.unpruned, *outcomes.trials)}
+    # max keeps the first of equals: iterate in the order of rows
+    trial_id, benchmark = max(
+        ((trial_id, name) for trial_id in labels for name in benchmarks if (trial_id, name) in rates), key=rates.get
+    )
+    highest = rates[trial_id, benchmark]
+    worst = f"{percent(highest)} % on {benchmark_name(benchmark)}, {labels[trial_id]}" if highest > 0 else ""
+    return FailureTable([benchmark_name(name) for name in benchmarks], rows, worst)
+
+
+@dataclass(frozen=True)
+class SideRow:
+    """``cells``: retention by family and share; in published rows ``interval`` holds the number of tasks."""
+
+    name: str
+    position: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Published retention and this run's at like token shares: two tables with the same columns, never one."""
+
+    shares: list[str]
+    published: list[SideRow]
+    ours: list[SideRow]
+    unanchored: list[str]
+
+
+def side_by_side(outcomes: Outcomes, published: list[PublishedRow], unanchored: list[str]) -> SideBySide | None:
+    """Budgets within one point of a published share of tokens; ``None`` where no budget is."""
+    total = outcomes.unpruned.image_tokens
+    pairs = [
+        (share, budget)
+        for share in sorted({row.share for row in published})
+        for budget in outcomes.budgets()
+        if abs(budget / total - share) < 0.01
+    ]
+    if not pairs:
+        return None
+    return SideBySide(
+        shares=[f"{100 * share:.0f}" for share, _ in pairs],
+        published=_published_side(published, [share for share, _ in pairs]),
+        ours=_our_side(outcomes, [budget for _, budget in pairs]),
+        unanchored=[method_style(method).name for method in sorted(unanchored, key=method_rank)],
+    )
+
+
+def _published_side(published: list[PublishedRow], shares: list[float]) -> list[SideRow]:
+    found = {(row.method, row.position, row.family, row.share): row for row in published}
+    series = sorted(
+        {(row.method, row.position) for row in published if row.share in shares},
+        key=lambda item: (method_rank(item[0]), item[1]),
+    )
+    rows = []
+    for method, position in series:
+        cells = [found.get((method, position, family, share)) for family in FAMILIES for share in shares]
+        rows.append(
+            SideRow(
+                method_style(method).name,
+                position.upper() or "own",
+                [Cell(DASH) if cell is None else Cell(percent(cell.retention), f"({cell.tasks})") for cell in cells],
+            )
+        )
+    return rows
+
+
+def _our_side(outcomes: Outcomes, budgets: list[float]) -> list[SideRow]:
+    found = {(outcomes.name(trial), trial.position, trial.budget): trial for trial in outcomes.main}
+    series = dict.fromkeys(
+        (outcomes.name(trial), trial.position, method_rank(trial.method), position_rank(trial.position))
+        for trial in outcomes.main
+        if trial.budget in budgets
+    )
+    rows = []
+    for name, position, *_ in series:
+        trials = [found.get((name, position, budget)) for budget in budgets]
+        estimates = [
+            None if trial is None else outcomes.retention(trial, family) for family in FAMILIES for trial in trials
+        ]
+        cells = [Cell(DASH if estimate is None else percent(estimate.value)) for estimate in estimates]
+        rows.append(SideRow(name, position.upper(), cells))
+    return rows

@@ -1,0 +1,211 @@
+"""``params.yaml`` as typed, validated settings.
+
+Everything is checked before any work starts: unknown keys, types, ranges, names, budgets no schedule can reach. An
+error is one line: the key, the value, what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nuwa.benchmarks import get_benchmark
+from nuwa.methods import RECIPES
+from nuwa.positions import PositionStrategy
+
+PARAMS_FILE = Path("params.yaml")
+Positive = Annotated[int, Field(ge=1)]
+Budget = Annotated[float, Field(gt=0)]
+
+
+class SettingsError(ValueError):
+    """A wrong ``params.yaml``; the message is one line a user can act on."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Section):
+    """``path``: a folder or hub id ``from_pretrained`` loads. ``prompt_style``: see ``nuwa.benchmarks.STYLES``."""
+
+    path: str
+    prompt_style: Literal["llava_v1", "testbed"]
+
+
+class PrepareSettings(Section):
+    """The testbed's benchmark: ``images`` test scenes, each asked ``questions`` per benchmark, all from ``seed``."""
+
+    seed: int
+    images: Positive
+    questions: dict[str, Positive]
+
+
+class PhaseSettings(Section):
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+
+
+class TestbedSettings(Section):
+    """How the testbed's model is trained. ``compile``: fuse layers with a C++ compiler (faster on a CPU)."""
+
+    seed: int
+    compile: bool
+    vision: PhaseSettings
+    language: PhaseSettings
+
+
+class FeatureSettings(Section):
+    """``dtype`` of cached signals, images in a shard, and Ray actors that encode."""
+
+    dtype: Literal["float16", "float32"]
+    shard_images: Positive
+    batch_size: Positive
+
+
+class ClusterSettings(Section):
+    """``address``: null runs on this machine, ``auto`` or ``host:port`` joins a Ray cluster; RAY_ADDRESS wins.
+
+    ``workers``: actors, each holding one model on ``cpus`` CPUs (its thread count) and ``gpus`` GPUs.
+    """
+
+    address: str | None
+    workers: Positive
+    cpus: Positive
+    gpus: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _whole_share_of_a_gpu(self) -> ClusterSettings:
+        if self.gpus > 0 and not (self.gpus.is_integer() or (1 / self.gpus).is_integer()):
+            raise ValueError(f"gpus {self.gpus} must be 0, a whole number or 1/k (0.5, 0.25, 0.2, ...)")
+        return self
+
+    @property
+    def resolved_address(self) -> str | None:
+        return os.environ.get("RAY_ADDRESS") or self.address
+
+
+class GridEntry(Section):
+    """One block of trials: every list is an axis, and the block is the product of its axes.
+
+    ``budget`` defaults to ``sweep.budgets``. ``stage2_layer: off`` leaves stage 2 out. ``parameters`` are the stage-1
+    method's own. ``where_reachable`` drops budgets the schedule cannot reach instead of refusing them.
+    """
+
+    name: str
+    method: str | list[str]
+    preset: str | list[str] | None = None
+    position: PositionStrategy | list[PositionStrategy] = "pesp"
+    budget: Budget | list[Budget] | None = None
+    stage2_layer: int | Literal["off"] | list[int | Literal["off"]] | None = None
+    stage2_scorer: str | list[str] | None = None
+    stage2_ratio: float | list[float] | None = None
+    seed: int | list[int] = 0
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    where_reachable: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off_is_a_word(cls, values: Any) -> Any:
+        """YAML 1.1 reads a bare ``off`` as False; here it is the word."""
+        if isinstance(values, dict) and "stage2_layer" in values:
+            layer = values["stage2_layer"]
+            mend = lambda value: "off" if value is False else value  # noqa: E731
+            values = {**values, "stage2_layer": [mend(v) for v in layer] if isinstance(layer, list) else mend(layer)}
+        return values
+
+
+class SweepSettings(Section):
+    """``images``: how many of the test images are used, a seeded subset (null: all). ``unit_images``: images a work
+    unit covers."""
+
+    benchmarks: Annotated[list[str], Field(min_length=1)]
+    images: Positive | None
+    subset_seed: int
+    unit_images: Positive
+    budgets: Annotated[list[Budget], Field(min_length=1)]
+    grids: Annotated[list[GridEntry], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> SweepSettings:
+        bases = [name.partition(":")[0] for name in self.benchmarks]
+        for name, base in zip(self.benchmarks, bases, strict=True):
+            get_benchmark(base, name.partition(":")[2] or None)
+            if bases.count(base) > 1:
+                raise ValueError(f"benchmark {base!r} is named more than once; a sweep scores one variant of each")
+        for entry in self.grids:
+            for method in entry.method if isinstance(entry.method, list) else [entry.method]:
+                if method not in RECIPES:
+                    raise ValueError(
+                        f"method {method!r} of grid {entry.name!r} is unknown; allowed: {', '.join(sorted(RECIPES))}"
+                    )
+        return self
+
+
+class EvaluateSettings(Section):
+    """Bootstrap over images: ``resamples`` draws from ``seed``."""
+
+    resamples: Annotated[int, Field(ge=100)]
+    seed: int
+
+
+class ReportSettings(Section):
+    headline_budget: Budget
+
+
+class TrackingSettings(Section):
+    """MLflow: ``uri`` null is a local SQLite file; MLFLOW_TRACKING_URI wins."""
+
+    uri: str | None
+    experiment: str
+
+    @property
+    def resolved_uri(self) -> str | None:
+        return os.environ.get("MLFLOW_TRACKING_URI") or self.uri
+
+
+class Settings(Section):
+    model: ModelSettings
+    prepare: PrepareSettings
+    testbed: TestbedSettings
+    features: FeatureSettings
+    cluster: ClusterSettings
+    sweep: SweepSettings
+    evaluate: EvaluateSettings
+    report: ReportSettings
+    tracking: TrackingSettings
+
+
+def _line(error: dict[str, Any]) -> str:
+    """One validation error as one line: key, value, what is allowed."""
+    key = (
+        ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "function-", "literal[")))
+        or "params"
+    )
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key; see docs/params.md for the keys that exist"
+    if error["type"] == "missing":
+        return f"{key}: missing; see docs/params.md for its meaning"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if error["type"] == "value_error" else f"{key} = {error['input']!r}: {message}"
+
+
+def load_settings(path: Path = PARAMS_FILE) -> Settings:
+    """Read and validate ``path``; raises :class:`SettingsError` with one line that names the first fault."""
+    if not path.exists():
+        raise SettingsError(f"{path}: no such file; run from the repository's top folder")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path}: must hold a mapping of sections: {', '.join(Settings.model_fields)}")
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {_line(error.errors()[0])}") from None

@@ -1,0 +1,21 @@
+"""``report``: one self-contained page and its Markdown, also as artifacts of the sweep's MLflow run."""
+
+from __future__ import annotations
+
+import json
+
+from pipelines.report.page import ReportInputs, build_report
+from pipelines.settings import Settings
+from stages.entry import DATA, REPORT, SWEEP, run_stage
+from stages.track import track
+
+
+def report(settings: Settings) -> None:
+    facts = json.loads(SWEEP.read_text())
+    inputs = ReportInputs.load(DATA, provenance=facts["fingerprints"] | {"model path": settings.model.path})
+    build_report(inputs, REPORT, settings.report.headline_budget)
+    track(settings)
+
+
+if __name__ == "__main__":
+    run_stage(report)

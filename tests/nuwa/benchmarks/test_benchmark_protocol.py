@@ -1,0 +1,134 @@
+"""The registry, prompt styles, and what every score owes: any text, the same numbers, an untouched truth."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nuwa.benchmarks import BENCHMARKS, Example, get_benchmark
+
+BOXED = {"box": [0.25, 0.25, 0.75, 0.75], "size": [20, 10]}
+OPTIONS = {"A": "red (dark)", "B": "a [b", "C": "\\d+"}
+TRUTHS = {
+    "refcoco": [BOXED],
+    "refcocoplus": [BOXED],
+    "refcocog": [BOXED],
+    "gqa": [{"answer": "yes"}],
+    "pope": [{"answer": "yes"}, {"answer": "no"}],
+    "textvqa": [{"answers": ["a", "", "the", *["yes"] * 7]}],
+    "vqav2": [{"answers": ["a", "", "the", *["yes"] * 7]}],
+    "scienceqa": [{"answer": "A", "options": OPTIONS}],
+    "mme": [{"answer": "yes", "group": "count/1"}],
+    "mmbench": [{"answer": "A", "options": OPTIONS, "group": "1"}],
+    "seedbench": [{"answer": "A", "options": OPTIONS}],
+    "mmmu": [
+        {"id": "x", "type": "multiple-choice", "options": OPTIONS, "answer": "A"},
+        {"id": "x", "type": "open", "answers": ["7", "x", "nan"]},
+    ],
+    "mmvet": [{"question": "q", "answer": "x"}],
+}
+CASES = [
+    pytest.param(benchmark, truth, id=f"{name}-{benchmark.variant}-{number}")
+    for name, variants in BENCHMARKS.items()
+    for benchmark in variants
+    for number, truth in enumerate(TRUTHS[name])
+]
+any_text = st.one_of(
+    st.text(),
+    st.text(alphabet="[](){},.:;-+eE0123456789 \n"),
+    st.text(alphabet="ABCDEabcdyesno'()., \n"),
+    st.lists(st.sampled_from(["[", "]", "0.5", ",", "yes", "no", "A", "(B)", "is", "=", "1,000", "the", "."])).map(
+        "".join
+    ),
+)
+
+
+@pytest.mark.parametrize(("benchmark", "truth"), CASES)
+@settings(max_examples=120, deadline=None)
+@given(prediction=any_text)
+def test_any_text_scores(benchmark, truth, prediction):
+    before = copy.deepcopy(truth)
+    scores = benchmark.score(prediction, truth)
+    assert scores["parse_failure"] in (0.0, 1.0)
+    assert all(type(value) is float and 0 <= value <= 1 + 1e-12 for value in scores.values())
+    assert benchmark.score(prediction, truth) == scores
+    assert truth == before
+
+
+@pytest.mark.parametrize(("benchmark", "truth"), CASES)
+def test_hostile_texts_score(benchmark, truth):
+    for prediction in ("\0", "\ud800", "9" * 10_000, "[" * 5_000, "1e999", "[" + "0," * 3 + "1" * 500 + "]", "İ ﬁ ①"):
+        assert all(math.isfinite(value) for value in benchmark.score(prediction, truth).values())
+
+
+@pytest.mark.parametrize(("benchmark", "truth"), CASES)
+def test_aggregates_name_their_headline(benchmark, truth):
+    table = benchmark.score_table(["yes", "A"], [truth | {"group": "g"}] * 2, ["count"] * 2)
+    assert list(table["group"]) == ["g", "g"] and list(table["category"]) == ["count"] * 2
+    result = benchmark.aggregate(table)
+    assert "parse_failure" in result
+    assert all(type(value) is float and math.isfinite(value) for value in result.values())
+    assert benchmark.headline in result or benchmark.name == "mmvet"
+
+
+def test_questions_without_group_are_their_own():
+    table = get_benchmark("gqa").score_table(["yes", "no"], [{"answer": "yes"}] * 2, ["", ""])
+    assert table["group"].nunique() == 2
+
+
+def test_scores_need_as_many_truths_as_answers():
+    with pytest.raises(ValueError):
+        get_benchmark("gqa").score_table(["yes"], [], [])
+
+
+def test_the_registry_holds_every_benchmark_and_variant():
+    assert {name: [one.variant for one in variants] for name, variants in BENCHMARKS.items()} == {
+        "refcoco": ["normalized", "pixels"],
+        "refcocoplus": ["normalized", "pixels"],
+        "refcocog": ["normalized", "pixels"],
+        "gqa": [""],
+        "pope": ["exact", "first_sentence"],
+        "textvqa": ["no_ocr", "ocr"],
+        "vqav2": [""],
+        "scienceqa": [""],
+        "mme": [""],
+        "mmbench": [""],
+        "seedbench": [""],
+        "mmmu": ["single_image", "first_image"],
+        "mmvet": [""],
+    }
+    for name, variants in BENCHMARKS.items():
+        assert get_benchmark(name) is variants[0]
+        for benchmark in variants:
+            assert benchmark.name == name
+            assert get_benchmark(name, benchmark.variant) is benchmark
+
+
+ALL = "refcoco, refcocoplus, refcocog, gqa, pope, textvqa, vqav2, scienceqa, mme, mmbench, seedbench, mmmu, mmvet"
+UNKNOWN = [
+    (("refcco", None), f"no benchmark is called 'refcco'; did you mean 'refcoco'? there are: {ALL}"),
+    (("xyz", None), f"no benchmark is called 'xyz'; there are: {ALL}"),
+    (
+        ("pope", "first-sentence"),
+        "no variant of pope is called 'first-sentence'; did you mean 'first_sentence'? "
+        "there are: exact, first_sentence",
+    ),
+    (("gqa", "ocr"), "no variant of gqa is called 'ocr'; there are: none"),
+]
+
+
+@pytest.mark.parametrize(("asked", "message"), UNKNOWN)
+def test_unknown_names_say_what_exists(asked, message):
+    with pytest.raises(ValueError) as error:
+        get_benchmark(*asked)
+    assert str(error.value) == message
+
+
+def test_unknown_prompt_styles_are_refused():
+    example = Example("gqa:1", "why?", {"answer": "yes"}, "", b"")
+    with pytest.raises(ValueError, match=r"^prompt style 'chatml' does not exist; choose one of llava_v1, testbed$"):
+        get_benchmark("gqa").prompt(example, "chatml")

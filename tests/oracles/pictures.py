@@ -1,0 +1,113 @@
+"""Encoder signals of imaginary images, ordinary and adversarial, one image at a time in NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+KINDS = ("normal", "ties", "equal", "dark_region", "zero_vectors", "half")
+# Height and width: square and not, odd, one line, one patch.
+SHAPES = ((6, 6), (5, 7), (1, 9), (9, 1), (4, 10), (3, 3), (1, 1))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image. ``features`` (N, D), ``attention`` (N,), ``keys`` (N, C) and ``similarity`` (N, D)."""
+
+    name: str
+    height: int
+    width: int
+    features: np.ndarray
+    attention: np.ndarray
+    keys: np.ndarray
+    similarity: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    def place(self, token: int) -> tuple[int, int]:
+        """Row and column of a token in raster order."""
+        return divmod(token, self.width)
+
+
+def draw_picture(seed: int, height: int, width: int, kind: str = "normal", dim: int = 5, key_dim: int = 6) -> Picture:
+    """A picture of one of ``KINDS``; the same arguments give the same picture.
+
+    ``ties``: few distinct values, exact in float32. ``equal``: every patch looks alike but for its features.
+    ``dark_region``: no salience in the top left 2x2 patches. ``zero_vectors``: every third patch has no key and no
+    similarity vector. ``half``: float16.
+    """
+    rng = np.random.default_rng([seed, height, width, KINDS.index(kind)])
+    count = height * width
+    picture = Picture(
+        f"{kind}-{seed}",
+        height,
+        width,
+        features=rng.normal(0, 2, (count, dim)).astype(np.float32),
+        attention=rng.dirichlet(np.ones(count)).astype(np.float32),
+        keys=rng.normal(size=(count, key_dim)).astype(np.float32),
+        similarity=rng.normal(size=(count, dim)).astype(np.float32),
+    )
+    if kind == "ties":
+        return replace(
+            picture,
+            attention=(rng.integers(0, 3, count) / 4).astype(np.float32),
+            keys=_exact_keys(rng, count, key_dim),
+            similarity=rng.integers(-1, 2, (count, dim)).astype(np.float32),
+        )
+    if kind == "equal":
+        return replace(
+            picture,
+            attention=np.full(count, 0.25, np.float32),
+            keys=np.ones((count, key_dim), np.float32),
+            similarity=np.ones((count, dim), np.float32),
+        )
+    if kind == "dark_region":
+        dark = [token for token in range(count) if token // width < 2 and token % width < 2]
+        attention = picture.attention.copy()
+        attention[dark] = 0
+        return replace(picture, attention=attention)
+    if kind == "zero_vectors":
+        keys, similarity = picture.keys.copy(), picture.similarity.copy()
+        keys[::3], similarity[::3] = 0, 0
+        return replace(picture, keys=keys, similarity=similarity)
+    if kind == "half":
+        return replace(
+            picture,
+            features=picture.features.astype(np.float16),
+            attention=picture.attention.astype(np.float16),
+            keys=picture.keys.astype(np.float16),
+            similarity=picture.similarity.astype(np.float16),
+        )
+    return picture
+
+
+def _exact_keys(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
+    """Keys of norm 0, 1, 2 or 4 whose cosines are exact in float32: four entries ±1, the rest 0, then scaled."""
+    keys = np.zeros((count, dim), np.float32)
+    for key in keys:
+        key[rng.choice(dim, 4, replace=False)] = rng.choice([-1, 1], 4)
+    return keys * rng.choice([0, 0.5, 1, 2], (count, 1)).astype(np.float32)
+
+
+def best_first(scores: list[float], among: list[int] | None = None) -> list[int]:
+    """Tokens by falling score; of equal scores the lower index comes first."""
+    tokens = range(len(scores)) if among is None else among
+    return sorted(tokens, key=lambda token: (-scores[token], token))
+
+
+def norm(vector: np.ndarray) -> float:
+    total = 0.0
+    for value in vector:
+        total += float(value) ** 2
+    return total**0.5
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """Cosine similarity; 0 where a vector is zero."""
+    lengths = norm(one) * norm(other)
+    if lengths == 0:
+        return 0.0
+    return float(np.dot(one.astype(np.float64), other.astype(np.float64))) / lengths

@@ -1,0 +1,308 @@
+"""The written report against the files it was made of."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lxml.html
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.report.inputs import COLUMNS, ReportInputs
+from pipelines.report.page import build_report, markdown_text
+
+ORDER = ("refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa")
+
+
+def read_page(report: Path) -> lxml.html.HtmlElement:
+    return lxml.html.fromstring((report / "index.html").read_text(encoding="utf-8"))
+
+
+def cell_texts(row: lxml.html.HtmlElement) -> list[str]:
+    """Every cell as ``number interval``."""
+    return [" ".join(text.strip() for text in cell.itertext() if text.strip()) for cell in row.xpath("./td")]
+
+
+def build(data: Path, output: Path, budget: float = 16, **provenance: str) -> Path:
+    build_report(ReportInputs.load(data, provenance), output, budget)
+    return output
+
+
+def expected_cells(trial: pd.Series, scores: pd.DataFrame) -> list[str]:
+    """The cells of a pruned trial's row from the files alone."""
+
+    def text(row: pd.Series) -> str:
+        return f"{100 * row['score']:.1f} {100 * row['low']:.1f}–{100 * row['high']:.1f}"
+
+    mine = scores[(scores["trial_id"] == trial["trial_id"]) & scores["headline"]]
+    means = mine[mine["benchmark"] == "mean"].set_index("family")
+    single = mine[mine["benchmark"] != "mean"].set_index("benchmark")
+    second = ["–" if pd.isna(trial[name]) else str(int(trial[name])) for name in ("stage2_keep", "stage2_layer")]
+    return [
+        *(text(means.loc[family]) for family in ("grounding", "vqa")),
+        *(text(single.loc[benchmark]) for benchmark in ORDER),
+        *(str(trial["stage1_keep"]), *second, f"{trial['average_tokens']:g}"),
+    ]
+
+
+def test_every_number_of_the_budget_tables_is_the_files(full_run, full_report):
+    trials, scores = (pd.read_parquet(full_run / f"{name}.parquet") for name in ("trials", "scores"))
+    main = trials[trials["grids"].map(lambda grids: "main" in grids) & (trials["method"] != "unpruned")]
+    page = read_page(full_report)
+    for budget, mine in main.groupby("budget"):
+        rows = page.xpath(f'//table[@data-budget="{budget:g}"]/tbody/tr')
+        assert "unpruned" in rows[0].get("class")
+        assert cell_texts(rows[0])[1:3] == ["100", "100"]
+        assert sorted(row.get("data-trial") for row in rows[1:]) == sorted(mine["trial_id"])
+        by_id = mine.set_index("trial_id", drop=False)
+        for row in rows[1:]:
+            trial = by_id.loc[row.get("data-trial")]
+            position, *cells = cell_texts(row)
+            assert position.split()[0] == trial["position"].upper()
+            assert cells == expected_cells(trial, scores)
+
+
+def test_the_markdown_tables_hold_the_same_numbers(full_run, full_report):
+    trials, scores = (pd.read_parquet(full_run / f"{name}.parquet") for name in ("trials", "scores"))
+    trial = trials[(trials["method"] == "visionzip") & (trials["position"] == "rpme") & (trials["budget"] == 32)].iloc[
+        0
+    ]
+    cells = [re.sub(r"(\S+) (\S+)–(\S+)", r"\1 [\2, \3]", cell) for cell in expected_cells(trial, scores)]
+    text = (full_report / "report.md").read_text(encoding="utf-8")
+    assert f"| VisionZip | RPME | {' | '.join(cells)} |" in text
+
+
+def test_the_best_of_every_column_is_marked(full_run, full_report):
+    scores = pd.read_parquet(full_run / "scores.parquet").set_index("trial_id")
+    rows = read_page(full_report).xpath('//table[@data-budget="32"]/tbody/tr')[1:]
+    ids = [row.get("data-trial") for row in rows]
+    for place, benchmark in enumerate(("grounding", "vqa", *ORDER), start=1):
+        column = scores[scores["headline"] & ((scores["benchmark"] == benchmark) | (scores["family"] == benchmark))]
+        if benchmark in ("grounding", "vqa"):
+            column = column[column["benchmark"] == "mean"]
+        best = {name for name in ids if column.loc[name, "score"] == column.loc[ids, "score"].max()}
+        marked = {row.get("data-trial") for row in rows if "best" in (row.xpath("./td")[place].get("class") or "")}
+        assert marked == best
+
+
+def test_two_builds_are_the_same_bytes_whatever_the_order_and_the_hash_seed(full_run, full_report, tmp_path):
+    """The other build has its rows shuffled and runs in a process whose sets iterate in another order."""
+    rng = np.random.default_rng(1)
+    for name in COLUMNS:
+        table = pq.read_table(full_run / f"{name}.parquet")
+        pq.write_table(table.take(rng.permutation(len(table))), tmp_path / f"{name}.parquet")
+    code = (
+        "import sys; from pathlib import Path; from pipelines.report.page import ReportInputs, build_report\n"
+        "inputs = ReportInputs.load(Path(sys.argv[1]), {'model path': 'models/testbed', 'data': 'md5 1f<2>'})\n"
+        "build_report(inputs, Path(sys.argv[2]), 16)"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code, tmp_path, tmp_path / "report"], env=environment, check=True)
+    files = sorted(path.relative_to(full_report) for path in full_report.rglob("*") if path.is_file())
+    assert len(files) > 30
+    assert files == sorted(p.relative_to(tmp_path / "report") for p in (tmp_path / "report").rglob("*") if p.is_file())
+    for name in files:
+        assert (full_report / name).read_bytes() == (tmp_path / "report" / name).read_bytes(), name
+
+
+def test_the_page_loads_nothing(full_report):
+    page = read_page(full_report)
+    assert not page.xpath("//script|//link|//iframe|//object|//embed|//base|//audio|//video|//form")
+    loading = ("src", "href", "{http://www.w3.org/1999/xlink}href", "xlink:href", "srcset", "poster", "action")
+    loads = [value for element in page.iter() for name, value in element.attrib.items() if name in loading]
+    assert len(loads) > 100
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in loads)
+    style = "".join(page.xpath("//style/text()")) + "".join(page.xpath("//@style"))
+    assert "@import" not in style
+    assert not re.search(r"url\((?!#)", style)
+    assert not [element for element in page.iter() for name in element.attrib if name.startswith("on")]
+
+
+def test_ids_are_unique_on_the_page_and_references_resolve(full_report):
+    page = read_page(full_report)
+    ids = page.xpath("//@id")
+    assert len(ids) == len(set(ids))
+    text = (full_report / "index.html").read_text(encoding="utf-8")
+    wanted = set(re.findall(r'xlink:href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert wanted
+    assert wanted <= set(ids)
+
+
+def test_texts_from_data_are_escaped(full_report):
+    text = (full_report / "index.html").read_text(encoding="utf-8")
+    page = read_page(full_report)
+    questions = page.xpath('//section[@id="gallery"]//h3/text()')
+    assert "the <script>alert(1)</script> | 5" in [question.strip() for question in questions]
+    assert "<script>alert" not in text
+    assert "✗ <b>blue</b>" in [caption.strip() for caption in page.xpath('//section[@id="gallery"]//span/text()')]
+    assert "<b>blue</b>" not in text
+    assert page.xpath('//section[@id="provenance"]//tr[th="data"]/td/code/text()') == ["md5 1f<2>"]
+    markdown = (full_report / "report.md").read_text(encoding="utf-8")
+    assert "the &lt;script&gt;alert(1)&lt;/script&gt; \\| 5" in markdown
+    assert "<script" not in markdown
+    assert "<b>" not in markdown
+
+
+def test_markdown_text_keeps_a_cell_one_cell():
+    assert markdown_text("a | b\nc_d *e* [f](g) <h>") == r"a \| b c\_d \*e\* \[f\](g) &lt;h&gt;"
+
+
+def test_markdown_shows_pictures_that_exist_and_every_picture_made(full_report):
+    shown = re.findall(r"\]\((figures/[^)]+)\)", (full_report / "report.md").read_text(encoding="utf-8"))
+    made = [f"figures/{path.name}" for path in (full_report / "figures").iterdir()]
+    assert sorted(shown) == sorted(made)
+
+
+def test_a_method_without_a_trial_at_a_budget_is_named_not_shown(full_report):
+    page = read_page(full_report)
+    names = {budget: page.xpath(f'//table[@data-budget="{budget}"]//tbody//th/text()') for budget in ("16", "32", "48")}
+    assert ["FastV" in names[budget] for budget in ("16", "32", "48")] == [False, True, True]
+    note = page.xpath('//section[@id="headline"]/p')[0].text_content()
+    assert "No trial at this budget: FastV (PESP), run at 32, 48." in note
+
+
+def test_missing_scores_leave_dashes(synthetic, tmp_path):
+    run = synthetic(images=2)
+    run.add_main({("nuwa", "released", "pesp"): ((0.5, 0.6, 0.7), (0.9, 0.9, 0.9))})
+    target = run.trials[1]["trial_id"]
+    run.scores = [row for row in run.scores if row["trial_id"] != target or row["benchmark"] not in ("gqa", "mean")] + [
+        {**row, "score": float("nan"), "low": float("nan"), "high": float("nan")}
+        for row in run.scores
+        if row["trial_id"] == target and (row["benchmark"], row["family"]) == ("mean", "grounding")
+    ]
+    page = read_page(build(run.write(tmp_path / "data"), tmp_path / "report"))
+    cells = cell_texts(page.xpath(f'//table[@data-budget="16"]//tr[@data-trial="{target}"]')[0])
+    assert [cells[place] for place in (1, 2, 7)] == ["–", "–", "–"]
+    assert "no grounding result of Nüwa" in page.xpath('//p[@class="finding"]')[0].text_content()
+
+
+def test_without_ablations_or_square_patches_those_sections_are_absent(synthetic, full_report, tmp_path):
+    assert {"ablations", "gallery", "published", "failures", "provenance"} <= set(
+        read_page(full_report).xpath("//section/@id")
+    )
+    run = synthetic(images=2)
+    run.add_main({("nuwa", "released", "pesp"): ((0.5, 0.6, 0.7), (0.9, 0.9, 0.9))})
+    for trial in run.trials:
+        trial["image_tokens"] = 150  # no square, and 16 of 150 is 10.7 %, within a point of 11.1 %
+    run.scores = [row for row in run.scores if row["metric"] != "parse_failure"]
+    page = read_page(build(run.write(tmp_path / "data"), tmp_path / "report"))
+    assert page.xpath("//section/@id") == ["headline", "curves", "published"]
+
+
+def test_a_run_of_ablations_only_still_makes_a_page(synthetic, tmp_path):
+    run = synthetic(images=2)
+    for pillars in (True, False):
+        run.add("nuwa", "released", "pesp", 16, (0.5, 0.9), ("pillars",), {"pillars": pillars})
+    page = read_page(build(run.write(tmp_path / "data"), tmp_path / "report"))
+    assert page.xpath("//section/@id") == ["headline", "curves", "ablations", "failures"]
+    assert len(page.xpath('//table[@data-budget="16"]/tbody/tr')) == 1
+    assert page.xpath('//p[@class="finding"]')[0].text_content().endswith("and none of any other method.")
+
+
+def test_published_figures_stand_apart(full_report):
+    """Nüwa at 64 tokens by hand: the scores of tables 2, 3 and 5 over the unpruned ones."""
+    pairs = [(29.43, 58.30), (28.60, 56.42), (28.22, 59.43), (17.47, 38.88), (21.81, 48.50)]
+    by_hand = 100 * sum(score / full for score, full in pairs) / len(pairs)
+    page = read_page(full_report)
+    theirs, ours = (page.xpath(f'//div[@class="{side}"]')[0] for side in ("theirs", "ours"))
+    assert theirs.xpath("./h3")[0].text_content() == "Published, LLaVA-1.5-7B"
+    assert ours.xpath("./h3")[0].text_content() == "This run, models/testbed"
+    nuwa = theirs.xpath('.//tr[th="Nüwa"]')[0]
+    assert cell_texts(nuwa)[1] == f"{by_hand:.1f} (5)" == "47.7 (5)"
+    assert (
+        "Not shown, as their source prints no unpruned row: LearnPruner, VisPruner, DivPrune." in theirs.text_content()
+    )
+    fastv = ours.xpath('.//tr[th="FastV"]')[0]
+    assert cell_texts(fastv) == ["PESP", "–", "41.0", "63.0", "–", "80.0", "90.0"]
+
+
+def test_the_highest_parse_failure_is_stated(full_run, full_report):
+    scores = pd.read_parquet(full_run / "scores.parquet")
+    failures = scores[scores["metric"] == "parse_failure"]
+    worst = failures["score"].max()
+    section = read_page(full_report).xpath('//section[@id="failures"]')[0]
+    assert f"Highest rate: {100 * worst:.1f} % on RefCOCO, " in section.text_content()
+    rows = section.xpath(".//tbody/tr")
+    assert len(rows) == scores["trial_id"].nunique()
+    shown = {row.xpath("./th")[0].text_content(): cell_texts(row) for row in rows}
+    trials = pd.read_parquet(full_run / "trials.parquet").set_index("trial_id")
+    for row in failures.itertuples():
+        place = ("refcoco", "refcocoplus", "refcocog").index(row.benchmark)
+        assert shown[trials.at[row.trial_id, "label"]][place] == f"{100 * row.score:.1f}"
+
+
+def test_facts_count_what_was_asked_not_what_was_prepared(synthetic, tmp_path):
+    run = synthetic(images=3)
+    run.add_main({("nuwa", "released", "pesp"): ((0.5, 0.6, 0.7), (0.9, 0.9, 0.9))})
+    unused = run.images[2]["image"]
+    left_out = {example["example_id"] for example in run.examples if example["image"] == unused}
+    run.predictions = [row for row in run.predictions if row["example_id"] not in left_out]
+    page = read_page(build(run.write(tmp_path / "data"), tmp_path / "report"))
+    facts = dict(zip(page.xpath("//dl//dt/text()"), page.xpath("//dl//dd/text()"), strict=True))
+    assert (facts["Images"], facts["Questions"], facts["Trials"], facts["Answers"]) == ("2", "12", "4", "48")
+
+
+@pytest.mark.parametrize("name", list(COLUMNS))
+def test_a_missing_file_is_named_with_the_stage_to_run(full_run, tmp_path, name):
+    for other in COLUMNS:
+        if other != name:
+            (tmp_path / f"{other}.parquet").symlink_to(full_run / f"{other}.parquet")
+    path = tmp_path / f"{name}.parquet"
+    with pytest.raises(FileNotFoundError) as caught:
+        ReportInputs.load(tmp_path)
+    assert str(caught.value) == f"{path} is missing; run `dvc repro evaluate` to make it"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda table: table.slice(0, 0), "has no rows; run `dvc repro evaluate` to make it"),
+        (
+            lambda table: table.drop_columns(["low", "n"]),
+            "lacks the columns low, n; run `dvc repro evaluate` to make it",
+        ),
+        (None, "is not a Parquet file; run `dvc repro evaluate` to make it"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_stage_to_run(full_run, tmp_path, damage, message):
+    for name in COLUMNS:
+        (tmp_path / f"{name}.parquet").write_bytes((full_run / f"{name}.parquet").read_bytes())
+    path = tmp_path / "scores.parquet"
+    if damage is None:
+        path.write_bytes(b"trial_id,score\n")
+    else:
+        pq.write_table(damage(pq.read_table(path)), path)
+    with pytest.raises(ValueError) as caught:
+        ReportInputs.load(tmp_path)
+    assert str(caught.value) == f"{path} {message}"
+
+
+def test_a_run_without_an_unpruned_trial_is_refused(full_run, tmp_path):
+    for name in COLUMNS:
+        (tmp_path / f"{name}.parquet").write_bytes((full_run / f"{name}.parquet").read_bytes())
+    path = tmp_path / "trials.parquet"
+    trials = pq.read_table(path)
+    pq.write_table(trials.filter(pa.compute.not_equal(trials["method"], "unpruned")), path)
+    with pytest.raises(ValueError) as caught:
+        ReportInputs.load(tmp_path)
+    assert str(caught.value) == (
+        f"{path} has no trial of method 'unpruned', which every retention is measured against; "
+        "add it to a grid in params.yaml and run `dvc repro evaluate`"
+    )
+
+
+def test_a_headline_budget_that_was_not_run_is_refused_before_anything_is_written(full_run, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        build_report(ReportInputs.load(full_run), tmp_path / "report", 20)
+    assert str(caught.value) == (
+        "headline_budget 20 has no trial; set report.headline_budget in params.yaml "
+        "to one of this run's budgets: 16, 32, 48"
+    )
+    assert not (tmp_path / "report").exists()

@@ -1,0 +1,176 @@
+"""Charts hold the numbers they draw; the gallery shows the patches, boxes and answers of the files."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines.report.charts import Point, forest, heatmap, line, panel_svg, panels_png, spread
+from pipelines.report.gallery import COLLECTOR, PILLAR, gallery
+from pipelines.report.inputs import ReportInputs
+from pipelines.report.outcomes import Outcomes
+
+
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+
+
+def test_heatmap_cells_hold_their_numbers_and_holes_a_dash():
+    values = np.array([[0.311, np.nan], [0.5, 0.4204]])
+    svg = panel_svg(heatmap("Grounding", ["random", "cosine"], ["2", "4"], values, ("scorer", "layer")), "h")
+    found = texts(svg)
+    assert {"31.1", "–", "50.0", "42.0", "random", "cosine", "2", "4", "scorer", "layer", "Grounding"} <= set(found)
+    assert "<image" not in svg
+
+
+def test_heatmap_of_holes_only_is_drawn():
+    svg = panel_svg(heatmap("VQA", ["a"], ["b"], np.array([[np.nan]]), ("x", "y")), "h")
+    assert "–" in texts(svg)
+
+
+def test_forest_names_every_setting_with_its_number():
+    points = [Point(0.0, "regions on", 0.748, 0.7, 0.8), Point(0.0, "regions <off>", 0.114)]
+    found = texts(panel_svg(forest("Published: VQA", points, "#000000"), "f"))
+    assert {"74.8", "11.4", "regions on", "regions &lt;off&gt;"} <= set(found)
+
+
+def test_panels_are_the_same_bytes_every_time_and_carry_no_date():
+    panel = line("t", [Point(0.1, "", 0.5, 0.4, 0.6), Point(0.2, "", 0.6, 0.5, 0.7)], "x", "#0072B2", marked=0.1)
+    assert panel_svg(panel, "a") == panel_svg(panel, "a")
+    assert panels_png([panel, panel, panel]) == panels_png([panel, panel, panel])
+    assert "date" not in panel_svg(panel, "a").lower()
+    assert not Image.open(io.BytesIO(panels_png([panel]))).text
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0, 100), min_size=1, max_size=12).map(sorted),
+    st.floats(0.5, 8),
+)
+def test_spread_keeps_order_distance_and_bounds(values, gap):
+    placed = spread(values, gap, 0.0, 100.0)
+    assert all(b - a >= gap - 1e-6 for a, b in itertools.pairwise(placed))
+    assert placed[0] >= -1e-6
+    assert placed[-1] <= 100 + 1e-6
+
+
+def test_spread_moves_only_what_touches():
+    assert spread([0.0, 10.0, 20.0], 2.0, 0.0, 100.0) == [0.0, 10.0, 20.0]
+    assert spread([50.0, 50.0, 90.0], 4.0, 0.0, 100.0) == [48.0, 52.0, 90.0]
+    assert spread([99.0, 100.0], 4.0, 0.0, 100.0) == [96.0, 100.0]
+
+
+@pytest.fixture
+def duel(synthetic, tmp_path):
+    """Nüwa against Random on two images: ``answer`` sets what a method says about an example."""
+    run = synthetic(images=2)
+    run.add("nuwa", "released", "pesp", 16, (0.5, 0.9), ("main",), layer=4, scorer="attention_last_token")
+    run.add("random", "default", "pesp", 16, (0.5, 0.9), ("main",))
+    nuwa, random = (trial["trial_id"] for trial in run.trials[1:])
+    truths = {example["example_id"]: json.loads(example["truth"]) for example in run.examples}
+    right = {}
+    for name, truth in truths.items():
+        right[name] = json.dumps(truth["box"]) if "box" in truth else truth.get("answer", "5")
+    answers = {(trial, name): right[name] for trial in (nuwa, random) for name in truths}
+    run.answers, run.ids, run.right = answers, (nuwa, random), right
+
+    def cases():
+        for row in run.predictions:
+            row["prediction"] = answers.get((row["trial_id"], row["example_id"]), row["prediction"])
+        inputs = ReportInputs.load(run.write(tmp_path / "data"))
+        return gallery(inputs, Outcomes(inputs), 16)
+
+    run.cases = cases
+    return run
+
+
+def test_cases_show_both_outcomes(duel):
+    nuwa, random = duel.ids
+    duel.answers[random, "refcocog:001"] = "[0.9, 0.9, 0.95, 0.95]"
+    duel.answers[nuwa, "refcoco:002"] = "no idea"
+    cases = {case.example_id: case for case in duel.cases()}
+    assert list(cases) == ["refcocog:001", "refcoco:002"]  # the two images, each once
+    assert [(p.title, p.answer, p.right) for p in cases["refcocog:001"].pictures[1:]] == [
+        ("Nüwa PESP", "IoU 1.00", True),
+        ("Random PESP", "IoU 0.00", False),
+    ]
+    assert [(p.title, p.answer, p.right) for p in cases["refcoco:002"].pictures[1:]] == [
+        ("Nüwa PESP", "no box: no idea", False),
+        ("Random PESP", "IoU 1.00", True),
+    ]
+
+
+def test_questions_are_judged_by_their_benchmark(duel):
+    """EvalAI's normalisation makes ``The five.`` right; without boxes, the most different answers are shown."""
+    nuwa, random = duel.ids
+    for example in duel.examples:
+        if example["family"] == "grounding":
+            example["width"] = 97  # not square: not shown
+    duel.answers[nuwa, "textvqa:001"] = "The five."
+    duel.answers[random, "textvqa:001"] = "6 or so"
+    case = duel.cases()[0]
+    assert (case.example_id, case.truth) == ("textvqa:001", "5")
+    assert [(picture.answer, picture.right) for picture in case.pictures[1:]] == [
+        ("The five.", True),
+        ("6 or so", False),
+    ]
+
+
+def test_kept_patches_keep_their_pixels_and_roles_their_outline(duel):
+    nuwa, random = duel.ids
+    duel.answers[random, "refcoco:001"] = "[0.4, 0.0, 0.5, 0.05]"
+    image = duel.images[0]["image"]
+    for row in duel.kept:
+        if row["image"] == image and row["trial_id"] == nuwa:
+            row["indices"], row["pillar"] = np.array([0, 11, 12]), np.array([True, False, True])
+        if row["image"] == image and row["trial_id"] == random:
+            row["indices"], row["pillar"] = np.array([0, 143]), np.array([True, True])
+    for row in duel.predictions:
+        if row["example_id"].endswith(":001") and row["trial_id"] in duel.ids:
+            row["kept_final"] = [0, 11, 12] if row["trial_id"] == nuwa else [0]
+    case = duel.cases()[0]
+    assert case.example_id == "refcoco:001"
+    assert [picture.tokens for picture in case.pictures] == ["", "3 tokens", "2 → 1 tokens"]
+    plain, roles, bare = (np.asarray(Image.open(io.BytesIO(picture.png)), dtype=int) for picture in case.pictures)
+    assert plain.shape == (288, 288, 3)
+    assert tuple(roles[0, 0]) == PILLAR
+    assert tuple(roles[0, 287]) == COLLECTOR
+    assert tuple(roles[24, 0]) == PILLAR
+    assert (roles[2:22, 2:22] == plain[2:22, 2:22]).all()
+    assert (bare[264:288, 264:288] == plain[264:288, 264:288]).all()  # kept, without a role, dropped by stage 2: plain
+    assert (bare[12, 12] == 255).all()  # the token alive in the last layer has its dot
+    faded = 0.2 * plain[264:288, 0:24] + 0.8 * 255
+    assert np.abs(roles[264:288, 0:24] - faded).max() <= 1
+
+
+def test_the_first_picture_is_the_image_enlarged_by_whole_pixels(duel):
+    duel.answers[duel.ids[1], "refcoco:001"] = "none"
+    case = duel.cases()[0]
+    original = np.asarray(Image.open(io.BytesIO(duel.images[0]["bytes"])))
+    shown = np.asarray(Image.open(io.BytesIO(case.pictures[0].png)))
+    box = json.loads(duel.examples[0]["truth"])["box"]
+    untouched = np.ones((96, 96), dtype=bool)
+    left, top, right, bottom = (round(96 * value) for value in box)
+    untouched[max(0, top - 3) : bottom + 3, max(0, left - 3) : right + 3] = False
+    assert (shown.reshape(96, 3, 96, 3, 3)[:, 1, :, 2][untouched] == original[untouched]).all()
+
+
+def test_datasets_may_live_in_memory(duel, tmp_path):
+    """The gallery filters Arrow datasets; where they come from makes no difference."""
+    duel.answers[duel.ids[1], "refcoco:001"] = "none"
+    from_files = duel.cases()
+    tables = duel.frames()
+    inputs = ReportInputs(
+        *(tables[name].to_pandas() for name in ("trials", "scores", "examples")),
+        *(ds.dataset(tables[name]) for name in ("predictions", "kept", "images")),
+    )
+    assert gallery(inputs, Outcomes(inputs), 16) == from_files

@@ -1,0 +1,73 @@
+"""Axes → trials: products, identities, deduplication."""
+
+from __future__ import annotations
+
+from nuwa.grid import PatchGrid
+from pipelines.grid import expand
+from pipelines.settings import SweepSettings
+
+GRID, LAYERS = PatchGrid(12, 12), 8
+
+
+def trials_of(*entries, budgets=(16, 32)):
+    return expand(
+        SweepSettings(
+            benchmarks=["pope"], images=None, subset_seed=0, unit_images=4, budgets=list(budgets), grids=list(entries)
+        ),
+        GRID,
+        LAYERS,
+    )
+
+
+def test_a_block_is_the_product_of_its_lists():
+    trials = trials_of({"name": "g", "method": ["nuwa", "random"], "position": ["perc", "pesp", "rpme"]})
+    assert trials[0].spec.method == "unpruned"
+    points = {(t.spec.method, t.spec.position, t.spec.budget) for t in trials[1:]}
+    assert points == {(m, p, b) for m in ("nuwa", "random") for p in ("perc", "pesp", "rpme") for b in (16, 32)}
+    assert len(trials) == 13
+
+
+def test_equal_work_is_one_trial_with_both_grids_names():
+    trials = trials_of(
+        {"name": "a", "method": "nuwa", "budget": 16},
+        {"name": "b", "method": "nuwa", "budget": 16, "parameters": {"pillar_quantile": 0.55}},
+        {"name": "c", "method": "uniform", "budget": 16, "seed": [1, 2, 3]},
+    )
+    assert [(t.spec.method, t.grids) for t in trials] == [
+        ("unpruned", ("a",)),
+        ("nuwa", ("a", "b")),
+        ("uniform", ("c",)),
+    ]
+
+
+def test_seeds_are_trials_only_where_something_is_random():
+    assert len(trials_of({"name": "g", "method": "random", "budget": 16, "seed": [1, 2, 3]})) == 4
+    cut = {"name": "g", "method": "nuwa", "budget": 16, "seed": [1, 2], "stage2_scorer": "random"}
+    assert len(trials_of(cut)) == 3
+
+
+def test_ids_depend_on_content_and_not_on_order_or_names():
+    one = {t.trial_id for t in trials_of({"name": "x", "method": ["nuwa", "visionzip"], "position": ["perc", "pesp"]})}
+    other = {
+        t.trial_id for t in trials_of({"name": "y", "method": ["visionzip", "nuwa"], "position": ["pesp", "perc"]})
+    }
+    assert one == other
+
+
+def test_the_full_budget_is_one_trial_whatever_the_position():
+    trials = trials_of({"name": "g", "method": "uniform", "budget": 144, "position": ["perc", "pesp", "rpme"]})
+    assert len(trials) == 2
+
+
+def test_the_budget_is_met_and_recorded():
+    (_, trial) = trials_of({"name": "g", "method": "nuwa", "budget": 16})
+    row = trial.row()
+    assert (row["stage1_keep"], row["stage2_layer"], row["stage2_keep"], row["average_tokens"]) == (28, 4, 4, 16.0)
+    (_, pooled) = trials_of({"name": "g", "method": "pooling", "budget": 32})
+    assert pooled.row()["average_tokens"] == 30.0, "a 5x6 grid is the largest within 32"
+
+
+def test_trials_that_differ_in_stage_2_only_share_a_trunk():
+    trials = trials_of({"name": "g", "method": "nuwa", "budget": 16, "stage2_scorer": ["random", "cosine_mean_text"]})
+    assert len({t.stage1_identity for t in trials[1:]}) == 1
+    assert len({t.trial_id for t in trials}) == 3

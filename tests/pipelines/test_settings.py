@@ -1,0 +1,125 @@
+"""params.yaml: what is wrong is told in one line before anything runs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+
+from nuwa.grid import PatchGrid
+from pipelines.grid import expand
+from pipelines.settings import Settings, SettingsError, load_settings
+
+GRID, LAYERS = PatchGrid(12, 12), 8
+
+
+def write(tmp_path, content):
+    path = tmp_path / "params.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_the_projects_own_file_is_valid(params, tmp_path):
+    settings = load_settings(write(tmp_path, params))
+    assert settings.sweep.budgets == [16, 32, 48]
+    trials = expand(settings.sweep, GRID, LAYERS)
+    assert len(trials) >= 40
+    assert len({trial.trial_id for trial in trials}) == len(trials)
+    assert len({trial.label for trial in trials}) == len(trials)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("sweep", "bugdets"), [16], "sweep.bugdets: unknown key; see docs/params.md for the keys that exist"),
+        (
+            ("features", "dtype"),
+            "float8",
+            "features.dtype = 'float8': Input should be 'float16' or 'float32'",
+        ),
+        (("sweep", "budgets"), [0], "sweep.budgets.0 = 0: Input should be greater than 0"),
+        (("cluster", "workers"), 0, "cluster.workers = 0: Input should be greater than or equal to 1"),
+        (("cluster", "gpus"), 0.3, "cluster: gpus 0.3 must be 0, a whole number or 1/k (0.5, 0.25, 0.2, ...)"),
+        (
+            ("sweep", "benchmarks"),
+            ["pope", "pope:first_sentence"],
+            "sweep: benchmark 'pope' is named more than once; a sweep scores one variant of each",
+        ),
+        (
+            ("sweep", "grids"),
+            [{"name": "a", "method": "nuwer"}],
+            "sweep: method 'nuwer' of grid 'a' is unknown; allowed: "
+            "fastv, nuwa, pooling, random, uniform, unpruned, visionzip",
+        ),
+        (
+            ("sweep", "grids"),
+            [{"name": "a", "method": "nuwa", "position": "pesq"}],
+            "sweep.grids.0.position = 'pesq': Input should be 'perc', 'pesp' or 'rpme'",
+        ),
+    ],
+)
+def test_one_line_names_key_value_and_what_is_allowed(params, tmp_path, keys, value, message):
+    bent = copy.deepcopy(params)
+    section = bent
+    for key in keys[:-1]:
+        section = section[key]
+    section[keys[-1]] = value
+    path = write(tmp_path, bent)
+    with pytest.raises(SettingsError) as raised:
+        load_settings(path)
+    assert str(raised.value) == f"{path}: {message}"
+
+
+def test_a_missing_section_a_missing_file_and_no_yaml(params, tmp_path):
+    del params["evaluate"]
+    path = write(tmp_path, params)
+    with pytest.raises(SettingsError, match=r"evaluate: missing; see docs/params\.md for its meaning$"):
+        load_settings(path)
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml: no such file; run from the repository's top folder$"):
+        load_settings(tmp_path / "nowhere.yaml")
+    with pytest.raises(SettingsError, match="not YAML"):
+        load_settings(write(tmp_path, "a: [1"))
+    with pytest.raises(SettingsError, match="must hold a mapping of sections: model, prepare"):
+        load_settings(write(tmp_path, "- 1\n"))
+
+
+def sweep_with(params, *entries):
+    return Settings.model_validate(params | {"sweep": params["sweep"] | {"grids": list(entries)}}).sweep
+
+
+def test_an_impossible_budget_names_the_reachable_range(params):
+    sweep = sweep_with(params, {"name": "g", "method": "fastv", "budget": 16})
+    with pytest.raises(SettingsError) as raised:
+        expand(sweep, GRID, LAYERS)
+    assert str(raised.value) == (
+        "sweep.grids.0 (g), method fastv: budget 16 is out of reach with a stage-2 cut before layer 1 of 8: "
+        "allowed 18.88..144 average tokens; give the entry its own budget or set where_reachable: true"
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"parameters": {"pilar": 1}}, "nuwa has no parameter 'pilar'; allowed: separation, region_side"),
+        ({"preset": "papper"}, "nuwa has no preset 'papper'; allowed: released, paper"),
+        ({"stage2_layer": 8}, "stage-2 layer 8 must lie in 1..7: the model has 8 layers"),
+        ({"stage2_scorer": "attn"}, "stage-2 scorer 'attn' is unknown; allowed: attention_last_token"),
+        ({"parameters": {"pillar_quantile": 1.5}}, "nuwa.pillar_quantile 1.5 must lie in [0, 1]"),
+        ({"budget": 145}, "budget 145 is out of reach with a stage-2 cut before layer 4 of 8: allowed 1..144"),
+    ],
+)
+def test_impossible_trials_are_refused_by_name(params, entry, message):
+    sweep = sweep_with(params, {"name": "g", "method": "nuwa", "budget": 16} | entry)
+    with pytest.raises(SettingsError) as raised:
+        expand(sweep, GRID, LAYERS)
+    assert str(raised.value).startswith("sweep.grids.0 (g)")
+    assert message in str(raised.value)
+
+
+def test_yaml_reads_off_as_a_word_or_as_false(params):
+    for off in ("off", False):
+        (_, trial) = expand(
+            sweep_with(params, {"name": "g", "method": "nuwa", "budget": 16, "stage2_layer": off}), GRID, LAYERS
+        )
+        assert trial.schedule.entering == [16] * LAYERS
