@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nuwa.testbed.architecture import build_model, testbed_config
+from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.language import build_processor
 from nuwa.vlm import LlavaAdapter
 
@@ -17,7 +17,7 @@ def tiny_vlm() -> LlavaAdapter:
     torch.manual_seed(3)
     processor = build_processor()
     tokenizer = processor.tokenizer
-    config = testbed_config(
+    config = model_config(
         len(tokenizer), processor.image_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     )
     config.text_config.num_key_value_heads = 2

@@ -7,7 +7,9 @@ Two choices make a few CPU hours of training enough, and both are plain configur
   just another phase, so features carry relative but not absolute place: place must travel through the language
   model's position ids, as it does in LLaVA (Nüwa, finding 3).
 * The rotary base is chosen so that one rotary wavelength equals the grid's width, which lets a head of the language
-  model tell columns apart.
+  model tell columns apart. Wavelengths beyond the sequence stand still (Llama 3's rotary scaling does just that), and
+  some heads start with equal queries and keys on those still dimensions: a word then looks for patches that resemble it,
+  wherever they are.
 """
 
 from __future__ import annotations
@@ -27,6 +29,12 @@ LANGUAGE_WIDTH = 128
 HEADS = 4
 VISION_LAYERS = 6
 LANGUAGE_LAYERS = 8
+STILL_WAVELENGTH = 190  # tokens; slower rotary dimensions carry content only
+WORD_LAYERS = (1,)  # where words look for patches that show them
+LINK_LAYERS = (2,)  # where answers look for the words of their question
+ANSWER_LAYERS = (3, 5)  # where answers look for their evidence
+MATCHING_HEADS = 2  # of those layers
+MATCHING_GAIN = 1.0
 # (row, column) offsets the heads of the first encoder layers start by looking at.
 CONVOLUTION_TAPS = (
     ((0, -1), (0, 1), (-1, 0), (1, 0)),
@@ -43,7 +51,7 @@ def rope_theta(head_dim: int, wavelength: float, index: int = 2) -> float:
     return (wavelength / (2 * math.pi)) ** (head_dim / (2 * index))
 
 
-def testbed_config(vocabulary: int, image_token: int, bos: int, eos: int, pad: int) -> LlavaConfig:
+def model_config(vocabulary: int, image_token: int, bos: int, eos: int, pad: int) -> LlavaConfig:
     """96x96 pixels in patches of 8 (144 tokens and a CLS), 6 encoder layers, 8 language layers."""
     head_dim = LANGUAGE_WIDTH // HEADS
     return LlavaConfig(
@@ -65,7 +73,14 @@ def testbed_config(vocabulary: int, image_token: int, bos: int, eos: int, pad: i
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
             max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": rope_theta(head_dim, GRID)},
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": rope_theta(head_dim, GRID),
+                "factor": 1e6,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 1.05,
+                "original_max_position_embeddings": STILL_WAVELENGTH,
+            },
             tie_word_embeddings=True,
             bos_token_id=bos,
             eos_token_id=eos,
@@ -121,10 +136,24 @@ def start_vision_tower(tower: nn.Module) -> None:
             attention.k_proj.weight[rows, :dims] += TAP_GAIN * torch.eye(dims)
 
 
+@torch.no_grad()
+def start_language_model(language: nn.Module) -> None:
+    """Equal queries and keys on the still dimensions of the matching heads."""
+    frequencies = language.rotary_emb.inv_freq
+    still = torch.cat([frequencies < 1e-3] * 2).nonzero()[:, 0]
+    for number in (*WORD_LAYERS, *ANSWER_LAYERS):
+        attention = language.layers[number].self_attn
+        for head in range(MATCHING_HEADS):
+            shared = nn.init.orthogonal_(torch.empty(len(still), attention.q_proj.in_features))
+            for projection in (attention.q_proj, attention.k_proj):
+                projection.weight[head * attention.head_dim + still] = MATCHING_GAIN * shared
+
+
 def build_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
     """A freshly initialised model in fp32; the caller seeds torch."""
     model = LlavaForConditionalGeneration(config)
     start_vision_tower(model.model.vision_tower)
+    start_language_model(model.model.language_model)
     return model
 
 

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from nuwa.testbed.architecture import GRID, encode_shifted
+from nuwa.testbed.architecture import (
+    ANSWER_LAYERS,
+    GRID,
+    LINK_LAYERS,
+    MATCHING_HEADS,
+    WORD_LAYERS,
+    encode_shifted,
+)
 from nuwa.testbed.language import COORDINATES, DIGITS, IMAGE_TOKENS, format_box
 from nuwa.testbed.questions import GENERATORS, Question
 from nuwa.testbed.scenes import COLOR_NAMES, IMAGE_SIZE, Scene, draw_scene
@@ -31,11 +38,11 @@ SUFFIX = " ASSISTANT:"
 COORDINATE_SOFTNESS = 1.2  # bins
 ALIGNMENT_SCALE = 10.0
 PLACE_LAYER = 4
-# From this share of the phase on, two heads of these layers are shown where an answer's evidence is. Matching a word
-# with a patch is what takes longest to find alone; before this point there is nothing in the patches to match.
-FOCUS_FROM = 0.27
-FOCUS_LAYERS = (3, 5)
-FOCUS_HEADS = 2
+# Matching a word with a patch is what takes longest to find alone, so some heads are shown where to look: a colour or
+# digit word at the patches that show it, an answer at those words of its question, and an answer at its evidence (from
+# this share of the phase on: before, there is nothing in the patches to match).
+ANSWER_FOCUS_FROM = 0.27
+FOCUS_WEIGHT = 0.5
 # Brackets, commas and end tokens outnumber the words that carry an answer; they must not drown their gradient.
 STRUCTURE_WEIGHT = 0.1
 # A language model has met text at every position; this one would only ever see questions at one. So a share of the
@@ -144,7 +151,7 @@ def draw_language_batch(
         "color": labels.color,
         "box": labels.box / IMAGE_SIZE,
         "evidence": torch.from_numpy(np.stack([evidence_patches(questions) for questions in asked])),
-        "focus": torch.full((size,), float(progress >= FOCUS_FROM)),
+        "focus": torch.full((size,), float(progress >= ANSWER_FOCUS_FROM)),
     }
 
 
@@ -193,7 +200,7 @@ class InstructionLearner(nn.Module):
         rotary = language.rotary_emb(embeds, position_ids=batch["position_ids"])
         hidden, inside, entering = embeds, None, {}
         for depth, layer in enumerate(language.layers, start=1):
-            if depth - 1 in FOCUS_LAYERS:
+            if depth - 1 in (*WORD_LAYERS, *LINK_LAYERS, *ANSWER_LAYERS):
                 entering[depth - 1] = hidden
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
             if depth == PLACE_LAYER:
@@ -201,30 +208,83 @@ class InstructionLearner(nn.Module):
         answered = batch["labels"] != IGNORE
         return self.model.lm_head(language.norm(hidden[answered])), projected, inside, entering
 
-    def focus(self, batch: dict[str, Tensor], entering: dict[int, Tensor]) -> Tensor:
-        """Mean of ``-log`` of the attention that the focus heads give to the evidence, among all patches."""
-        language, is_image = self.model.model.language_model, batch["input_ids"] == self.image_id
+    def answer_focus(self, batch: dict[str, Tensor], entering: dict[int, Tensor]) -> Tensor:
+        """Attention loss of answers (from the token before the first answer token on) on their evidence."""
         rows, columns = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
         evidence = batch["evidence"][rows, batch["blocks"][rows, columns] - 1]
-        known = evidence.any(dim=-1)
-        rows, columns, evidence = rows[known], columns[known], evidence[known]
+        return self._patch_focus(batch, entering, ANSWER_LAYERS, rows, columns, evidence)
+
+    def word_focus(self, batch: dict[str, Tensor], entering: dict[int, Tensor]) -> Tensor:
+        """Attention loss of a question's colour and digit words on the patches that show them."""
         losses = []
-        for number, hidden in entering.items():
-            layer = language.layers[number]
+        for words, shown in ((self.color_ids, batch["color"]), (self.digit_ids, batch["digit"])):
+            which = (batch["input_ids"][..., None] == words) & ~self._answers(batch)[..., None]
+            rows, columns, word = which.nonzero(as_tuple=True)
+            losses.append(self._patch_focus(batch, entering, WORD_LAYERS, rows, columns, shown[rows] == word[:, None]))
+        return torch.stack(losses).mean()
+
+    def link_focus(self, batch: dict[str, Tensor], entering: dict[int, Tensor]) -> Tensor:
+        """Attention loss of answers on the colour and digit words of their question, among all they can see."""
+        ids, blocks = batch["input_ids"], batch["blocks"]
+        rows, columns = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
+        words = torch.isin(ids, torch.cat([self.color_ids, self.digit_ids])) & ~self._answers(batch)
+        same = blocks[rows] == blocks[rows, columns][:, None]
+        order = torch.arange(ids.shape[1], device=ids.device)
+        seen = (same | (blocks[rows] == 0)) & (order <= columns[:, None])
+        everything = torch.ones_like(ids, dtype=torch.bool)
+        return self._focus(batch, entering, LINK_LAYERS, rows, columns, everything, seen, words[rows] & same & seen)
+
+    @staticmethod
+    def _answers(batch: dict[str, Tensor]) -> Tensor:
+        """``(batch, length)`` bool: tokens that are part of an answer."""
+        return F.pad(batch["labels"][:, :-1] != IGNORE, (1, 0))
+
+    def _patch_focus(
+        self,
+        batch: dict[str, Tensor],
+        entering: dict[int, Tensor],
+        layers: tuple[int, ...],
+        rows: Tensor,
+        columns: Tensor,
+        evidence: Tensor,
+    ) -> Tensor:
+        image = batch["input_ids"] == self.image_id
+        return self._focus(batch, entering, layers, rows, columns, image, torch.ones_like(evidence), evidence)
+
+    def _focus(
+        self,
+        batch: dict[str, Tensor],
+        entering: dict[int, Tensor],
+        layers: tuple[int, ...],
+        rows: Tensor,
+        columns: Tensor,
+        keys: Tensor,
+        seen: Tensor,
+        evidence: Tensor,
+    ) -> Tensor:
+        """Mean of ``-log`` of the attention that the matching heads give to ``evidence`` among what is ``seen``.
+
+        Queries are the tokens ``(rows, columns)``; ``keys`` ``(batch, length)`` picks the same number of tokens in
+        every row; ``seen`` and ``evidence`` ``(queries, keys)`` speak of those. Queries without evidence do not count.
+        """
+        language = self.model.model.language_model
+        known = evidence.any(dim=-1)
+        rows, columns, seen, evidence = rows[known], columns[known], seen[known], evidence[known]
+        losses = []
+        for number in layers:
+            hidden, layer = entering[number], language.layers[number]
             attention = layer.self_attn
-            width = FOCUS_HEADS * attention.head_dim
+            width = MATCHING_HEADS * attention.head_dim
             normed = layer.input_layernorm(hidden)
             cos, sin = language.rotary_emb(hidden, position_ids=batch["position_ids"])
-            query = F.linear(normed[rows, columns], attention.q_proj.weight[:width])
-            key = F.linear(normed[is_image], attention.k_proj.weight[:width])
-            query = rotate(
-                query.unflatten(-1, (FOCUS_HEADS, -1)), cos[rows, columns][:, None], sin[rows, columns][:, None]
-            )
-            key = rotate(key.unflatten(-1, (FOCUS_HEADS, -1)), cos[is_image][:, None], sin[is_image][:, None])
-            key = key.view(len(hidden), IMAGE_TOKENS, FOCUS_HEADS, -1)
+            query = F.linear(normed[rows, columns], attention.q_proj.weight[:width]).unflatten(-1, (MATCHING_HEADS, -1))
+            key = F.linear(normed[keys], attention.k_proj.weight[:width]).unflatten(-1, (MATCHING_HEADS, -1))
+            query = rotate(query, cos[rows, columns][:, None], sin[rows, columns][:, None])
+            key = rotate(key, cos[keys][:, None], sin[keys][:, None])
+            key = key.view(len(hidden), -1, MATCHING_HEADS, attention.head_dim)
             scores = torch.einsum("nhd,nthd->nht", query, key[rows]) * attention.scaling
-            given = scores.log_softmax(dim=-1).masked_fill(~evidence[:, None], -torch.inf).logsumexp(dim=-1)
-            losses.append(-given.mean())
+            shares = scores.masked_fill(~seen[:, None], -torch.inf).log_softmax(dim=-1)
+            losses.append(-shares.masked_fill(~evidence[:, None], -torch.inf).logsumexp(dim=-1).mean())
         return torch.stack(losses).mean()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -249,7 +309,9 @@ class InstructionLearner(nn.Module):
             "structure": STRUCTURE_WEIGHT * F.cross_entropy(logits[is_structure], target[is_structure]),
             "box": -(soft * coordinate_logits).sum(-1).mean(),
             "align": 0.3 * (align(self.digit_ids, batch["digit"]) + align(self.color_ids, batch["color"])),
-            "focus": 0.5 * batch["focus"].mean() * self.focus(batch, entering),
+            "answer_focus": FOCUS_WEIGHT * batch["focus"].mean() * self.answer_focus(batch, entering),
+            "link_focus": FOCUS_WEIGHT * self.link_focus(batch, entering),
+            "word_focus": FOCUS_WEIGHT * self.word_focus(batch, entering),
             "place": 4.0 * F.l1_loss(self.place(inside[seen]), batch["box"][seen]),
         }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
-from nuwa.testbed.architecture import build_model, testbed_config
+from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.instruction import InstructionLearner, draw_language_batch, evaluate_language
 from nuwa.testbed.language import build_processor
 from nuwa.testbed.training import Log, PhaseSchedule, train_phase
@@ -34,7 +34,7 @@ def train_testbed(
     processor = build_processor()
     tokenizer = processor.tokenizer
     model = build_model(
-        testbed_config(
+        model_config(
             len(tokenizer),
             processor.image_token_id,
             tokenizer.bos_token_id,
