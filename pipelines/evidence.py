@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from nuwa import UNPRUNED
 from nuwa.benchmarks import Benchmark
 from pipelines.datasets import parse_name
-from pipelines.grid import UNPRUNED
 
 LEVEL = 0.95
 COLUMNS = {

@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nuwa import UNPRUNED
 from nuwa.grid import PatchGrid
 from nuwa.methods import MethodSpec, specify
 from nuwa.schedule import TokenSchedule, UnreachableBudget
 from nuwa.stage1 import get_method
 from nuwa.stage2 import get_scorer
 from pipelines.settings import GridEntry, SettingsError, SweepSettings
-
-UNPRUNED = "unpruned"
 
 
 @dataclass(frozen=True)

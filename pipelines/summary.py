@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from pipelines.grid import UNPRUNED
+from nuwa import UNPRUNED
 
 
 def main_trials(trials: pd.DataFrame) -> pd.DataFrame:

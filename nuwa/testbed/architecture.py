@@ -8,8 +8,8 @@ Two choices make a few CPU hours of training enough, and both are plain configur
   model's position ids, as it does in LLaVA (Nüwa, finding 3).
 * The rotary base is chosen so that one rotary wavelength equals the grid's width, which lets a head of the language
   model tell columns apart. Wavelengths beyond the sequence stand still (Llama 3's rotary scaling does just that), and
-  some heads start with equal queries and keys on those still dimensions: a word then looks for patches that resemble it,
-  wherever they are.
+  some heads start with equal queries and keys on those still dimensions and copy what they look at: a word then looks
+  for patches that resemble it, wherever they are.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ LINK_LAYERS = (2,)  # where answers look for the words of their question
 ANSWER_LAYERS = (3, 5)  # where answers look for their evidence
 MATCHING_HEADS = 2  # of those layers
 MATCHING_GAIN = 1.0
+COPYING_GAIN = 0.5
 # (row, column) offsets the heads of the first encoder layers start by looking at.
 CONVOLUTION_TAPS = (
     ((0, -1), (0, 1), (-1, 0), (1, 0)),
@@ -138,15 +139,23 @@ def start_vision_tower(tower: nn.Module) -> None:
 
 @torch.no_grad()
 def start_language_model(language: nn.Module) -> None:
-    """Equal queries and keys on the still dimensions of the matching heads."""
+    """The matching heads start with equal queries and keys on the still dimensions, and copy what they look at.
+
+    Copying: the output projection is the transpose of the value projection, so that a word's direction arrives where
+    the head looks from as the direction it was.
+    """
     frequencies = language.rotary_emb.inv_freq
     still = torch.cat([frequencies < 1e-3] * 2).nonzero()[:, 0]
-    for number in (*WORD_LAYERS, *ANSWER_LAYERS):
+    for number in (*WORD_LAYERS, *LINK_LAYERS, *ANSWER_LAYERS):
         attention = language.layers[number].self_attn
         for head in range(MATCHING_HEADS):
+            first = head * attention.head_dim
             shared = nn.init.orthogonal_(torch.empty(len(still), attention.q_proj.in_features))
             for projection in (attention.q_proj, attention.k_proj):
-                projection.weight[head * attention.head_dim + still] = MATCHING_GAIN * shared
+                projection.weight[first + still] = MATCHING_GAIN * shared
+            copied = nn.init.orthogonal_(torch.empty(attention.head_dim, attention.v_proj.in_features))
+            attention.v_proj.weight[first : first + attention.head_dim] = copied
+            attention.o_proj.weight[:, first : first + attention.head_dim] = COPYING_GAIN * copied.T
 
 
 def build_model(config: LlavaConfig) -> LlavaForConditionalGeneration:

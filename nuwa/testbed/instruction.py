@@ -270,6 +270,8 @@ class InstructionLearner(nn.Module):
         language = self.model.model.language_model
         known = evidence.any(dim=-1)
         rows, columns, seen, evidence = rows[known], columns[known], seen[known], evidence[known]
+        counts = torch.bincount(rows, minlength=len(keys))
+        slots = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
         losses = []
         for number in layers:
             hidden, layer = entering[number], language.layers[number]
@@ -282,7 +284,10 @@ class InstructionLearner(nn.Module):
             query = rotate(query, cos[rows, columns][:, None], sin[rows, columns][:, None])
             key = rotate(key, cos[keys][:, None], sin[keys][:, None])
             key = key.view(len(hidden), -1, MATCHING_HEADS, attention.head_dim)
-            scores = torch.einsum("nhd,nthd->nht", query, key[rows]) * attention.scaling
+            # One padded product an image: gathering the keys of every query would copy them hundreds of times.
+            padded = query.new_zeros(len(hidden), int(slots.max()) + 1, *query.shape[1:])
+            padded = padded.index_put((rows, slots), query)
+            scores = torch.einsum("bnhd,bthd->bnht", padded, key)[rows, slots] * attention.scaling
             shares = scores.masked_fill(~seen[:, None], -torch.inf).log_softmax(dim=-1)
             losses.append(-shares.masked_fill(~evidence[:, None], -torch.inf).logsumexp(dim=-1).mean())
         return torch.stack(losses).mean()

@@ -122,7 +122,7 @@ def check_half_a_token(problem):
         assert not float(low) <= average <= tokens, "a reachable budget was refused"
         return
     assert float(low) <= average <= tokens, "an unreachable budget was accepted"
-    ((at, second),) = schedule.cuts
+    ((at, _),) = schedule.cuts
     assert at == cut and (ratio is not None or schedule.stage1_keep == tokens)
     assert abs(schedule.average_tokens - average) <= 0.5 + 1e-9
 

@@ -480,7 +480,7 @@ def test_a_selection_is_what_it_says(case, name):
     indices = selection.indices[0].tolist()
     assert selection.kept == get_method(name).kept(PatchGrid(picture.height, picture.width), keep)
     assert selection.kept <= keep and (selection.kept == keep or name == "pooling")
-    assert indices == sorted(set(indices)) and 0 <= indices[0] and indices[-1] < picture.tokens
+    assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < picture.tokens
     assert selection.features.shape == (1, len(indices), picture.features.shape[1])
     assert torch.isfinite(selection.features).all()
     untouched = torch.from_numpy(picture.features[indices])

@@ -36,30 +36,40 @@ def position_ids(kept: list[int], strategy: str, start: int, tokens: int) -> lis
 
 
 class MaskedModel:
-    """One question about one image. ``alive``: patches that may be attended to, one sorted list a layer."""
+    """One question about one image. ``alive``: patches that may be attended to, one sorted list a layer.
 
-    def __init__(self, model, processor, image, question: str, kept: list[int], strategy: str = "pesp") -> None:
+    ``merged``: encoder features ``(kept, dim)`` in the place of the kept patches' own.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model, processor, image, question: str, kept: list[int], strategy: str = "pesp", merged=None
+    ) -> None:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         prompt = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
         inputs = processor(images=[image], text=[prompt], return_tensors="pt")
-        self.model, self.strategy, self.pixels = model, strategy, inputs.pixel_values
+        self.model, self.strategy = model, strategy
+        self.language = model.model.language_model
+        self.alive = [list(kept) for _ in self.language.layers]
         self.prompt = inputs.input_ids[0].tolist()
         self.visual = [at for at, token in enumerate(self.prompt) if token == model.config.image_token_id]
         self.text = list(range(self.visual[-1] + 1, len(self.prompt)))
-        self.language = model.model.language_model
-        self.alive = [list(kept) for _ in self.language.layers]
-        self.merged: Tensor | None = None  # (kept, dim): encoder features in the place of the kept patches' own
+        self.projected = model.model.get_image_features(inputs.pixel_values).pooler_output[0].clone()
+        if merged is not None:
+            self.projected[kept] = model.model.multi_modal_projector(merged[None])[0]
+
+    def embeddings(self, answer: list[int]) -> Tensor:
+        """``(1, n, dim)``: words are embedded, whatever they are, and patches projected."""
+        embedded = self.language.embed_tokens(torch.tensor([[*self.prompt, *answer]]))
+        embedded[0, self.visual] = self.projected
+        return embedded
 
     def mask(self, layer: int, length: int) -> Tensor:
-        """Additive ``(1, 1, length, length)``: causal, and -inf towards dropped patches but from themselves."""
-        dropped = set(range(len(self.visual))) - set(self.alive[layer])
-        columns = {self.visual[patch] for patch in dropped}
-        mask = torch.zeros(length, length)
-        for query in range(length):
-            mask[query, query + 1 :] = -torch.inf
-        for column in columns:
-            mask[:column, column] = -torch.inf
-            mask[column + 1 :, column] = -torch.inf
+        """Additive ``(1, 1, n, n)``: causal, and -inf towards dropped patches from all but themselves."""
+        dropped = [self.visual[patch] for patch in set(range(len(self.visual))).difference(self.alive[layer])]
+        mask = torch.full((length, length), -torch.inf).triu(1)
+        mask[:, dropped] = -torch.inf
+        mask.fill_diagonal_(0)
         return mask[None, None]
 
     def positions(self, layer: int, length: int) -> list[int]:
@@ -75,20 +85,19 @@ class MaskedModel:
         return ids
 
     @torch.inference_mode()
-    def forward(self, answer: list[int]) -> tuple[Tensor, list[np.ndarray]]:
+    def forward(self, answer: list[int], attentions: bool = False) -> tuple[Tensor, list[np.ndarray]]:
         """Logits after prompt and ``answer``, ``(vocabulary,)``, and every layer's attention ``(heads, n, n)``."""
-        ids = torch.tensor([[*self.prompt, *answer]])
+        embedded = self.embeddings(answer)
         hooks = [
-            layer.register_forward_pre_hook(self._blocking(number, ids.shape[1]), with_kwargs=True)
+            layer.register_forward_pre_hook(self._blocking(number, embedded.shape[1]), with_kwargs=True)
             for number, layer in enumerate(self.language.layers)
         ]
-        hooks.append(self.model.model.multi_modal_projector.register_forward_pre_hook(self._merge))
         try:
-            out = self.model(input_ids=ids, pixel_values=self.pixels, use_cache=False, output_attentions=True)
+            out = self.model(inputs_embeds=embedded, use_cache=False, output_attentions=attentions)
         finally:
             for hook in hooks:
                 hook.remove()
-        return out.logits[0, -1], [attention[0].numpy() for attention in out.attentions]
+        return out.logits[0, -1], [attention[0].numpy() for attention in out.attentions or ()]
 
     def _blocking(self, number: int, length: int):
         mask = self.mask(number, length)
@@ -102,32 +111,16 @@ class MaskedModel:
 
         return block
 
-    def _merge(self, _module, arguments):
-        if self.merged is None:
-            return None
-        features = arguments[0].clone()
-        features[0, self.alive[0]] = self.merged
-        return (features,)
-
     def scores(self, layer: int, scorer: str) -> list[float]:
         """Scores of the patches alive before ``layer``, from the attention of the layer before it."""
         alive = self.alive[layer - 1]
         if scorer == "cosine_mean_text":
-            words = self.language.embed_tokens(torch.tensor(self.prompt)[self.text]).numpy()
-            return scorers.cosine_with_mean_text(self._projected()[alive], words)
-        attention = self.forward([])[1][layer - 1]
+            words = self.embeddings([])[0, self.text].numpy()
+            return scorers.cosine_with_mean_text(self.projected[alive].numpy(), words)
+        attention = self.forward([], attentions=True)[1][layer - 1]
         columns = [self.visual[patch] for patch in alive]
         score = {"attention_last_token": scorers.last_token, "attention_all_text": scorers.all_text}[scorer]
         return score(attention, columns, self.text)
-
-    @torch.inference_mode()
-    def _projected(self) -> np.ndarray:
-        outputs = self.model.model.vision_tower(self.pixels, output_hidden_states=True)
-        features = outputs.hidden_states[self.model.config.vision_feature_layer][:, 1:]
-        if self.merged is not None:
-            features = features.clone()
-            features[0, self.alive[0]] = self.merged
-        return self.model.model.multi_modal_projector(features)[0].numpy()
 
     def cut(self, layer: int, keep: int, scores: list[float]) -> list[int]:
         """From ``layer`` on only the ``keep`` best of the patches alive before it may be seen."""

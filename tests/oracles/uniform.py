@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 
 def _spacing_complaint(places: list[int], size: int, what: str) -> str | None:
     """Evenly spaced over ``0..size-1``: gaps differ by at most one, and so do the margins at both ends."""
-    gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(places)]
     if gaps and max(gaps) - min(gaps) > 1:
         return f"{what} {places} of {size} have gaps {gaps}"
     margins = (places[0], size - 1 - places[-1])
