@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from nuwa.benchmarks import Benchmark, check_schema, get_benchmark, image_size
 from nuwa.benchmarks.gqa import join_images
 from pipelines.atomic import atomic_path
+from pipelines.settings import SettingsError
 
 EXAMPLES = pa.schema(
     {
@@ -99,19 +100,19 @@ class Questions:
 def choose_questions(examples: pd.DataFrame, benchmarks: Sequence[str], images: int | None, seed: int) -> Questions:
     """Examples of ``benchmarks`` about a seeded subset of ``images`` images (null: all), in file order.
 
-    Raises ``ValueError`` when a benchmark has no examples or there are fewer images than asked.
+    Raises :class:`SettingsError` when a benchmark has no examples or there are fewer images than asked.
     """
     present = set(examples["benchmark"])
     for name in benchmarks:
         if name not in present:
-            raise ValueError(
+            raise SettingsError(
                 f"sweep.benchmarks: {name!r} is not in the prepared data; it holds {', '.join(sorted(present))}"
             )
     chosen = examples[examples["benchmark"].isin(benchmarks)]
     names = sorted(set(chosen["image"]))
     if images is not None:
         if images > len(names):
-            raise ValueError(f"sweep.images = {images}: the prepared data has {len(names)} images")
+            raise SettingsError(f"sweep.images = {images}: the prepared data has {len(names)} images")
         names = sorted(np.random.default_rng(seed).choice(names, size=images, replace=False).tolist())
         chosen = chosen[chosen["image"].isin(names)]
     return Questions(chosen.reset_index(drop=True), tuple(names))

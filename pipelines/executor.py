@@ -45,6 +45,10 @@ class UnitsFailed(RuntimeError):
     """Some units did not finish; everything that did is kept, and a rerun does the rest."""
 
 
+class ClusterUnavailable(RuntimeError):
+    """Ray did not start, or the cluster could not be joined."""
+
+
 OnDone = Callable[[str, Any], None]
 
 
@@ -114,7 +118,7 @@ def start_ray(cluster: ClusterSettings) -> bool:
         ray.init(**options)
     except Exception as error:  # Ray raises bare Exceptions here
         where = address or "on this machine"
-        raise RuntimeError(
+        raise ClusterUnavailable(
             f"Ray did not start or join {where}: {_reason(error)}; see cluster.address and RAY_ADDRESS"
         ) from error
     return True

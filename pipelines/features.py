@@ -142,7 +142,8 @@ class FeatureStore:
 
 
 @cache
-def _load_model(path: str) -> LlavaAdapter:
+def load_model(path: str) -> LlavaAdapter:
+    """One model a process, however many workers it hosts in turn."""
     return LlavaAdapter.load(path, "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -165,7 +166,7 @@ class EncodeSpec:
 
 class EncodeWorker:
     def __init__(self, spec: EncodeSpec) -> None:
-        self.spec, self.vlm = spec, _load_model(spec.model)
+        self.spec, self.vlm = spec, load_model(spec.model)
         self.store = FeatureStore(Path(spec.root), spec.identity)
 
     def run(self, images: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ from nuwa.stage2 import get_scorer
 from nuwa.vlm import LlavaAdapter
 from pipelines.datasets import Questions
 from pipelines.executor import Failure, OnDone, run_units
-from pipelines.features import FeatureStore, _load_model
+from pipelines.features import FeatureStore, load_model
 from pipelines.grid import Trial
 from pipelines.results import ResultStore, UnitResult, cell_id
 from pipelines.settings import ClusterSettings
@@ -94,7 +94,7 @@ class SweepSpec:
 
 class SweepWorker:
     def __init__(self, spec: SweepSpec) -> None:
-        self.vlm = _load_model(spec.model)
+        self.vlm = load_model(spec.model)
         self.features = FeatureStore(Path(spec.feature_root), spec.feature_identity)
         self.results = ResultStore(Path(spec.results))
 
@@ -167,6 +167,10 @@ def _kept_rows(trial: Trial, images: Sequence[str], selection: Selection) -> lis
     ]
 
 
+class WorkDirectoryBusy(RuntimeError):
+    """Another driver works on the same directory."""
+
+
 @contextmanager
 def exclusive(work: Path) -> Iterator[None]:
     """One driver at a time on a work directory: a child can outlive the ``dvc`` that started it."""
@@ -175,7 +179,7 @@ def exclusive(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RuntimeError(f"{work} is in use by another sweep; wait for it or stop it") from None
+            raise WorkDirectoryBusy(f"{work} is in use by another sweep; wait for it or stop it") from None
         yield
 
 

@@ -7,8 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.executor import UnitsFailed
+from nuwa.benchmarks import RecordError, SchemaError
+from pipelines.evidence import IncompleteTrials
+from pipelines.executor import ClusterUnavailable, UnitsFailed
+from pipelines.features import MissingFeatures
 from pipelines.settings import Settings, SettingsError, load_settings
+from pipelines.sweep import WorkDirectoryBusy
+from pipelines.tracking import checked_uri
 
 DATA = Path("data")  # outputs that DVC tracks
 CACHE = Path("cache")  # work that can be resumed or thrown away; never tracked
@@ -30,6 +35,25 @@ TIMINGS = CACHE / "timings.parquet"
 PROGRESS = CACHE / "progress.json"
 
 BAD_INPUT, INTERRUPTED = 2, 130
+# What a user can mend. Anything else is a fault of ours and keeps its trace.
+MENDABLE = (
+    ClusterUnavailable,
+    FileNotFoundError,
+    IncompleteTrials,
+    MissingFeatures,
+    RecordError,
+    SchemaError,
+    UnitsFailed,
+    WorkDirectoryBusy,
+)
+
+
+def check_tracking(settings: Settings) -> None:
+    """Refuse a malformed tracking URI before work starts; a server that is down is no error."""
+    try:
+        checked_uri(settings.tracking.resolved_uri)
+    except ValueError as error:
+        raise SettingsError(f"tracking.uri: {error}") from None
 
 
 def run_stage(stage: Callable[[Settings], None]) -> None:
@@ -37,11 +61,12 @@ def run_stage(stage: Callable[[Settings], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         stage(load_settings())
-    except (SettingsError, UnitsFailed, FileNotFoundError, ValueError, RuntimeError) as error:
-        if not isinstance(error, SettingsError):
-            logging.getLogger("stages").debug("stage failed", exc_info=error)
+    except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT if isinstance(error, SettingsError) else 1)
+        sys.exit(BAD_INPUT)
+    except MENDABLE as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -11,10 +11,11 @@ from transformers import AutoConfig
 from nuwa.grid import PatchGrid
 from pipelines.grid import expand
 from pipelines.settings import Settings, SettingsError
-from stages.entry import run_stage
+from stages.entry import check_tracking, run_stage
 
 
 def plan(settings: Settings) -> None:
+    check_tracking(settings)
     folder = Path(settings.model.path)
     if folder.parts[0] in (".", "models") and not (folder / "config.json").exists():
         raise SettingsError(

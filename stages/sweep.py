@@ -23,7 +23,7 @@ from pipelines.grid import Trial, expand
 from pipelines.progress import SweepProgress
 from pipelines.settings import Settings
 from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, exclusive, run_sweep
-from pipelines.tracking import Tracker, checked_uri, git_and_dvc_tags
+from pipelines.tracking import Tracker, git_and_dvc_tags
 from stages.entry import (
     CACHE,
     EXAMPLES,
@@ -36,6 +36,7 @@ from stages.entry import (
     SWEEP,
     TIMINGS,
     TRIALS,
+    check_tracking,
     run_stage,
 )
 
@@ -44,7 +45,7 @@ def sweep(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = settings.sweep
-    checked_uri(settings.tracking.resolved_uri)
+    check_tracking(settings)
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     vlm = LlavaAdapter.load(settings.model.path)
     trials = expand(plan, vlm.grid, vlm.layers)

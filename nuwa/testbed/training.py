@@ -32,7 +32,7 @@ class PhaseSchedule:
     batch_size: int  # over all processes
     learning_rate: float
     warmup: int = 200
-    decay_share: float = 0.3
+    decay_share: float = 0.26
     weight_decay: float = 0.05
     clip: float = 1.0
     checkpoint_every: int = 250
