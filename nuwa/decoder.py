@@ -234,7 +234,10 @@ class Trunk:
             text=self.text_embeddings[trunk_rows[:, None], own.clamp(min=0)],
             visual=gather_tokens(self.projected[trunk_rows], where),
             seed=seed,
-            identity=[(image, repr(prompt.after)) for image, prompt in zip(self.images, self.prompts, strict=True)],
+            identity=[
+                (f"cut {below.layer}", image, repr(prompt.after))
+                for image, prompt in zip(self.images, self.prompts, strict=True)
+            ],
         )
         return scorer.score(evidence)
 

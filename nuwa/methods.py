@@ -113,6 +113,12 @@ def specify(
     if stage2 and not without_stage2:
         cut = replace(cut or Stage2("attention_last_token", depth=1 / 2, ratio=1 / 7), **stage2)
         get_scorer(cut.scorer)
+    if without_stage2 and recipe.stage1 == "unpruned" and budget is not None:
+        raise ValueError(f"{method} prunes in stage 2 only; stage2_layer: off would leave nothing of it")
+    if recipe.stage1 == "unpruned" and cut is not None and cut.ratio is not None:
+        raise ValueError(
+            f"{method} keeps all tokens in stage 1; a stage-2 ratio of {cut.ratio:g} would not: leave it out"
+        )
     if method == "unpruned" and budget is not None:
         raise ValueError(f"unpruned takes no budget, not {budget:g}; leave it out")
     if method != "unpruned" and budget is None:

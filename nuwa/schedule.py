@@ -52,7 +52,7 @@ class TokenSchedule:
 def solve_schedule(
     average: float, tokens: int, layers: int, stage2_layer: int | None = None, ratio: float | None = None
 ) -> TokenSchedule:
-    """The schedule whose average is nearest to ``average``, never off by more than half a token.
+    """A schedule whose average is within half a token of ``average``.
 
     Without ``stage2_layer`` every layer sees K1 = average. With it and ``ratio`` = K2 / K1 (Nüwa 1/7, LearnPruner
     1/3), K1 follows from the formula above; where K1 would exceed ``tokens`` it stays there and K2 takes the rest.
@@ -61,26 +61,33 @@ def solve_schedule(
     """
     if stage2_layer is not None and not 1 <= stage2_layer <= layers - 1:
         raise ValueError(f"stage-2 layer {stage2_layer} must lie in 1..{layers - 1}: the model has {layers} layers")
-    low = 1.0
+    least = layers  # token-layers of the smallest schedule of this form
     if stage2_layer is not None and ratio is None:
-        low = (stage2_layer * tokens + layers - stage2_layer) / layers
+        least = stage2_layer * tokens + layers - stage2_layer
+    low = least / layers
     if not low <= average <= tokens:
         where = "" if stage2_layer is None else f" with a stage-2 cut before layer {stage2_layer} of {layers}"
         raise UnreachableBudget(
-            f"budget {average:g} is out of reach{where}: allowed {math.ceil(low * 100) / 100:g}..{tokens} average tokens"
+            f"budget {average:g} is out of reach{where}: allowed {-(-100 * least // layers) / 100:g}..{tokens} average tokens"
         )
     if stage2_layer is None:
         return TokenSchedule(tokens, layers, round(average))
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"stage-2 ratio K2/K1 {ratio:g} must lie in (0, 1]")
     after = layers - stage2_layer
-    ideal = tokens if ratio is None else min(tokens, average * layers / (stage2_layer + after * ratio))
-    best = None
-    for first in {math.floor(ideal), math.ceil(ideal)}:
-        first = min(max(first, 1), tokens)
-        second = min(max(round((average * layers - stage2_layer * first) / after), 1), first)
-        candidate = TokenSchedule(tokens, layers, first, ((stage2_layer, second),))
-        error = (abs(candidate.average_tokens - average), first)
-        if best is None or error < best[0]:
-            best = (error, candidate)
-    return best[1]
+    by_ratio = tokens if ratio is None else min(tokens, average * layers / (stage2_layer + after * ratio))
+    # Where the ratio asks for less than one token, K2 stays at one and K1 takes the rest.
+    by_rest = (average * layers - after) / stage2_layer
+    for ideal in (by_ratio, by_rest):
+        options = [min(max(first, 1), tokens) for first in (math.floor(ideal), math.ceil(ideal))]
+        schedules = [_with_second(average, tokens, layers, stage2_layer, first) for first in options]
+        best = min(schedules, key=lambda schedule: (abs(schedule.average_tokens - average), schedule.stage1_keep))
+        if abs(best.average_tokens - average) <= 0.5:
+            break
+    return best
+
+
+def _with_second(average: float, tokens: int, layers: int, stage2_layer: int, first: int) -> TokenSchedule:
+    """K2 nearest to the average, given K1."""
+    second = round((average * layers - stage2_layer * first) / (layers - stage2_layer))
+    return TokenSchedule(tokens, layers, first, ((stage2_layer, min(max(second, 1), first)),))

@@ -20,15 +20,15 @@ def _meaning(source: str) -> str:
             and ast.get_docstring(node, clean=False) is not None
         ):
             node.body = node.body[1:]
-    return ast.dump(tree)
+    return ast.unparse(tree)
 
 
 @functools.cache
-def code_fingerprint() -> str:
-    """Digest of the meaning of every module named in ``ANSWERING``."""
+def code_fingerprint(parts: tuple[str, ...] = ANSWERING) -> str:
+    """Digest of the meaning of every module of ``parts`` (modules or folders of this package)."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in ANSWERING:
+    for name in parts:
         files = sorted((root / name).glob("*.py")) if (root / name).is_dir() else [root / f"{name}.py"]
         for path in files:
             digest.update(f"{path.relative_to(root).as_posix()}\n{_meaning(path.read_text())}\n".encode())

@@ -124,6 +124,15 @@ def start_ray(cluster: ClusterSettings) -> bool:
     return True
 
 
+def _check_resources(cluster: ClusterSettings, nodes: list[dict[str, Any]]) -> None:
+    """Refuse workers that no node can ever hold; Ray would wait for such a node without a word."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    for key, name, wanted in (("CPU", "cpus", cluster.cpus), ("GPU", "gpus", cluster.gpus)):
+        most = max((node.get(key, 0) for node in alive), default=0)
+        if wanted > most:
+            raise ClusterUnavailable(f"cluster.{name} = {wanted:g}: no node has more than {most:g}")
+
+
 class _Host:
     """The actor: builds its worker from a small specification, so that a restart loads weights where it runs."""
 
@@ -139,6 +148,8 @@ def _run_on_ray(
 ) -> dict[str, Failure]:
     ours = start_ray(cluster)
     import ray
+
+    _check_resources(cluster, ray.nodes())
 
     host = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus)(_Host)
     actors = [host.remote(spec) for _ in range(min(cluster.workers, len(units)))]
@@ -160,7 +171,8 @@ class _Dispatch:
         self.host, self.spec, self.actors, self.units, self.on_done = host, spec, actors, units, on_done
         self.queue = collections.deque(units)
         self.attempts: collections.Counter[str] = collections.Counter()
-        self.held: dict[Any, tuple[str, int]] = {}  # result reference → unit, actor number
+        self.held: dict[Any, tuple[str, int]] = {}  # result reference → unit, actor number; oldest first
+        self.death: Exception | None = None
         self.failures: dict[str, Failure] = {}
         self.finished = 0
 
@@ -171,17 +183,10 @@ class _Dispatch:
             for number in range(len(self.actors)):
                 self._feed(number)
         while self.held:
-            ready, _ = ray.wait(list(self.held), num_returns=1)
-            unit_id, number = self.held.pop(ready[0])
-            try:
-                result = ray.get(ready[0])
-            except ray.exceptions.RayTaskError as error:
-                self._fail(unit_id, error.cause if error.cause is not None else error, str(error))
-            except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-                self._worker_died(unit_id, number, error)
-            else:
-                self.finished += 1
-                self.on_done(unit_id, result)
+            (ready, *_), _ = ray.wait(list(self.held), num_returns=1)
+            number = self.held[ready][1]
+            if not self._settle(ready):
+                self._worker_died(number)
             self._feed(number)
         return self.failures
 
@@ -190,30 +195,48 @@ class _Dispatch:
             unit_id = self.queue.popleft()
             self.held[self.actors[number].run.remote(self.units[unit_id])] = (unit_id, number)
 
+    def _settle(self, reference: Any) -> bool:
+        """Take a ready result in; False, leaving it held, when its worker died instead."""
+        import ray
+
+        unit_id, _ = self.held[reference]
+        try:
+            result = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            del self.held[reference]
+            self._fail(unit_id, error.cause if error.cause is not None else error, str(error))
+        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+            self.death = error
+            return False
+        else:
+            del self.held[reference]
+            self.finished += 1
+            self.on_done(unit_id, result)
+        return True
+
     def _fail(self, unit_id: str, error: BaseException, detail: str) -> None:
         """An exception in the unit itself would come again: it is recorded, not retried."""
         self.failures[unit_id] = Failure(_reason(error), detail, self.attempts[unit_id] + 1)
         _stop_if_hopeless(self.failures, self.finished)
 
-    def _worker_died(self, unit_id: str, number: int, error: Exception) -> None:
-        """Replace the actor once; requeue at the back all it held; only the unit that ran counts an attempt."""
+    def _worker_died(self, number: int) -> None:
+        """Replace the actor; requeue at the back what it held. Only the unit that ran, the oldest, counts an attempt."""
         import ray
 
-        waiting = [reference for reference, held in self.held.items() if held[1] == number]
-        for reference in waiting:
-            self.queue.append(self.held.pop(reference)[0])
-        self.attempts[unit_id] += 1
-        if self.attempts[unit_id] >= MAX_ATTEMPTS:
-            self.failures[unit_id] = Failure(
-                f"killed {MAX_ATTEMPTS} workers: {_reason(error)}", str(error), MAX_ATTEMPTS
-            )
+        references = [reference for reference, held in self.held.items() if held[1] == number]
+        # Results that arrived before the death are whole.
+        lost = [reference for reference in references if not self._settle(reference)]
+        ran, *waiting = [self.held.pop(reference)[0] for reference in lost]
+        self.queue.extend(waiting)
+        self.attempts[ran] += 1
+        if self.attempts[ran] >= MAX_ATTEMPTS:
+            reason = f"killed {MAX_ATTEMPTS} workers: {_reason(self.death)}"
+            self.failures[ran] = Failure(reason, str(self.death), MAX_ATTEMPTS)
             _stop_if_hopeless(self.failures, self.finished)
         else:
-            log.warning(
-                "a worker died; unit %s is tried again (%d of %d)", unit_id, self.attempts[unit_id] + 1, MAX_ATTEMPTS
-            )
-            self.queue.append(unit_id)
+            log.warning("a worker died; unit %s is tried again (%d of %d)", ran, self.attempts[ran] + 1, MAX_ATTEMPTS)
+            self.queue.append(ran)
         ray.kill(self.actors[number])
         self.actors[number] = self.host.remote(self.spec)
-        for _ in range(len(waiting)):
+        for _ in range(len(references) - 1):
             self._feed(number)

@@ -22,13 +22,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nuwa.source import code_fingerprint
 from nuwa.vlm import LlavaAdapter
 from nuwa.vlm.llava import SIGNAL_NAMES
 from pipelines.atomic import atomic_path
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.settings import ClusterSettings, FeatureSettings
 
-SCHEMA_VERSION = 1
+ENCODING = ("grid", "signals", "vlm")  # the code that decides what is stored
 
 
 class MissingFeatures(LookupError):
@@ -37,7 +38,7 @@ class MissingFeatures(LookupError):
 
 def store_identity(encoder_fingerprint: str, dtype: str) -> str:
     """What decides the stored numbers; batch size, device and worker count do not belong to it."""
-    content = json.dumps([SCHEMA_VERSION, encoder_fingerprint, dtype, SIGNAL_NAMES])
+    content = json.dumps([code_fingerprint(ENCODING), encoder_fingerprint, dtype, SIGNAL_NAMES])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -142,9 +143,9 @@ class FeatureStore:
 
 
 @cache
-def load_model(path: str) -> LlavaAdapter:
+def load_model(path: str, device: str) -> LlavaAdapter:
     """One model a process, however many workers it hosts in turn."""
-    return LlavaAdapter.load(path, "cuda" if torch.cuda.is_available() else "cpu")
+    return LlavaAdapter.load(path, device)
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class EncodeSpec:
     dtype: str
     batch_size: int
     threads: int
+    device: str
 
     def build(self) -> EncodeWorker:
         torch.set_num_threads(self.threads)
@@ -166,7 +168,7 @@ class EncodeSpec:
 
 class EncodeWorker:
     def __init__(self, spec: EncodeSpec) -> None:
-        self.spec, self.vlm = spec, load_model(spec.model)
+        self.spec, self.vlm = spec, load_model(spec.model, spec.device)
         self.store = FeatureStore(Path(spec.root), spec.identity)
 
     def run(self, images: Sequence[str]) -> int:
@@ -216,6 +218,7 @@ def encode_missing(
         settings.dtype,
         settings.batch_size,
         cluster.cpus,
+        cluster.device,
     )
     done = 0
 

@@ -53,6 +53,10 @@ def cell_id(context: str, trial_id: str, example_digest: str) -> str:
     return hashlib.sha256(f"{context} {trial_id} {example_digest}".encode()).hexdigest()[:24]
 
 
+class DamagedUnit(RuntimeError):
+    """A stored unit does not match its checksums."""
+
+
 @dataclass(frozen=True)
 class UnitResult:
     """Rows of each part of :data:`PARTS`."""
@@ -70,7 +74,7 @@ class ResultStore:
         for part in ("kept", "timings", "predictions"):
             schema = PARTS[part].with_metadata({"cells": json.dumps(list(cells))})
             with atomic_path(self.folder / f"{unit_id}.{part}.parquet") as path:
-                pq.write_table(pa.Table.from_pylist(result.rows[part], schema), path)
+                pq.write_table(pa.Table.from_pylist(result.rows[part], schema), path, write_page_checksum=True)
 
     def done(self) -> dict[str, str]:
         """Finished cells → the unit that holds them. Unreadable or partial units are removed and not counted."""
@@ -93,6 +97,14 @@ class ResultStore:
             (self.folder / f"{unit}.{part}.parquet").unlink(missing_ok=True)
 
     def read(self, part: str, units: Iterable[str]) -> pa.Table:
-        """All rows of one part of ``units``."""
-        tables = [pq.read_table(self.folder / f"{unit}.{part}.parquet") for unit in units]
-        return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+        """All rows of one part of ``units``; a unit damaged since it was written is removed and reported."""
+        tables = []
+        for unit in units:
+            path = self.folder / f"{unit}.{part}.parquet"
+            try:
+                table = pq.read_table(path, page_checksum_verification=True)
+            except (OSError, pa.ArrowException) as error:
+                self.remove(unit)
+                raise DamagedUnit(f"{path} was damaged and is removed; run the same command again ({error})") from None
+            tables.append(table.replace_schema_metadata(None))
+        return pa.concat_tables(tables)

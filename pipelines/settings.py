@@ -18,7 +18,9 @@ from nuwa.methods import RECIPES
 from nuwa.positions import PositionStrategy
 
 PARAMS_FILE = Path("params.yaml")
+TESTBED_TASKS = ("refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa")
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 Budget = Annotated[float, Field(gt=0)]
 
 
@@ -27,20 +29,20 @@ class SettingsError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSettings(Section):
     """``path``: a folder or hub id ``from_pretrained`` loads. ``prompt_style``: see ``nuwa.benchmarks.STYLES``."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     prompt_style: Literal["llava_v1", "testbed"]
 
 
 class PrepareSettings(Section):
     """The testbed's benchmark: ``images`` test scenes, each asked ``questions`` per benchmark, all from ``seed``."""
 
-    seed: int
+    seed: Seed
     images: Positive
     questions: dict[str, Positive]
 
@@ -54,7 +56,7 @@ class PhaseSettings(Section):
 class TestbedSettings(Section):
     """How the testbed's model is trained. ``compile``: fuse layers with a C++ compiler (faster on a CPU)."""
 
-    seed: int
+    seed: Seed
     compile: bool
     vision: PhaseSettings
     language: PhaseSettings
@@ -86,6 +88,10 @@ class ClusterSettings(Section):
         return self
 
     @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    @property
     def resolved_address(self) -> str | None:
         return os.environ.get("RAY_ADDRESS") or self.address
 
@@ -105,7 +111,7 @@ class GridEntry(Section):
     stage2_layer: int | Literal["off"] | list[int | Literal["off"]] | None = None
     stage2_scorer: str | list[str] | None = None
     stage2_ratio: float | list[float] | None = None
-    seed: int | list[int] = 0
+    seed: Seed | list[Seed] = 0
     parameters: dict[str, Any] = Field(default_factory=dict)
     where_reachable: bool = False
 
@@ -126,7 +132,7 @@ class SweepSettings(Section):
 
     benchmarks: Annotated[list[str], Field(min_length=1)]
     images: Positive | None
-    subset_seed: int
+    subset_seed: Seed
     unit_images: Positive
     budgets: Annotated[list[Budget], Field(min_length=1)]
     grids: Annotated[list[GridEntry], Field(min_length=1)]
@@ -151,7 +157,7 @@ class EvaluateSettings(Section):
     """Bootstrap over images: ``resamples`` draws from ``seed``."""
 
     resamples: Annotated[int, Field(ge=100)]
-    seed: int
+    seed: Seed
 
 
 class ReportSettings(Section):
@@ -180,6 +186,30 @@ class Settings(Section):
     report: ReportSettings
     tracking: TrackingSettings
 
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Settings:
+        asked, prepared = self.sweep, self.prepare
+        for name in prepared.questions:
+            if name not in TESTBED_TASKS:
+                raise ValueError(f"prepare.questions: {name!r} is unknown; allowed: {', '.join(TESTBED_TASKS)}")
+        for name in asked.benchmarks:
+            if name.partition(":")[0] not in prepared.questions:
+                raise ValueError(f"sweep.benchmarks: {name!r} is not in prepare.questions; add it there")
+        if asked.images is not None and asked.images > prepared.images:
+            raise ValueError(f"sweep.images = {asked.images}: prepare.images makes {prepared.images}")
+        budgets = {budget for entry in asked.grids for budget in _budgets(entry, asked.budgets)}
+        if self.report.headline_budget not in budgets:
+            known = ", ".join(f"{budget:g}" for budget in sorted(budgets))
+            raise ValueError(
+                f"report.headline_budget = {self.report.headline_budget:g} is swept by no grid; swept: {known}"
+            )
+        return self
+
+
+def _budgets(entry: GridEntry, usual: list[float]) -> list[float]:
+    chosen = entry.budget if entry.budget is not None else usual
+    return chosen if isinstance(chosen, list) else [chosen]
+
 
 def _line(error: dict[str, Any]) -> str:
     """One validation error as one line: key, value, what is allowed."""
@@ -192,6 +222,8 @@ def _line(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{key}: missing; see docs/params.md for its meaning"
     message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # sections that do not agree: the message names its own key
+        return message
     return f"{key}: {message}" if error["type"] == "value_error" else f"{key} = {error['input']!r}: {message}"
 
 

@@ -7,12 +7,10 @@ group, and trials that differ only in stage 2 fork from it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +84,7 @@ class SweepSpec:
     feature_identity: str
     results: str
     threads: int
+    device: str = "cpu"
 
     def build(self) -> SweepWorker:
         torch.set_num_threads(self.threads)
@@ -94,7 +93,7 @@ class SweepSpec:
 
 class SweepWorker:
     def __init__(self, spec: SweepSpec) -> None:
-        self.vlm = load_model(spec.model)
+        self.vlm = load_model(spec.model, spec.device)
         self.features = FeatureStore(Path(spec.feature_root), spec.feature_identity)
         self.results = ResultStore(Path(spec.results))
 
@@ -165,22 +164,6 @@ def _kept_rows(trial: Trial, images: Sequence[str], selection: Selection) -> lis
         {"trial_id": trial.trial_id, "image": image, "indices": indices[row], "pillar": pillars[row]}
         for row, image in enumerate(images)
     ]
-
-
-class WorkDirectoryBusy(RuntimeError):
-    """Another driver works on the same directory."""
-
-
-@contextmanager
-def exclusive(work: Path) -> Iterator[None]:
-    """One driver at a time on a work directory: a child can outlive the ``dvc`` that started it."""
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise WorkDirectoryBusy(f"{work} is in use by another sweep; wait for it or stop it") from None
-        yield
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from nuwa.benchmarks import RecordError, SchemaError
+from nuwa.grid import PatchGrid
 from pipelines.evidence import IncompleteTrials
 from pipelines.executor import ClusterUnavailable, UnitsFailed
 from pipelines.features import MissingFeatures
+from pipelines.grid import Trial, expand
+from pipelines.lock import WorkDirectoryBusy
+from pipelines.results import DamagedUnit
 from pipelines.settings import Settings, SettingsError, load_settings
-from pipelines.sweep import WorkDirectoryBusy
 from pipelines.tracking import checked_uri
 
 DATA = Path("data")  # outputs that DVC tracks
@@ -38,6 +43,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 # What a user can mend. Anything else is a fault of ours and keeps its trace.
 MENDABLE = (
     ClusterUnavailable,
+    DamagedUnit,
     FileNotFoundError,
     IncompleteTrials,
     MissingFeatures,
@@ -56,11 +62,30 @@ def check_tracking(settings: Settings) -> None:
         raise SettingsError(f"tracking.uri: {error}") from None
 
 
-def run_stage(stage: Callable[[Settings], None]) -> None:
-    """Validate ``params.yaml``, then run; what a user can mend ends as one line on stderr and a non-zero exit."""
+def planned_trials(settings: Settings) -> list[Trial]:
+    """All trials the settings mean on their model, whose shape is read without its weights."""
+    path = settings.model.path
+    try:
+        config = AutoConfig.from_pretrained(path)
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        layers = config.text_config.num_hidden_layers
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(
+            f"model.path = {path!r}: no LLaVA model there ({reason}); `make testbed` trains one"
+        ) from None
+    return expand(settings.sweep, PatchGrid(side, side), layers)
+
+
+def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) -> None:
+    """Validate ``params.yaml`` and every trial it means, then run; what a user can mend ends as one line on stderr and a non-zero exit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        stage(load_settings())
+        settings = load_settings()
+        check_tracking(settings)
+        if needs_model:
+            planned_trials(settings)
+        stage(settings)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -31,7 +31,7 @@ def evaluate(settings: Settings) -> None:
     for family, table in budget_table(trials, scores).items():
         with atomic_path(PLOTS / f"{family}_retention.csv") as path:
             table.to_csv(path, index=False)
-    track(settings)
+    track(settings, with_report=False)  # the page on disk may be an earlier sweep's
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from rich.progress import Progress
 
 from pipelines.atomic import atomic_path
 from pipelines.features import encode_missing
+from pipelines.lock import exclusive
 from pipelines.settings import Settings
-from stages.entry import FEATURE_STORE, FEATURES, IMAGES, run_stage
+from stages.entry import CACHE, FEATURE_STORE, FEATURES, IMAGES, run_stage
 
 
 def features(settings: Settings) -> None:
-    with Progress() as bar:
+    with exclusive(CACHE), Progress() as bar:
         task = bar.add_task("encoding images", total=None)
         store, encoded = encode_missing(
             settings.model.path,

@@ -1,29 +1,16 @@
-"""Check everything before anything runs, and say what would run: trials, work units, what is shared."""
+"""Say what would run: trials, and what they share. Like every stage it checks everything first."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
-from nuwa.grid import PatchGrid
-from pipelines.grid import expand
-from pipelines.settings import Settings, SettingsError
-from stages.entry import check_tracking, run_stage
+from pipelines.settings import Settings
+from stages.entry import planned_trials, run_stage
 
 
 def plan(settings: Settings) -> None:
-    check_tracking(settings)
-    folder = Path(settings.model.path)
-    if folder.parts[0] in (".", "models") and not (folder / "config.json").exists():
-        raise SettingsError(
-            f"params.yaml: model.path = {settings.model.path!r}: no model there; `make testbed` trains it"
-        )
-    config = AutoConfig.from_pretrained(settings.model.path)
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    trials = expand(settings.sweep, PatchGrid(side, side), config.text_config.num_hidden_layers)
+    trials = planned_trials(settings)
     trunks = {trial.stage1_identity for trial in trials}
     table = Table(title=f"{len(trials)} trials, {len(trunks)} shared trunks", title_justify="left")
     for name in ("grid", "trials", "methods", "average tokens"):

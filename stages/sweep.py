@@ -20,9 +20,10 @@ from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed
 from pipelines.features import encode_missing
 from pipelines.grid import Trial, expand
+from pipelines.lock import exclusive
 from pipelines.progress import SweepProgress
 from pipelines.settings import Settings
-from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, exclusive, run_sweep
+from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, run_sweep
 from pipelines.tracking import Tracker, git_and_dvc_tags
 from stages.entry import (
     CACHE,
@@ -36,7 +37,6 @@ from stages.entry import (
     SWEEP,
     TIMINGS,
     TRIALS,
-    check_tracking,
     run_stage,
 )
 
@@ -45,7 +45,6 @@ def sweep(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = settings.sweep
-    check_tracking(settings)
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     vlm = LlavaAdapter.load(settings.model.path)
     trials = expand(plan, vlm.grid, vlm.layers)
@@ -66,6 +65,7 @@ def sweep(settings: Settings) -> None:
             store.identity,
             str(RESULT_STORE.resolve()),
             settings.cluster.cpus,
+            settings.cluster.device,
         )
         outcome = run_sweep(
             spec, trials, questions, plan.unit_images, context, settings.cluster, progress.start, progress.done

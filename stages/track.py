@@ -12,8 +12,8 @@ from pipelines.tracking import Tracker, git_and_dvc_tags, trial_runs
 from stages.entry import METRICS, PLOTS, REPORT, SCORES, SWEEP, TIMINGS, TRIALS, run_stage
 
 
-def track(settings: Settings) -> None:
-    """One child run a trial, scores and plots as artifacts of the parent, and the report where there is one."""
+def track(settings: Settings, *, with_report: bool = True) -> None:
+    """One child run a trial; scores, plots and, where it is of this sweep, the report as artifacts of the parent."""
     if not SWEEP.exists() or not SCORES.exists():
         raise FileNotFoundError(f"{SWEEP} or {SCORES} is missing; `dvc repro evaluate` makes them")
     facts = json.loads(SWEEP.read_text())
@@ -26,7 +26,7 @@ def track(settings: Settings) -> None:
         tracker.dataset("examples", facts["fingerprints"]["data"][:32], facts["counts"]["questions"])
         tracker.trials(trial_runs(trials, scores, _seconds(trials), tags))
         for path, place in ((SCORES, None), (METRICS, None), (PLOTS, "plots"), (REPORT, "report")):
-            if path.exists():
+            if path.exists() and (with_report or path != REPORT):
                 tracker.artifacts(path, place)
 
 

@@ -98,6 +98,8 @@ def rank_in_region(salience: Tensor, regions: Tensor) -> Tensor:
 
 def candidates_needed(grid: PatchGrid, region_side: int, keep: int) -> int:
     """The smallest n for which n tokens of every region (or all it has) are at least ``keep``."""
+    if keep > grid.tokens:
+        raise ValueError(f"cannot keep {keep} of {grid.tokens} tokens")
     sizes = torch.bincount(grid.regions(region_side))
     n = 1
     while int(sizes.clamp(max=n).sum()) < keep:

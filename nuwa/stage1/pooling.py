@@ -29,7 +29,7 @@ def pooled_shape(grid: PatchGrid, keep: int) -> tuple[int, int]:
     width = min(max(round(math.sqrt(keep / aspect)), 1), grid.width)
     height = min(max(round(aspect * width), 1), grid.height)
     while height * width > keep:
-        if height / grid.height >= width / grid.width and height > 1:
+        if width == 1 or (height / grid.height >= width / grid.width and height > 1):
             height -= 1
         else:
             width -= 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from types import NoneType, UnionType
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection
@@ -45,7 +46,23 @@ class Method:
         preset = preset or self.default_preset
         if preset not in (self.presets or {"default": {}}):
             raise ValueError(f"{self.name} has no preset {preset!r}; allowed: {', '.join(self.presets or ['default'])}")
+        for name, value in parameters.items():
+            _check_type(self.name, name, value, get_type_hints(self.config)[name])
         return self.config(**{**self.presets.get(preset, {}), **parameters})
+
+
+def _check_type(method: str, name: str, value: Any, hint: Any) -> None:
+    """Refuse what Python would quietly take for something else, such as the word "false" for a truth value."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for kind in kinds:
+        if get_origin(kind) is Literal and isinstance(value, str):
+            return  # which words are allowed is the method's own to say
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return
+        if kind in (bool, int, str, NoneType) and type(value) is kind:
+            return
+    allowed = " or ".join(", ".join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__ for kind in kinds)
+    raise ValueError(f"{method}.{name} {value!r} is of the wrong type; allowed: {allowed}")
 
 
 METHODS: dict[str, Method] = {}

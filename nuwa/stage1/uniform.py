@@ -21,7 +21,7 @@ class Uniform:
 def even_indices(grid: PatchGrid, keep: int) -> list[int]:
     """Exactly ``keep`` raster indices on evenly spaced rows, each row's tokens evenly spaced in turn."""
     fewest_rows = math.ceil(keep / grid.width)
-    rows = min(max(round(math.sqrt(keep * grid.height / grid.width)), fewest_rows, 1), grid.height)
+    rows = min(max(round(math.sqrt(keep * grid.height / grid.width)), fewest_rows, 1), grid.height, keep)
     indices = []
     for row in range(rows):
         count = keep * (row + 1) // rows - keep * row // rows

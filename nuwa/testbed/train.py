@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 
 from nuwa.testbed.architecture import build_model, model_config
@@ -63,9 +64,12 @@ def train_testbed(
         log=log,
         evaluate=lambda trained: evaluate_language(trained, tokenizer),
     )
-    fresh = output.with_name(output.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    processor.save_pretrained(fresh)
-    shutil.rmtree(output, ignore_errors=True)
-    fresh.rename(output)
+    if PartialState().is_main_process:
+        fresh = output.with_name(output.name + ".tmp")
+        shutil.rmtree(fresh, ignore_errors=True)
+        model.save_pretrained(fresh)
+        processor.save_pretrained(fresh)
+        shutil.rmtree(output, ignore_errors=True)
+        fresh.rename(output)
+        shutil.rmtree(checkpoints)  # a finished training has nothing to resume
+    PartialState().wait_for_everyone()

@@ -49,7 +49,7 @@ def step_rng(seed: int, phase: str, step: int, process: int) -> np.random.Genera
 
 
 def _save(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Checkpoint beside, then swap: a kill leaves either the old one or the new one."""
+    """Checkpoint beside, then swap: a kill leaves the old one, the new one, or both (see :func:`_latest`)."""
     fresh = folder.with_name(folder.name + ".tmp")
     if accelerator.is_main_process:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -57,9 +57,19 @@ def _save(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.save_state(str(fresh))
     if accelerator.is_main_process:
         (fresh / "step.json").write_text(json.dumps({"step": step}))
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; between the two renames of :func:`_save` only the old one has its name."""
+    candidates = (folder, folder.with_name(folder.name + ".old"))
+    return next((path for path in candidates if (path / "step.json").exists()), None)
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -92,9 +102,9 @@ def train_phase(
     )
     wrapped, optimizer = accelerator.prepare(module, optimizer)
     start = 0
-    if (checkpoint / "step.json").exists():
-        accelerator.load_state(str(checkpoint))
-        start = json.loads((checkpoint / "step.json").read_text())["step"]
+    if (latest := _latest(checkpoint)) is not None:
+        accelerator.load_state(str(latest))
+        start = json.loads((latest / "step.json").read_text())["step"]
     share, rest = divmod(schedule.batch_size, accelerator.num_processes)
     if rest:
         raise ValueError(

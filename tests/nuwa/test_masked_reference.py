@@ -358,6 +358,20 @@ def test_random_scores_depend_on_seed_image_and_question_only():
     assert not torch.equal(first[0], score(evidence(identity=[("other", "question 0"), ("image", "x")]))[0])
 
 
+def test_every_question_seed_and_image_draws_its_own_random_scores(tiny_vlm, images):
+    signals = encode(tiny_vlm, images[:2])
+    selection = stage1(signals, "uniform")
+    asked = [["what digit is blue?", "how many digits are there?"], ["what digit is blue?"]]
+    drawn = [
+        tuple(scores.tolist())
+        for seed in (0, 1)
+        for scores in decode(
+            tiny_vlm, trunk_of(tiny_vlm, signals, selection, asked), [(4, 12, "random")], limit=1, seed=seed
+        ).scores[0]
+    ]
+    assert len(set(drawn)) == 6
+
+
 def test_random_scores_of_a_second_cut_are_drawn_anew(tiny_vlm, images):
     # Else the second cut's scores are the first cut's, shifted onto other patches: no longer a uniform choice.
     signals = encode(tiny_vlm, images[:2])

@@ -9,7 +9,7 @@ import yaml
 
 from nuwa.grid import PatchGrid
 from pipelines.grid import expand
-from pipelines.settings import Settings, SettingsError, load_settings
+from pipelines.settings import SettingsError, SweepSettings, load_settings
 
 GRID, LAYERS = PatchGrid(12, 12), 8
 
@@ -46,6 +46,20 @@ def test_the_projects_own_file_is_valid(params, tmp_path):
             ["pope", "pope:first_sentence"],
             "sweep: benchmark 'pope' is named more than once; a sweep scores one variant of each",
         ),
+        (("sweep", "images"), True, "sweep.images = True: Input should be a valid integer"),
+        (("sweep", "images"), 401, "sweep.images = 401: prepare.images makes 400"),
+        (("sweep", "benchmarks"), ["mme"], "sweep.benchmarks: 'mme' is not in prepare.questions; add it there"),
+        (
+            ("prepare", "questions"),
+            {"mme": 1},
+            "prepare.questions: 'mme' is unknown; allowed: refcoco, refcocoplus, refcocog, pope, gqa, textvqa",
+        ),
+        (
+            ("report", "headline_budget"),
+            17,
+            "report.headline_budget = 17 is swept by no grid; swept: 16, 32, 48",
+        ),
+        (("prepare", "seed"), -1, "prepare.seed = -1: Input should be greater than or equal to 0"),
         (
             ("sweep", "grids"),
             [{"name": "a", "method": "nuwer"}],
@@ -85,7 +99,7 @@ def test_a_missing_section_a_missing_file_and_no_yaml(params, tmp_path):
 
 
 def sweep_with(params, *entries):
-    return Settings.model_validate(params | {"sweep": params["sweep"] | {"grids": list(entries)}}).sweep
+    return SweepSettings.model_validate(params["sweep"] | {"grids": list(entries)})
 
 
 def test_an_impossible_budget_names_the_reachable_range(params):
@@ -106,6 +120,16 @@ def test_an_impossible_budget_names_the_reachable_range(params):
         ({"stage2_layer": 8}, "stage-2 layer 8 must lie in 1..7: the model has 8 layers"),
         ({"stage2_scorer": "attn"}, "stage-2 scorer 'attn' is unknown; allowed: attention_last_token"),
         ({"parameters": {"pillar_quantile": 1.5}}, "nuwa.pillar_quantile 1.5 must lie in [0, 1]"),
+        ({"parameters": {"aggregation": "false"}}, "nuwa.aggregation 'false' is of the wrong type; allowed: bool"),
+        ({"parameters": {"region_side": 2.5}}, "nuwa.region_side 2.5 is of the wrong type; allowed: int"),
+        (
+            {"parameters": {"distance_threshold": None}},
+            "nuwa.distance_threshold None is of the wrong type; allowed: float",
+        ),
+        (
+            {"method": "fastv", "stage2_layer": "off"},
+            "fastv prunes in stage 2 only; stage2_layer: off would leave nothing of it",
+        ),
         ({"budget": 145}, "budget 145 is out of reach with a stage-2 cut before layer 4 of 8: allowed 1..144"),
     ],
 )

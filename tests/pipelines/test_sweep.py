@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from nuwa.decoder import Trunk
 from nuwa.stage1 import get_method
@@ -20,9 +21,10 @@ from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.features import FeatureStore, encode_missing
 from pipelines.grid import expand
+from pipelines.lock import exclusive
 from pipelines.results import ResultStore
 from pipelines.settings import FeatureSettings, SweepSettings
-from pipelines.sweep import SweepSpec, answer_context, exclusive, plan_units, run_sweep
+from pipelines.sweep import SweepSpec, answer_context, plan_units, run_sweep
 
 BENCHMARKS = ["refcoco", "pope", "gqa"]
 GRIDS = [
@@ -188,6 +190,10 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
     outcome = bench.run(results, cluster, done=lambda unit, result: redone.append(unit))
     assert sorted(redone) == sorted(units)
     assert same(outcome, undisturbed)
+
+
+# Workers cannot import this file, so what it defines travels whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @dataclass(frozen=True)
