@@ -39,7 +39,7 @@ dashboard: $(READY)
 track: $(READY)
 	$(RUN) python -m stages.track
 
-# Retrain the testbed's model from nothing: about two hours on two cores.
+# Retrain the testbed's model from nothing: over an hour on two cores; keep them free for it.
 testbed: $(READY)
 	$(RUN) dvc repro --force --single-item testbed
 
