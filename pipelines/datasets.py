@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nuwa.benchmarks import Benchmark, check_schema, get_benchmark, image_size
-from nuwa.benchmarks.gqa import join_images
+from nuwa.benchmarks import Benchmark, image_size
 from pipelines.atomic import atomic_path
 from pipelines.settings import SettingsError
+from pipelines.tables import BenchmarkName, read_benchmark
 
 EXAMPLES = pa.schema(
     {
@@ -34,54 +34,60 @@ EXAMPLES = pa.schema(
     }
 )
 IMAGES = pa.schema({"image": pa.string(), "bytes": pa.binary()})
+IMAGES_PER_ROW_GROUP = 64
 
 
 def parse_name(name: str) -> Benchmark:
-    """``pope`` or ``pope:first_sentence`` → the benchmark."""
-    base, _, variant = name.partition(":")
-    return get_benchmark(base, variant or None)
+    """``pope``, ``refcoco/testA`` or ``pope:first_sentence`` → the benchmark."""
+    return BenchmarkName.parse(name).benchmark()
 
 
-def read_benchmark(folder: Path, benchmark: Benchmark) -> pa.Table:
-    """The published table of ``benchmark`` in ``folder``; GQA's two tables are joined."""
-    if benchmark.name == "gqa":
-        tables = [pq.read_table(folder / f"gqa_{part}.parquet") for part in ("instructions", "images")]
-        return join_images(*tables)
-    path = folder / f"{benchmark.name}.parquet"
-    check_schema(pq.read_schema(path), benchmark, str(path))
-    return pq.read_table(path)
+def write_examples(sources: Mapping[str, Path], style: str, examples: Path, images: Path) -> None:
+    """Read every benchmark from its folder; write ``examples.parquet`` sorted by image, and each image once.
 
-
-def write_examples(folder: Path, names: Sequence[str], style: str, examples: Path, images: Path) -> None:
-    """Read ``names`` from ``folder``; write ``examples.parquet`` and ``images.parquet`` sorted by content."""
-    rows, contents = [], {}
-    for name in names:
-        benchmark = parse_name(name)
-        for example in benchmark.examples(read_benchmark(folder, benchmark), str(folder / benchmark.name)):
-            digest = hashlib.sha256(example.image).hexdigest()
-            contents.setdefault(digest, example.image)
-            width, height = image_size(example.image)
-            rows.append(
-                {
-                    "example_id": example.example_id,
-                    "benchmark": name,
-                    "family": benchmark.family,
-                    "image": digest,
-                    "question": example.question,
-                    "prompt": benchmark.prompt(example, style),
-                    "truth": json.dumps(example.truth, sort_keys=True),
-                    "category": example.category,
-                    "width": width,
-                    "height": height,
-                    "max_new_tokens": benchmark.max_new_tokens,
-                }
-            )
+    Tables are read batch by batch and images written as they come, so memory does not grow with the images.
+    """
+    rows: list[dict] = []
+    sizes: dict[str, tuple[int, int]] = {}
+    with atomic_path(images) as fresh, pq.ParquetWriter(fresh, IMAGES) as writer:
+        pending: dict[str, bytes] = {}
+        for text, folder in sources.items():
+            name = BenchmarkName.parse(text)
+            benchmark = name.benchmark()
+            for example in benchmark.examples(read_benchmark(folder, name), f"{folder} ({name.table})"):
+                digest = hashlib.sha256(example.image).hexdigest()
+                if digest not in sizes:
+                    sizes[digest] = image_size(example.image)
+                    pending[digest] = example.image
+                if len(pending) == IMAGES_PER_ROW_GROUP:
+                    _flush(writer, pending)
+                width, height = sizes[digest]
+                rows.append(
+                    {
+                        "example_id": name.table + example.example_id.removeprefix(benchmark.name),
+                        "benchmark": text,
+                        "family": benchmark.family,
+                        "image": digest,
+                        "question": example.question,
+                        "prompt": benchmark.prompt(example, style),
+                        "truth": json.dumps(example.truth, sort_keys=True),
+                        "category": example.category,
+                        "width": width,
+                        "height": height,
+                        "max_new_tokens": benchmark.max_new_tokens,
+                    }
+                )
+        _flush(writer, pending)
     rows.sort(key=lambda row: (row["image"], row["example_id"]))
-    with atomic_path(images) as path:
-        content = [{"image": digest, "bytes": contents[digest]} for digest in sorted(contents)]
-        pq.write_table(pa.Table.from_pylist(content, IMAGES), path)
     with atomic_path(examples) as path:
         pq.write_table(pa.Table.from_pylist(rows, EXAMPLES), path)
+
+
+def _flush(writer: pq.ParquetWriter, pending: dict[str, bytes]) -> None:
+    """Write the ``pending`` images as one row group and forget them."""
+    if pending:
+        writer.write_table(pa.table({"image": list(pending), "bytes": list(pending.values())}, schema=IMAGES))
+        pending.clear()
 
 
 @dataclass(frozen=True)

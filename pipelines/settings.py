@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nuwa.benchmarks import get_benchmark
 from nuwa.methods import RECIPES
 from nuwa.positions import PositionStrategy
+from pipelines.tables import BenchmarkName, hub_address
 
 PARAMS_FILE = Path("params.yaml")
 TESTBED_TASKS = ("refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa")
@@ -40,11 +40,20 @@ class ModelSettings(Section):
 
 
 class PrepareSettings(Section):
-    """The testbed's benchmark: ``images`` test scenes, each asked ``questions`` per benchmark, all from ``seed``."""
+    """The testbed's benchmark: ``images`` test scenes, each asked ``questions`` per benchmark, all from ``seed``.
+
+    ``tables``, where given, are published tables instead: a benchmark's name, with split and variant
+    (``refcoco/testA``, ``textvqa/validation:ocr``), and its folder or ``hub:organisation/dataset@revision``.
+    """
 
     seed: Seed
     images: Positive
     questions: dict[str, Positive]
+    tables: dict[str, str] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.questions if self.tables is None else self.tables)
 
 
 class PhaseSettings(Section):
@@ -139,11 +148,14 @@ class SweepSettings(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> SweepSettings:
-        bases = [name.partition(":")[0] for name in self.benchmarks]
-        for name, base in zip(self.benchmarks, bases, strict=True):
-            get_benchmark(base, name.partition(":")[2] or None)
-            if bases.count(base) > 1:
-                raise ValueError(f"benchmark {base!r} is named more than once; a sweep scores one variant of each")
+        names = [BenchmarkName.parse(text) for text in self.benchmarks]
+        tables = [name.table for name in names]
+        for name in names:
+            name.benchmark()
+            if tables.count(name.table) > 1:
+                raise ValueError(
+                    f"benchmark {name.table!r} is named more than once; a sweep scores one variant of each"
+                )
         for entry in self.grids:
             for method in entry.method if isinstance(entry.method, list) else [entry.method]:
                 if method not in RECIPES:
@@ -189,13 +201,22 @@ class Settings(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Settings:
         asked, prepared = self.sweep, self.prepare
-        for name in prepared.questions:
-            if name not in TESTBED_TASKS:
-                raise ValueError(f"prepare.questions: {name!r} is unknown; allowed: {', '.join(TESTBED_TASKS)}")
-        for name in asked.benchmarks:
-            if name.partition(":")[0] not in prepared.questions:
-                raise ValueError(f"sweep.benchmarks: {name!r} is not in prepare.questions; add it there")
-        if asked.images is not None and asked.images > prepared.images:
+        for text in prepared.questions:
+            name = BenchmarkName.parse(text)
+            if name.table not in TESTBED_TASKS:
+                raise ValueError(f"prepare.questions: {text!r} is unknown; allowed: {', '.join(TESTBED_TASKS)}")
+            _known(f"prepare.questions: {text!r}", name)
+        for text, location in (prepared.tables or {}).items():
+            _known(f"prepare.tables: {text!r}", BenchmarkName.parse(text))
+            try:
+                hub_address(location)
+            except ValueError as error:
+                raise ValueError(f"prepare.tables.{text}: {error}") from None
+        key = "prepare.questions" if prepared.tables is None else "prepare.tables"
+        for text in asked.benchmarks:
+            if text not in prepared.names:
+                raise ValueError(f"sweep.benchmarks: {text!r} is not in {key}; add it there")
+        if prepared.tables is None and asked.images is not None and asked.images > prepared.images:
             raise ValueError(f"sweep.images = {asked.images}: prepare.images makes {prepared.images}")
         budgets = {budget for entry in asked.grids for budget in _budgets(entry, asked.budgets)}
         if self.report.headline_budget not in budgets:
@@ -204,6 +225,13 @@ class Settings(Section):
                 f"report.headline_budget = {self.report.headline_budget:g} is swept by no grid; swept: {known}"
             )
         return self
+
+
+def _known(where: str, name: BenchmarkName) -> None:
+    try:
+        name.benchmark()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _budgets(entry: GridEntry, usual: list[float]) -> list[float]:

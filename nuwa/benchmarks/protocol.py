@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset as ds
 
 from nuwa.benchmarks.records import RecordError, check_columns
 
 Family = Literal["grounding", "vqa"]
 Truth = dict[str, Any]
 Scores = dict[str, float]
+Source = pa.Table | ds.Dataset  # a dataset is read batch by batch, whatever its size
 
 STYLES = ("llava_v1", "testbed")
 ROWS_AT_ONCE = 256  # bounds how many decoded rows with their images are in memory
@@ -85,7 +87,7 @@ class Benchmark:
     headline_of_sums: Callable[[Mapping[str, Any]], Any] | None = None
     variant: str = ""
 
-    def examples(self, table: pa.Table, source: str = "the table") -> Iterator[Example]:
+    def examples(self, table: Source, source: str = "the table") -> Iterator[Example]:
         """All examples in table order. A question id that repeats gets ``#2``, ``#3``, … appended.
 
         Raises:
@@ -94,7 +96,7 @@ class Benchmark:
         """
         check_schema(table.schema, self, source)
         seen: Counter[str] = Counter()
-        for number, row in enumerate(_rows(table.select(self.schema.names))):
+        for number, row in enumerate(_rows(table, self.schema.names)):
             try:
                 for example in self.read(row):
                     seen[example.example_id] += 1
@@ -142,6 +144,10 @@ def check_schema(table_schema: pa.Schema, benchmark: Benchmark, path: str) -> No
     check_columns(table_schema, benchmark.schema, benchmark.name, path)
 
 
-def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
+def _rows(table: Source, names: list[str]) -> Iterator[dict[str, Any]]:
+    if isinstance(table, pa.Table):
+        batches = iter(table.select(names).to_batches(max_chunksize=ROWS_AT_ONCE))
+    else:
+        batches = table.to_batches(columns=names, batch_size=ROWS_AT_ONCE, batch_readahead=1, fragment_readahead=1)
+    for batch in batches:
         yield from batch.to_pylist()

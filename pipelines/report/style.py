@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.tables import BenchmarkName
+
 INK = "#1d1d1f"
 MUTED = "#6b6b70"
 RULE = "#d9d9de"
@@ -87,14 +89,14 @@ def position_name(position: str) -> str:
 
 
 def benchmark_name(benchmark: str) -> str:
-    """``refcocoplus`` → ``RefCOCO+``, ``pope:first_sentence`` → ``POPE (first sentence)``."""
-    base, _, variant = benchmark.partition(":")
-    name = BENCHMARKS.get(base, base)
-    return f"{name} ({variant.replace('_', ' ')})" if variant else name
+    """``refcocoplus`` → ``RefCOCO+``, ``refcoco/testA`` → ``RefCOCO testA``, ``pope:first_sentence`` → ``POPE (first sentence)``."""
+    parsed = BenchmarkName.parse(benchmark)
+    name = " ".join([BENCHMARKS.get(parsed.name, parsed.name), parsed.split or ""]).strip()
+    return f"{name} ({parsed.variant.replace('_', ' ')})" if parsed.variant else name
 
 
 def benchmark_rank(benchmark: str) -> tuple[int, str]:
-    order, base = list(BENCHMARKS), benchmark.partition(":")[0]
+    order, base = list(BENCHMARKS), BenchmarkName.parse(benchmark).name
     return (order.index(base) if base in BENCHMARKS else len(order), benchmark)
 
 

@@ -27,9 +27,8 @@ def prepared(tmp_path_factory) -> Path:
     """Twelve test scenes prepared as the `prepare` stage does."""
     folder = tmp_path_factory.mktemp("data")
     make_testbed_benchmark(folder / "benchmarks", 12, QUESTIONS, seed=1)
-    write_examples(
-        folder / "benchmarks", list(QUESTIONS), "testbed", folder / "examples.parquet", folder / "images.parquet"
-    )
+    sources = dict.fromkeys(QUESTIONS, folder / "benchmarks")
+    write_examples(sources, "testbed", folder / "examples.parquet", folder / "images.parquet")
     return folder
 
 

@@ -34,8 +34,8 @@ def test_examples_carry_prompt_truth_and_size(examples):
 
 
 def test_prepared_twice_is_byte_identical(prepared, tmp_path):
-    names = ["refcoco", "refcocoplus", "pope", "gqa", "textvqa"]
-    write_examples(prepared / "benchmarks", names, "testbed", tmp_path / "e.parquet", tmp_path / "i.parquet")
+    sources = dict.fromkeys(["refcoco", "refcocoplus", "pope", "gqa", "textvqa"], prepared / "benchmarks")
+    write_examples(sources, "testbed", tmp_path / "e.parquet", tmp_path / "i.parquet")
     assert (tmp_path / "e.parquet").read_bytes() == (prepared / "examples.parquet").read_bytes()
     assert (tmp_path / "i.parquet").read_bytes() == (prepared / "images.parquet").read_bytes()
 

@@ -1,0 +1,211 @@
+"""Published tables in folders and on a hub: layouts, splits, variants; every fault by name before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.datasets import write_examples
+from pipelines.settings import Settings
+from pipelines.tables import BenchmarkName, MissingTables, hub_address, read_benchmark
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def published(prepared, tmp_path_factory) -> Path:
+    """The testbed's tables as a hub lays them out: parts of a split in ``data``, GQA in two configurations."""
+    folder = tmp_path_factory.mktemp("published")
+    table = pq.read_table(prepared / "benchmarks" / "refcoco.parquet")
+    (folder / "RefCOCO" / "data").mkdir(parents=True)
+    for part, start in enumerate(range(0, len(table), 5)):
+        name = f"testA-{part:05}-of-{-(-len(table) // 5):05}.parquet"
+        pq.write_table(table.slice(start, 5), folder / "RefCOCO" / "data" / name)
+    pq.write_table(table.slice(0, 4), folder / "RefCOCO" / "data" / "val-00000-of-00001.parquet")
+    for part in ("instructions", "images"):
+        home = folder / "GQA" / f"testdev_balanced_{part}"
+        home.mkdir(parents=True)
+        pq.write_table(
+            pq.read_table(prepared / "benchmarks" / f"gqa_{part}.parquet"), home / "testdev-00000-of-00001.parquet"
+        )
+    (folder / "POPE").mkdir()
+    pq.write_table(pq.read_table(prepared / "benchmarks" / "pope.parquet"), folder / "POPE" / "test.parquet")
+    return folder
+
+
+def written(sources: dict[str, Path], folder: Path) -> pd.DataFrame:
+    write_examples(sources, "llava_v1", folder / "examples.parquet", folder / "images.parquet")
+    return pd.read_parquet(folder / "examples.parquet")
+
+
+def test_names_have_split_and_variant():
+    assert BenchmarkName.parse("textvqa/validation:ocr") == BenchmarkName("textvqa", "validation", "ocr")
+    assert BenchmarkName.parse("pope") == BenchmarkName("pope", None, None)
+    assert BenchmarkName.parse("refcoco/testA").table == "refcoco/testA"
+
+
+def test_parts_of_a_split_read_as_the_whole_table(published, prepared, tmp_path):
+    sources = {
+        "refcoco/testA": published / "RefCOCO",
+        "gqa/testdev": published / "GQA",
+        "pope/test": published / "POPE",
+    }
+    split = written(sources, tmp_path / "split" / "x")
+    whole = written(dict.fromkeys(["refcoco", "gqa", "pope"], prepared / "benchmarks"), tmp_path / "whole" / "x")
+    assert split["example_id"].str.match(r"(refcoco/testA|gqa/testdev|pope/test):").all()
+    for frame in (split, whole):
+        frame["example_id"] = frame["example_id"].str.replace(r"^(\w+)(/\w+)?:", r"\1:", regex=True)
+        frame["benchmark"] = frame["benchmark"].str.partition("/")[0]
+    pd.testing.assert_frame_equal(split, whole)
+    images = pq.read_table(tmp_path / "split" / "x" / "images.parquet").to_pylist()
+    assert all(hashlib.sha256(row["bytes"]).hexdigest() == row["image"] for row in images)
+    assert len({row["image"] for row in images}) == len(images) == split["image"].nunique()
+
+
+def test_two_splits_and_a_variant_stay_apart(published, tmp_path):
+    sources = {
+        "refcoco/testA": published / "RefCOCO",
+        "refcoco/val:pixels": published / "RefCOCO",
+        "pope/test:first_sentence": published / "POPE",
+    }
+    frame = written(sources, tmp_path)
+    assert frame["example_id"].is_unique
+    assert set(frame["benchmark"]) == set(sources)
+    assert set(json.loads(frame[frame["benchmark"] == "refcoco/val:pixels"].iloc[0]["truth"])) == {"box", "size"}
+
+
+def test_a_missing_part_is_named(published, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part in (0, 2):
+        source = next((published / "RefCOCO" / "data").glob(f"testA-{part:05}-*"))
+        (folder / source.name).write_bytes(source.read_bytes())
+    with pytest.raises(MissingTables) as raised:
+        read_benchmark(tmp_path, BenchmarkName.parse("refcoco/testA"))
+    assert str(raised.value) == f"{folder}: part 1 of 3 of refcoco/testA is missing; fetch it again"
+
+
+def test_absent_and_ambiguous_splits_are_named(published, tmp_path):
+    with pytest.raises(MissingTables) as raised:
+        read_benchmark(published / "RefCOCO", BenchmarkName.parse("refcoco/testB"))
+    assert str(raised.value) == (
+        f"{published / 'RefCOCO'}/**: no testB.parquet or testB-00000-of-*.parquet for refcoco/testB; "
+        "give the folder that holds the published files"
+    )
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.parquet").write_bytes((published / "POPE" / "test.parquet").read_bytes())
+    with pytest.raises(MissingTables) as raised:
+        read_benchmark(tmp_path, BenchmarkName.parse("pope/test"))
+    assert str(raised.value) == (
+        f"pope/test: several folders hold the split test: {tmp_path / 'a'}, {tmp_path / 'b'}; name one"
+    )
+
+
+def test_a_wrong_table_leaves_nothing_behind(published, tmp_path):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"question_id": ["1"]}), tmp_path / "in" / "testA.parquet")
+    with pytest.raises(ValueError, match="column 'image' of refcoco should be struct"):
+        written({"pope/test": published / "POPE", "refcoco/testA": tmp_path / "in"}, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("location", ["hub:lmms-lab/POPE", "hub:POPE@abc", "hub:@abc"])
+def test_a_hub_dataset_needs_its_revision(location, params):
+    with pytest.raises(ValueError, match="should read hub:organisation/dataset@revision"):
+        hub_address(location)
+    params["prepare"]["tables"] = {"pope/test": location}
+    with pytest.raises(ValueError, match=r"prepare.tables.pope/test: 'hub:"):
+        Settings.model_validate(params)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of a hub as a download needs: what a revision holds, and its files."""
+
+    files: dict[str, bytes]
+
+    def log_message(self, *_args):
+        pass
+
+    def _answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/lmms-lab/POPE"):
+            info = {"id": "lmms-lab/POPE", "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]}
+            if "/tree/" in path:
+                info = [
+                    {"type": "file", "path": name, "size": len(b), "oid": "0" * 40} for name, b in self.files.items()
+                ]
+            self._answer(json.dumps(info).encode(), Content_Type="application/json")
+            return
+        name = path.rpartition(f"/resolve/{COMMIT}/")[2]
+        if name not in self.files:
+            self._answer(b"", 404)
+            return
+        body = self.files[name]
+        self._answer(body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+
+def test_a_hub_dataset_is_fetched_at_its_revision(published, tmp_path):
+    _Hub.files = {
+        "data/test-00000-of-00001.parquet": (published / "POPE" / "test.parquet").read_bytes(),
+        "README.md": b"x",
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = f"""
+from pipelines.tables import BenchmarkName, fetch_tables, read_benchmark
+folder = fetch_tables("hub:lmms-lab/POPE@{COMMIT}")
+print(read_benchmark(folder, BenchmarkName.parse("pope/test")).count_rows(), sorted(p.name for p in folder.rglob("*.*")))
+"""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    rows = pq.read_metadata(published / "POPE" / "test.parquet").num_rows
+    assert done.stdout.strip() == f"{rows} ['test-00000-of-00001.parquet']", done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
+    code = f"""
+from pipelines.tables import MissingTables, fetch_tables
+try:
+    fetch_tables("hub:lmms-lab/POPE@{COMMIT}")
+except MissingTables as error:
+    print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"hub:lmms-lab/POPE@{COMMIT}: could not be fetched: "), done.stdout
+    assert done.stdout.count("\n") == 1
