@@ -1,12 +1,17 @@
 """Answers many questions about many images under a token schedule, computing what is shared once.
 
-All questions of an image stand in one sequence behind the image's prefix, each as a *block* that sees the prefix and
-itself: the prefix (system tokens and kept visual tokens) passes every layer once, however many questions follow. A
-cut (stage 2) makes every question a row of its own, because from there on each keeps other visual tokens; the layers
-below the cut stay shared, between questions and between all cuts forked from the same trunk.
+All questions of an image stand in one sequence behind the image's prefix, and words with which several of them begin
+stand there once: the prefix (system tokens and kept visual tokens) and every common beginning pass each layer once,
+however many questions follow. A cut (stage 2) makes every question a row of its own, because from there on each keeps
+other visual tokens; the layers below the cut stay shared, between questions and between all cuts forked from the same
+trunk.
 
-The layers are the model's own modules; rotary ids, masks and key-value caches are handed to them from outside. Key
-and value tensors are never written in place, so forks share them without copying.
+What a token sees is kept as *spans*. The questions of an image are ranked by their tokens, so that questions which
+begin alike are neighbours, and every column belongs to the half-open span of ranks it serves: the prefix to all, a
+common beginning to some, a question's own tokens to one. A token sees the earlier columns whose span holds its own.
+
+The layers are the model's own modules; rotary ids, masks and key-value caches are handed to them from outside. Keys
+and values that forks share are never written in place.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from nuwa.signals import top_indices
 from nuwa.stage2 import CutEvidence, Scorer
 from nuwa.vlm.llava import EncodedPrompt, LlavaAdapter
 
-PREFIX, PADDING = 0, -1  # block numbers; question blocks are 1, 2, ...
+EVERYONE, NOBODY = (0, 2**30), (-2, -1)  # spans of the prefix and of padding
 TEXT = -1  # in ``patch``: not a visual token
 
 
@@ -49,21 +54,52 @@ class _Keys:
         return key, value
 
 
+class _GrowingKeys:
+    """The cache of generation: starts from shared keys and values, then grows in buffers of its own."""
+
+    def __init__(self, held: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self.buffers = dict(held)
+        self.filled = {number: key.shape[2] for number, (key, _) in held.items()}
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
+        begin, end = self.filled[layer], self.filled[layer] + key.shape[2]
+        # The first step always grows, so the shared tensors are copied and not written to.
+        if end > self.buffers[layer][0].shape[2]:
+            room = begin // 2 + key.shape[2]
+            self.buffers[layer] = tuple(_roomier(held, begin, room) for held in self.buffers[layer])
+        grown = tuple(self.buffers[layer])
+        for buffer, new in zip(grown, (key, value), strict=True):
+            buffer[:, :, begin:end] = new
+        self.filled[layer] = end
+        return grown[0][:, :, :end], grown[1][:, :, :end]
+
+
+def _roomier(held: Tensor, filled: int, room: int) -> Tensor:
+    """``held`` ``(rows, heads, columns, head_dim)`` up to ``filled``, with ``room`` free columns behind."""
+    rows, heads, _, head_dim = held.shape
+    buffer = held.new_empty(rows, heads, filled + room, head_dim)
+    buffer[:, :, :filled] = held[:, :, :filled]
+    return buffer
+
+
 @dataclass
 class Stretch:
     """A run of layers over one layout of rows and columns.
 
     ``hidden`` ``(rows, columns, dim)`` has passed all layers below ``layer``; ``first`` is the stretch's first layer.
-    ``blocks``, ``positions``, ``patch`` ``(rows, columns)``: block number, position id, patch index (or ``TEXT``).
-    ``place`` ``(questions, 2)``: each question's row and block. ``last`` ``(questions,)``: column of its last token.
-    ``next_position`` ``(questions,)``: position id of its first generated token.
+    ``spans`` ``(rows, columns, 2)``: the ranks each column serves. ``positions``, ``patch`` ``(rows, columns)``:
+    position id, patch index (or ``TEXT``). ``place`` ``(questions, 2)``: each question's row and rank. ``text``
+    ``(questions, longest)``: the columns of its tokens behind the image, padded at the right with -1. ``last``
+    ``(questions,)``: column of its last token. ``next_position`` ``(questions,)``: position id of its first generated
+    token.
     """
 
     hidden: Tensor
-    blocks: Tensor
+    spans: Tensor
     positions: Tensor
     patch: Tensor
     place: Tensor
+    text: Tensor
     last: Tensor
     next_position: Tensor
     first: int
@@ -72,15 +108,56 @@ class Stretch:
     inputs: dict[int, Tensor]  # hidden states entering the layers that a cut's scorer reads
 
 
-def _mask(query_blocks: Tensor, key_blocks: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
-    """Additive ``(rows, 1, queries, keys)``: a query sees the prefix and its own block (padding sees padding)."""
-    seen = (query_blocks[:, :, None] == key_blocks[:, None, :]) | (
-        (key_blocks == PREFIX)[:, None, :] & (query_blocks != PADDING)[:, :, None]
-    )
+def _serves(keys: Tensor, queries: Tensor) -> Tensor:
+    """Whether a key's span holds a query's: ``(rows, queries, keys)``. Padding sees padding, so that no row is empty."""
+    return (keys[:, None, :, 0] <= queries[:, :, None, 0]) & (queries[:, :, None, 1] <= keys[:, None, :, 1])
+
+
+def _mask(queries: Tensor, keys: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
+    """Additive ``(rows, 1, queries, keys)`` from spans ``(rows, queries, 2)`` and ``(rows, keys, 2)``."""
+    seen = _serves(keys, queries)
     if causal:
-        order = torch.arange(key_blocks.shape[1], device=key_blocks.device)
+        order = torch.arange(keys.shape[1], device=keys.device)
         seen = seen & (order[None, :] <= order[:, None])
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)[:, None]
+
+
+@dataclass(frozen=True)
+class SharedText:
+    """The questions of one image with common beginnings merged, as columns in depth-first order.
+
+    ``ids``, ``spans``, ``depth``: token, span of ranks and place in its question of every column. ``columns``: each
+    question's columns, in the order asked. ``ranks``: each question's rank.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    depth: list[int]
+    columns: list[list[int]]
+    ranks: list[int]
+
+
+def share_beginnings(texts: Sequence[tuple[int, ...]]) -> SharedText:
+    """Merge the common beginnings of ``texts``; every question keeps at least its last token to itself."""
+    order = sorted(range(len(texts)), key=lambda question: texts[question])
+    ids, spans, depth = [], [], []
+    columns, ranks = [[] for _ in texts], [0] * len(texts)
+    path, previous = [], ()
+    for rank, question in enumerate(order):
+        text = texts[question]
+        common = 0
+        while common < min(len(previous), len(text)) - 1 and previous[common] == text[common]:
+            common += 1
+        path = path[:common]
+        for column in path:
+            spans[column] = (spans[column][0], rank + 1)
+        for place in range(common, len(text)):
+            path.append(len(ids))
+            ids.append(text[place])
+            spans.append((rank, rank + 1))
+            depth.append(place)
+        columns[question], ranks[question], previous = list(path), rank, text
+    return SharedText(ids, spans, depth, columns, ranks)
 
 
 class Trunk:
@@ -112,26 +189,18 @@ class Trunk:
         device, kept = self.vlm.device, selection.kept
         start, indices = len(self.before), selection.indices.to(device)
         after = text_start(self.strategy, start, self.vlm.grid.tokens, kept)
-        prefix = start + kept
-        columns = prefix + max(sum(len(prompt.after) for prompt in asked) for asked in prompts)
-        rows = len(prompts)
+        prefix, rows = start + kept, len(prompts)
+        texts = [share_beginnings([prompt.after for prompt in asked]) for asked in prompts]
+        columns = prefix + max(len(text.ids) for text in texts)
         ids = torch.zeros(rows, columns, dtype=torch.long)
-        blocks, positions = torch.full((rows, columns), PADDING), torch.zeros(rows, columns, dtype=torch.long)
-        place, last, following = [], [], []
-        for row, asked in enumerate(prompts):
-            ids[row, :start] = torch.tensor(self.before)
-            blocks[row, :prefix] = PREFIX
-            at = prefix
-            for block, prompt in enumerate(asked, start=1):
-                size = len(prompt.after)
-                ids[row, at : at + size] = torch.tensor(prompt.after)
-                blocks[row, at : at + size] = block
-                positions[row, at : at + size] = torch.arange(after, after + size)
-                at += size
-                place.append((row, block))
-                last.append(at - 1)
-                following.append(after + size)
-        positions[:, :start] = torch.arange(start)
+        spans, positions = torch.empty(rows, columns, 2, dtype=torch.long), torch.zeros(rows, columns, dtype=torch.long)
+        spans[:], spans[:, :prefix] = torch.tensor(NOBODY), torch.tensor(EVERYONE)
+        ids[:, :start], positions[:, :start] = torch.tensor(self.before), torch.arange(start)
+        for row, text in enumerate(texts):
+            filled = slice(prefix, prefix + len(text.ids))
+            ids[row, filled], spans[row, filled] = torch.tensor(text.ids), torch.tensor(text.spans)
+            positions[row, filled] = torch.tensor(text.depth) + after
+        own = [[prefix + column for column in mine] for text in texts for mine in text.columns]
         patch = torch.full((rows, columns), TEXT, device=device)
         patch[:, start:prefix] = indices
         positions = positions.to(device)
@@ -141,12 +210,13 @@ class Trunk:
         hidden = torch.cat([hidden[:, :start], self.projected.to(hidden.dtype), hidden[:, prefix:]], dim=1)
         return Stretch(
             hidden,
-            blocks.to(device),
+            spans.to(device),
             positions,
             patch,
-            torch.tensor(place, device=device),
-            torch.tensor(last, device=device),
-            torch.tensor(following, device=device),
+            place=torch.tensor([(row, rank) for row, text in enumerate(texts) for rank in text.ranks], device=device),
+            text=_padded(own, device),
+            last=torch.tensor([mine[-1] for mine in own], device=device),
+            next_position=torch.tensor([after + len(mine) for mine in own], device=device),
             first=0,
             layer=0,
             keys=_Keys(),
@@ -180,10 +250,9 @@ class Trunk:
 
     def _cut(self, below: Stretch, keep: int, scorer: Scorer, seed: int) -> Stretch:
         """A new layout, one question a row: system tokens, the ``keep`` best visual tokens, the question."""
-        rows, blocks = below.place.unbind(1)
+        rows, text = below.place[:, 0], below.text
         visual = _columns(below.patch[rows] != TEXT)  # (questions, visual)
-        text = _padded_columns(below.blocks[rows] == blocks[:, None])  # (questions, longest)
-        chosen = top_indices(self._scores(below, scorer, visual, text, seed), keep)
+        chosen = top_indices(self._scores(below, scorer, visual, seed), keep)
         visual = visual.gather(1, chosen)
         system = torch.arange(len(self.before), device=visual.device).expand(len(rows), -1)
         real = torch.cat([torch.ones_like(system), torch.ones_like(visual), text >= 0], dim=1).bool()
@@ -196,28 +265,29 @@ class Trunk:
         was = text_start(self.strategy, start, self.vlm.grid.tokens, (below.patch[0] != TEXT).sum().item())
         shift = text_start(self.strategy, start, self.vlm.grid.tokens, kept) - was
         positions[:, start + kept :] += shift
-        layout = torch.full_like(columns, PADDING)
-        layout[real] = 1
-        layout[:, : start + kept] = PREFIX
-        order = torch.arange(len(rows), device=visual.device)
+        spans = torch.where(
+            real[..., None], torch.tensor((0, 1), device=real.device), torch.tensor(NOBODY, device=real.device)
+        )
+        order, own = torch.arange(len(rows), device=visual.device), real[:, start + kept :]
+        slots = torch.arange(start + kept, columns.shape[1], device=visual.device)
         return Stretch(
             below.hidden[rows[:, None], columns],
-            layout,
+            spans,
             positions,
             patch,
-            torch.stack([order, torch.ones_like(order)], dim=1),
-            start + kept + (text >= 0).sum(dim=1) - 1,
-            below.next_position + shift,
+            place=torch.stack([order, torch.zeros_like(order)], dim=1),
+            text=torch.where(own, slots, -1),
+            last=start + kept + own.sum(dim=1) - 1,
+            next_position=below.next_position + shift,
             first=below.layer,
             layer=below.layer,
             keys=_Keys(),
             inputs={},
         )
 
-    def _scores(self, below: Stretch, scorer: Scorer, visual: Tensor, text: Tensor, seed: int) -> Tensor:
+    def _scores(self, below: Stretch, scorer: Scorer, visual: Tensor, seed: int) -> Tensor:
         rows = below.place[:, 0]
-        trunk_rows = self.stretch.place[:, 0]
-        own = _padded_columns(self.stretch.blocks[trunk_rows] == self.stretch.place[:, 1:])
+        trunk_rows, own = self.stretch.place[:, 0], self.stretch.text
         start = len(self.before)
         alive = below.patch[rows].gather(1, visual)
         # Columns of the alive patches in the trunk's own (raster) order of kept tokens.
@@ -225,7 +295,7 @@ class Trunk:
         where = (kept[:, None, :] == alive[:, :, None]).int().argmax(dim=-1)
 
         def attention(last_only: bool) -> Tensor:
-            asked = below.last[:, None] if last_only else text
+            asked = below.last[:, None] if last_only else below.text
             return _attention_to(self.vlm, below, rows, asked, visual)
 
         evidence = CutEvidence(
@@ -247,13 +317,10 @@ def _columns(flags: Tensor) -> Tensor:
     return flags.nonzero()[:, 1].view(len(flags), -1)
 
 
-def _padded_columns(flags: Tensor) -> Tensor:
-    """Column numbers of the True entries of every row, padded at the right with -1: ``(rows, longest)``."""
-    counts = flags.sum(dim=1)
-    slots = torch.arange(int(counts.max()), device=flags.device)
-    padded = torch.full((len(flags), len(slots)), -1, device=flags.device)
-    padded[slots[None] < counts[:, None]] = flags.nonzero()[:, 1]
-    return padded
+def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """``(rows, longest)``, padded at the right with -1."""
+    longest = max(len(row) for row in lists)
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in lists], device=device)
 
 
 def _attention_to(vlm: LlavaAdapter, stretch: Stretch, rows: Tensor, queries: Tensor, visual: Tensor) -> Tensor:
@@ -271,9 +338,9 @@ def _attention_to(vlm: LlavaAdapter, stretch: Stretch, rows: Tensor, queries: Te
     query = _rotate(query, *vlm.language.rotary_emb(hidden, position_ids=positions))
     key = stretch.keys.held[number][0][rows].repeat_interleave(attention.num_key_value_groups, dim=1)
     logits = query.float() @ key.float().transpose(2, 3) * attention.scaling
-    blocks = stretch.blocks[rows]
-    seen = (blocks == PREFIX)[:, None] | (blocks[:, None] == blocks.gather(1, at)[:, :, None])
-    seen = seen & (torch.arange(blocks.shape[1], device=blocks.device) <= at[:, :, None])
+    spans = stretch.spans[rows]
+    asking = spans.gather(1, at[..., None].expand(-1, -1, 2))
+    seen = _serves(spans, asking) & (torch.arange(spans.shape[1], device=spans.device) <= at[:, :, None])
     weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
     weights = weights.gather(3, visual[:, None, None].expand(-1, *weights.shape[1:3], -1))
     return weights.masked_fill(~real[:, None, :, None], 0.0)
@@ -289,7 +356,7 @@ def _rotate(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _advance(vlm: LlavaAdapter, stretch: Stretch, layer: int, watch: frozenset[int] = frozenset()) -> None:
     if layer <= stretch.layer:
         return
-    mask = _mask(stretch.blocks, stretch.blocks, stretch.hidden.dtype, causal=True)
+    mask = _mask(stretch.spans, stretch.spans, stretch.hidden.dtype, causal=True)
     rotary = vlm.language.rotary_emb(stretch.hidden, position_ids=stretch.positions)
     for number in range(stretch.layer, layer):
         if number in watch:
@@ -301,27 +368,27 @@ def _advance(vlm: LlavaAdapter, stretch: Stretch, layer: int, watch: frozenset[i
 
 
 class _Growing:
-    """One stretch during generation: its cache grows by one column a slot, and so do the blocks of its columns."""
+    """One stretch during generation: its cache grows by one column a slot, and so do the spans of its columns."""
 
     def __init__(self, stretch: Stretch, until: int) -> None:
         self.stretch, self.layers = stretch, range(stretch.first, until)
-        self.keys = _Keys({number: stretch.keys.held[number] for number in self.layers})
-        self.blocks = stretch.blocks
+        self.keys = _GrowingKeys({number: stretch.keys.held[number] for number in self.layers})
+        self.spans = stretch.spans
 
     def step(self, vlm: LlavaAdapter, hidden: Tensor, active: Tensor, made: int) -> Tensor:
         """Pass the newest token of every active question, ``(active, dim)``, through this stretch's layers."""
-        rows, blocks = self.stretch.place[active].unbind(1)
-        counts = torch.bincount(rows, minlength=len(self.blocks))
+        rows, ranks = self.stretch.place[active].unbind(1)
+        counts = torch.bincount(rows, minlength=len(self.spans))
         slots = int(counts.max())
         slot = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        layout = hidden.new_zeros(len(self.blocks), slots, hidden.shape[-1])
+        layout = hidden.new_zeros(len(self.spans), slots, hidden.shape[-1])
         layout[rows, slot] = hidden
-        new_blocks = self.blocks.new_full((len(self.blocks), slots), PADDING)
-        new_blocks[rows, slot] = blocks
-        positions = torch.zeros_like(new_blocks)
+        spans = torch.tensor(NOBODY, device=rows.device).expand(len(self.spans), slots, 2).clone()
+        spans[rows, slot] = torch.stack([ranks, ranks + 1], dim=1)
+        positions = torch.zeros_like(spans[..., 0])
         positions[rows, slot] = self.stretch.next_position[active] + made
-        self.blocks = torch.cat([self.blocks, new_blocks], dim=1)
-        mask = _mask(new_blocks, self.blocks, hidden.dtype, causal=False)
+        self.spans = torch.cat([self.spans, spans], dim=1)
+        mask = _mask(spans, self.spans, hidden.dtype, causal=False)
         rotary = vlm.language.rotary_emb(layout, position_ids=positions)
         for number in self.layers:
             layout = vlm.language.layers[number](

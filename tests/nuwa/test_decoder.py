@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from nuwa.decoder import Trunk
+from nuwa.decoder import Trunk, share_beginnings
 from nuwa.stage1 import get_method
 from nuwa.stage2 import get_scorer
 
@@ -78,3 +80,24 @@ def test_full_budget_equals_unpruned(tiny_vlm, scenes, method, strategy):
     assert run(tiny_vlm, signals, asked, method, 144, strategy, **parameters) == unpruned
     cuts = [(3, 144, full[0]), (5, 144, full[1])]
     assert run(tiny_vlm, signals, asked, method, 144, strategy, cuts, **parameters) == unpruned
+
+
+texts_of_an_image = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6).map(tuple), min_size=1, max_size=8)
+
+
+@given(texts_of_an_image)
+def test_shared_beginnings_show_every_question_its_own_tokens_in_order(texts):
+    shared = share_beginnings(texts)
+    assert sorted(shared.ranks) == list(range(len(texts)))
+    for text, rank, columns in zip(texts, shared.ranks, shared.columns, strict=True):
+        seen = [column for column, (low, high) in enumerate(shared.spans) if low <= rank < high]
+        assert seen == columns
+        assert tuple(shared.ids[column] for column in seen) == text
+        assert [shared.depth[column] for column in seen] == list(range(len(text)))
+        assert shared.spans[columns[-1]] == (rank, rank + 1), "what is generated follows a token of its own"
+
+
+@given(texts_of_an_image)
+def test_every_common_beginning_stands_once(texts):
+    beginnings = {text[:size] for text in texts for size in range(1, len(text))}
+    assert len(share_beginnings(texts).ids) == len(beginnings) + len(texts)
