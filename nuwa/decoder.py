@@ -16,7 +16,7 @@ and values that forks share are never written in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor
 from nuwa.positions import PositionStrategy, text_start, visual_positions
 from nuwa.selection import Selection, gather_tokens
 from nuwa.signals import top_indices
-from nuwa.stage2 import CutEvidence, Scorer
+from nuwa.stage2 import Cut, CutEvidence, Scorer
+from nuwa.stage2.recycling import cluster_noise, recycle
 from nuwa.vlm.llava import EncodedPrompt, LlavaAdapter
 
 EVERYONE, NOBODY = (0, 2**30), (-2, -1)  # spans of the prefix and of padding
@@ -34,7 +35,10 @@ TEXT = -1  # in ``patch``: not a visual token
 
 @dataclass(frozen=True)
 class Answer:
-    """``tokens``: generated ids without the end token; ``kept``: patches alive in the last layer, ascending."""
+    """``tokens``: generated ids without the end token; ``kept``: patches alive in the last layer, ascending.
+
+    A recycled token is listed as the patch of its cluster's centre.
+    """
 
     tokens: tuple[int, ...]
     kept: tuple[int, ...]
@@ -233,26 +237,27 @@ class Trunk:
         _advance(self.vlm, end, self.vlm.layers)
         return _generate(self.vlm, [end], max_new_tokens)
 
-    def fork(
-        self, cuts: Sequence[tuple[int, int, Scorer]], max_new_tokens: Sequence[int], seed: int = 0
-    ) -> list[Answer]:
-        """Answers under ``cuts`` ``(layer, keep, scorer)``; the trunk must stand at the first cut's layer."""
-        if self.stretch.layer != cuts[0][0]:
-            raise ValueError(f"the trunk stands before layer {self.stretch.layer}, the first cut before {cuts[0][0]}")
+    def fork(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
+        """Answers under ``cuts``; the trunk must stand at the first cut's layer."""
+        cuts = [Cut(*cut) for cut in cuts]
+        if self.stretch.layer != cuts[0].layer:
+            raise ValueError(
+                f"the trunk stands before layer {self.stretch.layer}, the first cut before {cuts[0].layer}"
+            )
         stretches = [self.stretch]
-        for layer, keep, scorer in cuts:
+        for cut in cuts:
             below = stretches[-1]
             if below is not self.stretch:
-                _advance(self.vlm, below, layer, frozenset({layer - 1}))
-            stretches.append(self._cut(below, keep, scorer, seed))
+                _advance(self.vlm, below, cut.layer, frozenset({cut.layer - 1}))
+            stretches.append(self._cut(below, cut, seed))
         _advance(self.vlm, stretches[-1], self.vlm.layers)
         return _generate(self.vlm, stretches, max_new_tokens)
 
-    def _cut(self, below: Stretch, keep: int, scorer: Scorer, seed: int) -> Stretch:
-        """A new layout, one question a row: system tokens, the ``keep`` best visual tokens, the question."""
+    def _cut(self, below: Stretch, cut: Cut, seed: int) -> Stretch:
+        """A new layout, one question a row: system tokens, the visual tokens that go on, the question."""
         rows, text = below.place[:, 0], below.text
         visual = _columns(below.patch[rows] != TEXT)  # (questions, visual)
-        chosen = top_indices(self._scores(below, scorer, visual, seed), keep)
+        chosen, states = self._choose(below, cut, visual, self._scores(below, cut.scorer, visual, seed), seed)
         visual = visual.gather(1, chosen)
         system = torch.arange(len(self.before), device=visual.device).expand(len(rows), -1)
         real = torch.cat([torch.ones_like(system), torch.ones_like(visual), text >= 0], dim=1).bool()
@@ -270,8 +275,10 @@ class Trunk:
         )
         order, own = torch.arange(len(rows), device=visual.device), real[:, start + kept :]
         slots = torch.arange(start + kept, columns.shape[1], device=visual.device)
+        hidden = below.hidden[rows[:, None], columns]
+        hidden[:, start : start + kept] = states
         return Stretch(
-            below.hidden[rows[:, None], columns],
+            hidden,
             spans,
             positions,
             patch,
@@ -285,6 +292,29 @@ class Trunk:
             inputs={},
         )
 
+    def _choose(self, below: Stretch, cut: Cut, visual: Tensor, scores: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """What goes on of the ``visual`` columns: their numbers, ascending ``(questions, keep)``, and hidden states.
+
+        The best by score go on as they are; with recycling, aggregated tokens stand at their clusters' centres.
+        """
+        hidden = below.hidden[below.place[:, :1], visual]
+        recycled = cut.recycling.clusters(visual.shape[1], cut.keep) if cut.recycling else 0
+        chosen = top_indices(scores, cut.keep - recycled)
+        states = gather_tokens(hidden, chosen)
+        if not recycled:
+            return chosen, states
+        noise = torch.from_numpy(cluster_noise(seed, self._identity(below), visual.shape[1])).to(hidden.device)
+        centres, means = recycle(hidden, scores, chosen, recycled, cut.recycling, noise)
+        chosen, order = torch.cat([chosen, centres], dim=1).sort(dim=1)
+        return chosen, gather_tokens(torch.cat([states, means], dim=1), order)
+
+    def _identity(self, below: Stretch) -> list[tuple[str, ...]]:
+        """What seeds chance at a cut: the layer, and each question's image and words."""
+        return [
+            (f"cut {below.layer}", image, repr(prompt.after))
+            for image, prompt in zip(self.images, self.prompts, strict=True)
+        ]
+
     def _scores(self, below: Stretch, scorer: Scorer, visual: Tensor, seed: int) -> Tensor:
         rows = below.place[:, 0]
         trunk_rows, own = self.stretch.place[:, 0], self.stretch.text
@@ -294,20 +324,20 @@ class Trunk:
         kept = self.stretch.patch[trunk_rows, start : start + self.projected.shape[1]]
         where = (kept[:, None, :] == alive[:, :, None]).int().argmax(dim=-1)
 
-        def attention(last_only: bool) -> Tensor:
-            asked = below.last[:, None] if last_only else below.text
-            return _attention_to(self.vlm, below, rows, asked, visual)
+        def attention_at(layer: int) -> Callable[[bool], Tensor]:
+            return lambda last_only: _attention_to(
+                self.vlm, below, layer, rows, below.last[:, None] if last_only else below.text, visual
+            )
 
         evidence = CutEvidence(
-            attention=attention,
+            attention=attention_at(below.layer - 1),
+            next_attention=attention_at(below.layer),
             text_mask=own >= 0,
             text=self.text_embeddings[trunk_rows[:, None], own.clamp(min=0)],
             visual=gather_tokens(self.projected[trunk_rows], where),
+            entered=self.projected[trunk_rows],
             seed=seed,
-            identity=[
-                (f"cut {below.layer}", image, repr(prompt.after))
-                for image, prompt in zip(self.images, self.prompts, strict=True)
-            ],
+            identity=self._identity(below),
         )
         return scorer.score(evidence)
 
@@ -323,20 +353,30 @@ def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in lists], device=device)
 
 
-def _attention_to(vlm: LlavaAdapter, stretch: Stretch, rows: Tensor, queries: Tensor, visual: Tensor) -> Tensor:
-    """Attention at layer ``stretch.layer - 1`` from columns ``queries`` (-1: padding) to columns ``visual``.
+def _attention_to(
+    vlm: LlavaAdapter, stretch: Stretch, number: int, rows: Tensor, queries: Tensor, visual: Tensor
+) -> Tensor:
+    """Attention at layer ``number`` from columns ``queries`` (-1: padding) to columns ``visual``.
 
-    ``rows``: each question's row. Returns ``(questions, heads, queries, visual)`` float32, zero at padded queries.
+    ``number``: the layer the stretch has just passed, or the one before which it stands, whose keys are then made
+    here. ``rows``: each question's row. Returns ``(questions, heads, queries, visual)`` float32, zero at padded
+    queries.
     """
-    number = stretch.layer - 1
     layer = vlm.language.layers[number]
     attention = layer.self_attn
     at, real = queries.clamp(min=0), queries >= 0
-    hidden = layer.input_layernorm(stretch.inputs[number][rows[:, None], at])
+    entering = stretch.hidden if number == stretch.layer else stretch.inputs[number]
+    hidden = layer.input_layernorm(entering[rows[:, None], at])
     query = attention.q_proj(hidden).view(*hidden.shape[:2], -1, attention.head_dim).transpose(1, 2)
     positions = stretch.positions[rows[:, None], at]
     query = _rotate(query, *vlm.language.rotary_emb(hidden, position_ids=positions))
-    key = stretch.keys.held[number][0][rows].repeat_interleave(attention.num_key_value_groups, dim=1)
+    if number == stretch.layer:
+        key = attention.k_proj(layer.input_layernorm(entering))
+        key = key.view(*key.shape[:2], -1, attention.head_dim).transpose(1, 2)
+        key = _rotate(key, *vlm.language.rotary_emb(key, position_ids=stretch.positions))
+    else:
+        key = stretch.keys.held[number][0]
+    key = key[rows].repeat_interleave(attention.num_key_value_groups, dim=1)
     logits = query.float() @ key.float().transpose(2, 3) * attention.scaling
     spans = stretch.spans[rows]
     asking = spans.gather(1, at[..., None].expand(-1, -1, 2))

@@ -1,7 +1,7 @@
 """Whole methods: a stage-1 method and the stage 2 its authors put behind it.
 
-A :class:`Recipe` says what a method's name stands for when nothing else is asked: which stage 1, and where, how hard
-and by which score stage 2 cuts. Every part is a sweep axis, so any stage 1 combines with any stage 2.
+A :class:`Recipe` says what a method's name stands for when nothing else is asked: which stage 1, and where, how often,
+how hard and by which score stage 2 cuts. Every part is a sweep axis, so any stage 1 combines with any stage 2.
 """
 
 from __future__ import annotations
@@ -11,26 +11,36 @@ from typing import Any
 
 from nuwa.grid import PatchGrid
 from nuwa.positions import STRATEGIES, PositionStrategy
-from nuwa.schedule import TokenSchedule, solve_schedule
+from nuwa.schedule import Decay, KeepShares, Published, TokenSchedule, solve_schedule
 from nuwa.stage1 import METHODS, get_method
-from nuwa.stage2 import get_scorer
+from nuwa.stage2 import Cut, Recycling, get_scorer
 
 
 @dataclass(frozen=True)
 class Stage2:
-    """One cut inside the language model.
+    """One cut inside the language model, or several.
 
-    ``depth``: the cut's layer as a share of all layers (Nüwa: 16 of 32), used where ``layer`` is null.
-    ``ratio``: K2 / K1; null keeps all tokens in stage 1, and the budget alone decides K2 (FastV).
+    ``depths``: each cut's layer as a share of all layers (Nüwa: 16 of 32), used where ``layers`` is null.
+    ``keep``: how stage 1 and the cuts share a budget. ``recycling``: what becomes of dropped tokens; null: nothing.
     """
 
     scorer: str
-    depth: float
-    ratio: float | None
-    layer: int | None = None
+    depths: tuple[float, ...]
+    keep: KeepShares
+    layers: tuple[int, ...] | None = None
+    recycling: Recycling | None = None
 
-    def layer_of(self, layers: int) -> int:
-        return self.layer if self.layer is not None else max(1, round(self.depth * layers))
+    def layers_of(self, layers: int) -> tuple[int, ...]:
+        """The layers before which a model of ``layers`` layers is cut."""
+        if self.layers is not None:
+            return self.layers
+        found = tuple(max(1, round(depth * layers)) for depth in self.depths)
+        if list(found) != sorted(set(found)) or found[-1] >= layers:
+            raise ValueError(
+                f"{layers} layers are too few for this method's {len(found)} cuts: they would fall before layers "
+                f"{', '.join(map(str, found))}; name {len(found)} ascending layers of 1..{layers - 1} in stage2_layer"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -44,16 +54,35 @@ class Recipe:
         return self.stage2.get(preset, self.stage2.get(""))
 
 
+# SparseVLM on LLaVA-1.5's 576 tokens, published as 64, 128 and 192 tokens: selected and recycled after every cut. Those
+# are averages of what leaves the layers when the cut layers are counted among the pruned ones.
+SPARSEVLM_KEEPS = Published(
+    tuple(
+        tuple((selected + recycled) / 576 for selected, recycled in row)
+        for row in (((66, 16), (30, 2), (17, 1)), ((303, 9), (110, 7), (36, 3)), ((300, 9), (200, 4), (110, 3)))
+    )
+)
+
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(name) for name in METHODS},
     # FastV: all tokens up to layer 2 of 32, then the last prompt token's attention.
-    "fastv": Recipe("unpruned", {"": Stage2("attention_last_token", depth=2 / 32, ratio=None)}),
+    "fastv": Recipe("unpruned", {"": Stage2("attention_last_token", (2 / 32,), Decay(None))}),
+    # PyramidDrop: after 8, 16 and 24 of 32 layers the same share goes on (published: a half), ranked by the last prompt
+    # token's attention with the next layer's projections.
+    "pyramiddrop": Recipe(
+        "unpruned", {"": Stage2("attention_last_token_next_layer", (8 / 32, 16 / 32, 24 / 32), Decay(None))}
+    ),
+    # SparseVLM: at the end of layers 2, 6 and 15 of 32, counted from 0, ranked by the raters' attention.
+    "sparsevlm": Recipe(
+        "unpruned",
+        {"": Stage2("attention_raters", (3 / 32, 7 / 32, 16 / 32), SPARSEVLM_KEEPS, recycling=Recycling())},
+    ),
     # Nüwa: before layer 16 of 32, K1 : K2 = 112 : 16; the paper scores by cosine, the released code by attention.
     "nuwa": Recipe(
         "nuwa",
         {
-            "released": Stage2("attention_last_token", depth=1 / 2, ratio=1 / 7),
-            "paper": Stage2("cosine_mean_text", depth=1 / 2, ratio=1 / 7),
+            "released": Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)),
+            "paper": Stage2("cosine_mean_text", (1 / 2,), Decay(1 / 7)),
         },
     ),
 }
@@ -79,11 +108,16 @@ class MethodSpec:
         """Tokens per layer on an image of ``grid``; raises ``UnreachableBudget`` or ``ValueError`` with the range."""
         if self.budget is None:
             return TokenSchedule(grid.tokens, layers, grid.tokens)
-        layer = self.stage2.layer_of(layers) if self.stage2 else None
-        schedule = solve_schedule(self.budget, grid.tokens, layers, layer, self.stage2.ratio if self.stage2 else None)
+        at, keep = (self.stage2.layers_of(layers), self.stage2.keep) if self.stage2 else ((), None)
+        schedule = solve_schedule(self.budget, grid.tokens, layers, at, keep)
         kept = get_method(self.stage1).kept(grid, schedule.stage1_keep)
-        cuts = tuple((at, min(keep, kept)) for at, keep in schedule.cuts)
+        cuts = tuple((layer, min(keep, kept)) for layer, keep in schedule.cuts)
         return replace(schedule, stage1_keep=kept, cuts=cuts)
+
+    def cuts(self, schedule: TokenSchedule) -> list[Cut]:
+        """The schedule's cuts, as the decoder makes them."""
+        scorer = get_scorer(self.stage2.scorer) if self.stage2 else None
+        return [Cut(layer, keep, scorer, self.stage2.recycling) for layer, keep in schedule.cuts]
 
 
 def specify(
@@ -97,8 +131,10 @@ def specify(
     seed: int = 0,
     parameters: dict[str, Any] | None = None,
 ) -> MethodSpec:
-    """Resolve names, presets and overrides; ``stage2`` overrides ``layer``, ``scorer`` or ``ratio`` of the recipe.
+    """Resolve names, presets and overrides; ``stage2`` overrides parts of the recipe.
 
+    Its keys: ``layer`` (one or several, ascending), ``scorer``, ``ratio`` (the share each cut keeps of what enters it)
+    and ``recycling`` (true or false).
     Raises ``ValueError`` naming the key, the value and what is allowed.
     """
     if method not in RECIPES:
@@ -111,16 +147,34 @@ def specify(
     config = stage1.configure(preset, **(parameters or {}))
     cut = None if without_stage2 else recipe.default_stage2(preset)
     if stage2 and not without_stage2:
-        cut = replace(cut or Stage2("attention_last_token", depth=1 / 2, ratio=1 / 7), **stage2)
+        cut = _override(cut or Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)), **stage2)
         get_scorer(cut.scorer)
     if without_stage2 and recipe.stage1 == "unpruned" and budget is not None:
         raise ValueError(f"{method} prunes in stage 2 only; stage2_layer: off would leave nothing of it")
-    if recipe.stage1 == "unpruned" and cut is not None and cut.ratio is not None:
+    if recipe.stage1 == "unpruned" and cut is not None and isinstance(cut.keep, Decay) and cut.keep.ratio is not None:
         raise ValueError(
-            f"{method} keeps all tokens in stage 1; a stage-2 ratio of {cut.ratio:g} would not: leave it out"
+            f"{method} keeps all tokens in stage 1; a stage-2 ratio of {cut.keep.ratio:g} would not: leave it out"
         )
     if method == "unpruned" and budget is not None:
         raise ValueError(f"unpruned takes no budget, not {budget:g}; leave it out")
     if method != "unpruned" and budget is None:
         raise ValueError(f"{method} needs a budget of average tokens")
     return MethodSpec(method, preset, config, position, budget, cut, seed)
+
+
+def _override(
+    cut: Stage2,
+    layer: int | list[int] | None = None,
+    scorer: str | None = None,
+    ratio: float | None = None,
+    recycling: bool | None = None,
+) -> Stage2:
+    if layer is not None:
+        cut = replace(cut, layers=tuple(layer) if isinstance(layer, (list, tuple)) else (layer,))
+    if scorer is not None:
+        cut = replace(cut, scorer=scorer)
+    if ratio is not None:
+        cut = replace(cut, keep=Decay(ratio))
+    if recycling is not None:
+        cut = replace(cut, recycling=Recycling() if recycling else None)
+    return cut

@@ -1,5 +1,7 @@
-"""Stage-2 scorers: which visual tokens a question needs, judged inside the language model at one layer."""
+"""Stage 2: which visual tokens a question needs, judged inside the language model, at one layer or several."""
 
+from nuwa.stage2.cut import Cut
+from nuwa.stage2.recycling import Recycling
 from nuwa.stage2.scorers import SCORERS, CutEvidence, Scorer, get_scorer
 
-__all__ = ["SCORERS", "CutEvidence", "Scorer", "get_scorer"]
+__all__ = ["SCORERS", "Cut", "CutEvidence", "Recycling", "Scorer", "get_scorer"]

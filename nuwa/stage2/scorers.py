@@ -1,7 +1,8 @@
 """Text-guided scorers of stage 2.
 
 A scorer maps the evidence at a cut to one score a visual token; the cut keeps the best. Attention is the ordinary
-post-softmax attention of the layer before the cut, computed only for the query rows a scorer asks for.
+post-softmax attention of the layer before the cut (or of the layer after it, which then sees every token once more),
+computed only for the query rows a scorer asks for.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ class CutEvidence:
 
     ``attention(last_only)``: attention from prompt tokens after the image to the visual tokens at the layer before
     the cut, ``(questions, heads, rows, visual)``, zero at padding; one row when only the last token is asked for.
+    ``next_attention(last_only)``: the same with the projections of the layer after the cut.
     ``text_mask``: which rows are prompt tokens, ``(questions, rows)`` bool.
     ``text``: embeddings of those tokens, ``(questions, rows, dim)``. ``visual``: projected visual tokens as they
-    entered layer 0, ``(questions, visual, dim)``. ``seed`` and ``identity`` (image and prompt of each question)
+    entered layer 0, ``(questions, visual, dim)``, a recycled token standing for its cluster's centre. ``entered``: all
+    that entered layer 0, ``(questions, entered, dim)``. ``seed`` and ``identity`` (image and prompt of each question)
     seed what is random.
     """
 
     attention: Callable[[bool], Tensor]
+    next_attention: Callable[[bool], Tensor]
     text_mask: Tensor
     text: Tensor
     visual: Tensor
+    entered: Tensor
     seed: int
     identity: list[tuple[str, ...]]
 
@@ -60,6 +65,30 @@ def attention_all_text(evidence: CutEvidence) -> Tensor:
     return summed / evidence.text_mask.sum(dim=1, keepdim=True)
 
 
+def attention_last_token_next_layer(evidence: CutEvidence) -> Tensor:
+    """Attention the last prompt token would pay at the layer after the cut, mean over heads (PyramidDrop)."""
+    return evidence.next_attention(True)[:, :, 0].float().mean(dim=1)
+
+
+def attention_raters(evidence: CutEvidence) -> Tensor:
+    """Attention of the raters, mean over heads and raters (SparseVLM)."""
+    weight = raters(evidence).float()
+    attention = evidence.attention(False).float().mean(dim=1)
+    return (attention * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True)
+
+
+def raters(evidence: CutEvidence) -> Tensor:
+    """Prompt tokens that have to do with the image, ``(questions, rows)`` bool (SparseVLM).
+
+    Every visual token spreads one vote over the prompt by softmax of the embeddings' dot products; raters get more
+    votes than the mean token. Where none does (one word, or all alike) every prompt token rates.
+    """
+    votes = evidence.entered.float() @ evidence.text.float().transpose(1, 2)
+    votes = votes.masked_fill(~evidence.text_mask[:, None], -torch.inf).softmax(dim=-1).mean(dim=1)
+    chosen = (votes > 1 / evidence.text_mask.sum(dim=1, keepdim=True)) & evidence.text_mask
+    return torch.where(chosen.any(dim=1, keepdim=True), chosen, evidence.text_mask)
+
+
 def cosine_mean_text(evidence: CutEvidence) -> Tensor:
     """Cosine between the mean text embedding and each projected visual token (Nüwa, eq. 8-9)."""
     weight = evidence.text_mask[..., None].float()
@@ -79,6 +108,8 @@ SCORERS: dict[str, Scorer] = {
     for scorer in (
         Scorer("attention_last_token", attention_last_token, reads_attention=True),
         Scorer("attention_all_text", attention_all_text, reads_attention=True),
+        Scorer("attention_last_token_next_layer", attention_last_token_next_layer, reads_attention=False),
+        Scorer("attention_raters", attention_raters, reads_attention=True),
         Scorer("cosine_mean_text", cosine_mean_text, reads_attention=False),
         Scorer("random", random, reads_attention=False, seeded=True),
     )

@@ -298,11 +298,14 @@ def evidence(attention=None, lengths=(3, 2), seed=0, identity=None, visual=4) ->
         attention = torch.from_numpy(rng.random((count, 2, rows, visual)))
     attention = attention * mask[:, None, :, None]
     last = torch.stack([attention[number, :, [length - 1]] for number, length in enumerate(lengths)])
+    vectors = torch.from_numpy(rng.normal(size=(count, visual, 5)))
     return CutEvidence(
         attention=lambda last_only: last if last_only else attention,
+        next_attention=lambda last_only: last.flip(-1) if last_only else attention.flip(-1),
         text_mask=mask,
         text=torch.from_numpy(rng.normal(size=(count, rows, 5))),
-        visual=torch.from_numpy(rng.normal(size=(count, visual, 5))),
+        visual=vectors,
+        entered=torch.cat([vectors, vectors.flip(1) * 0.5], dim=1),
         seed=seed,
         identity=identity or [("image", f"question {number}") for number in range(count)],
     )
@@ -401,7 +404,8 @@ def test_an_unknown_scorer_is_named_with_what_exists():
         get_scorer("attention")
     assert str(caught.value) == (
         "stage-2 scorer 'attention' is unknown; allowed: "
-        "attention_last_token, attention_all_text, cosine_mean_text, random"
+        "attention_last_token, attention_all_text, attention_last_token_next_layer, attention_raters, "
+        "cosine_mean_text, random"
     )
 
 

@@ -13,7 +13,7 @@ from oracles import schedule as oracle
 
 from nuwa.grid import PatchGrid
 from nuwa.methods import RECIPES, specify
-from nuwa.schedule import TokenSchedule, UnreachableBudget, solve_schedule
+from nuwa.schedule import Decay, TokenSchedule, UnreachableBudget, solve_schedule
 
 CLIP = PatchGrid(24, 24)
 SEVENTH, THIRD = 1 / 7, 1 / 3
@@ -67,13 +67,13 @@ def test_impossible_schedules_are_refused(arguments, message):
 
 @pytest.mark.parametrize(("average", "first", "second"), [(64, 112, 16), (128, 224, 32), (192, 336, 48)])
 def test_nuwa_on_llava_1_5(average, first, second):
-    schedule = solve_schedule(average, 576, 32, 16, SEVENTH)
+    schedule = solve_schedule(average, 576, 32, [16], Decay(SEVENTH))
     assert (schedule.stage1_keep, schedule.cuts) == (first, ((16, second),))
     assert schedule.average_tokens == average
 
 
 def test_fastv_at_layer_2_keeps_30_for_an_average_of_64():
-    schedule = solve_schedule(64, 576, 32, 2, None)
+    schedule = solve_schedule(64, 576, 32, [2], Decay(None))
     assert pytest.approx(29.87, abs=0.005) == (64 * 32 - 576 * 2) / 30  # published as 29.9
     assert (schedule.stage1_keep, schedule.cuts) == (576, ((2, 30),))
     assert schedule.average_tokens == (2 * 576 + 30 * 30) / 32
@@ -81,14 +81,14 @@ def test_fastv_at_layer_2_keeps_30_for_an_average_of_64():
 
 @pytest.mark.parametrize(("average", "first", "second"), [(128, 219, 73), (64, 109, 37), (32, 55, 18)])
 def test_learnpruner_on_llava_1_5(average, first, second):
-    schedule = solve_schedule(average, 576, 32, 12, THIRD)
+    schedule = solve_schedule(average, 576, 32, [12], Decay(THIRD))
     assert abs(schedule.stage1_keep - first) <= 1
     assert abs(schedule.cuts[0][1] - second) <= 1
     assert abs(schedule.average_tokens - average) <= 0.5
 
 
 def test_learnprunes_64_is_exact():
-    schedule = solve_schedule(64, 576, 32, 12, THIRD)
+    schedule = solve_schedule(64, 576, 32, [12], Decay(THIRD))
     assert (schedule.stage1_keep, schedule.cuts, schedule.average_tokens) == (109, ((12, 37),), 64.0)
 
 
@@ -96,7 +96,7 @@ def test_learnprunes_64_is_exact():
 @pytest.mark.parametrize("ratio", [7, 3])
 def test_budgets_with_a_whole_solution_get_that_solution(layers, ratio):
     for second in range(1, 48):
-        schedule = solve_schedule(second * (ratio + 1) / 2, 576, layers, layers // 2, 1 / ratio)
+        schedule = solve_schedule(second * (ratio + 1) / 2, 576, layers, [layers // 2], Decay(1 / ratio))
         assert (schedule.stage1_keep, schedule.cuts) == (ratio * second, ((layers // 2, second),))
 
 
@@ -117,7 +117,7 @@ def check_half_a_token(problem):
     average, tokens, layers, cut, ratio = problem
     low = Fraction(cut * tokens + layers - cut, layers) if ratio is None else 1
     try:
-        schedule = solve_schedule(average, tokens, layers, cut, ratio)
+        schedule = solve_schedule(average, tokens, layers, [cut], Decay(ratio))
     except UnreachableBudget:
         assert not float(low) <= average <= tokens, "a reachable budget was refused"
         return
@@ -145,7 +145,7 @@ def test_so_it_is_when_stage_2_keeps_next_to_nothing(problem):
 def test_the_asked_ratio_is_kept_where_rounding_and_the_image_allow(problem):
     average, tokens, layers, cut, ratio = problem
     assume(ratio is not None and 1 <= average <= tokens)
-    schedule = solve_schedule(average, tokens, layers, cut, ratio)
+    schedule = solve_schedule(average, tokens, layers, [cut], Decay(ratio))
     first, ((_, second),) = schedule.stage1_keep, schedule.cuts
     ideal = average * layers / (cut + (layers - cut) * ratio)
     if ideal >= tokens:
@@ -177,13 +177,13 @@ def test_the_range_a_refusal_names_is_the_reachable_one(layers, all_in_stage1):
             ratio = None if all_in_stage1 else 0.5
             for outside in (averages[0] - Fraction(1, 1000), averages[-1] + Fraction(1, 1000)):
                 with pytest.raises(UnreachableBudget) as caught:
-                    solve_schedule(float(outside), tokens, layers, cut, ratio)
+                    solve_schedule(float(outside), tokens, layers, [cut], Decay(ratio))
                 low, high = re.search(r"allowed ([\d.]+)\.\.(\d+) average tokens$", str(caught.value)).groups()
                 # Two decimals, and never below what can be had.
                 assert Fraction(low) == Fraction(math.ceil(averages[0] * 100), 100), (tokens, cut)
                 assert int(high) == averages[-1] == tokens
             for inside in averages:
-                schedule = solve_schedule(float(inside), tokens, layers, cut, ratio)
+                schedule = solve_schedule(float(inside), tokens, layers, [cut], Decay(ratio))
                 assert abs(schedule.average_tokens - inside) <= 0.5
                 assert not all_in_stage1 or schedule.average_tokens == pytest.approx(float(inside))
 
@@ -195,15 +195,15 @@ def test_the_range_a_refusal_names_is_the_reachable_one(layers, all_in_stage1):
         ((145, 144, 8), "budget 145 is out of reach: allowed 1..144 average tokens"),
         ((float("nan"), 144, 8), "budget nan is out of reach: allowed 1..144 average tokens"),
         (
-            (16, 576, 32, 2),
+            (16, 576, 32, [2], Decay(None)),
             "budget 16 is out of reach with a stage-2 cut before layer 2 of 32: allowed 36.94..576 average tokens",
         ),
         (
-            (16, 144, 8, 1),
+            (16, 144, 8, [1], Decay(None)),
             "budget 16 is out of reach with a stage-2 cut before layer 1 of 8: allowed 18.88..144 average tokens",
         ),
         (
-            (577, 576, 32, 16, SEVENTH),
+            (577, 576, 32, [16], Decay(SEVENTH)),
             "budget 577 is out of reach with a stage-2 cut before layer 16 of 32: allowed 1..576 average tokens",
         ),
     ],
@@ -217,14 +217,14 @@ def test_budgets_out_of_reach_name_the_range(arguments, message):
 @pytest.mark.parametrize("layer", [0, 32, -1])
 def test_a_cut_outside_the_model_is_refused(layer):
     with pytest.raises(ValueError) as caught:
-        solve_schedule(64, 576, 32, layer, SEVENTH)
+        solve_schedule(64, 576, 32, [layer], Decay(SEVENTH))
     assert str(caught.value) == f"stage-2 layer {layer} must lie in 1..31: the model has 32 layers"
 
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.5])
 def test_a_ratio_that_is_none_is_refused(ratio):
     with pytest.raises(ValueError) as caught:
-        solve_schedule(64, 576, 32, 16, ratio)
+        solve_schedule(64, 576, 32, [16], Decay(ratio))
     assert str(caught.value) == f"stage-2 ratio K2/K1 {ratio:g} must lie in (0, 1]"
 
 
@@ -290,7 +290,8 @@ def test_a_fastv_that_would_prune_before_the_model_is_refused_before_any_work(ar
         (
             {"method": "nuwa", "budget": 64, "stage2": {"scorer": "mean"}},
             "stage-2 scorer 'mean' is unknown; allowed: "
-            "attention_last_token, attention_all_text, cosine_mean_text, random",
+            "attention_last_token, attention_all_text, attention_last_token_next_layer, attention_raters, "
+            "cosine_mean_text, random",
         ),
         (
             {"method": "nuwa", "budget": 64, "preset": "papers"},

@@ -117,9 +117,15 @@ class MaskedModel:
         if scorer == "cosine_mean_text":
             words = self.embeddings([])[0, self.text].numpy()
             return scorers.cosine_with_mean_text(self.projected[alive].numpy(), words)
-        attention = self.forward([], attentions=True)[1][layer - 1]
+        # From ``layer`` on nothing is dropped yet when it is scored: ``alive`` is the same there as just before it.
+        ahead = scorer == "attention_last_token_next_layer"
+        attention = self.forward([], attentions=True)[1][layer if ahead else layer - 1]
         columns = [self.visual[patch] for patch in alive]
-        score = {"attention_last_token": scorers.last_token, "attention_all_text": scorers.all_text}[scorer]
+        if scorer == "attention_raters":
+            words = self.embeddings([])[0, self.text].numpy()
+            entered = self.projected[self.alive[0]].numpy()
+            return scorers.of_raters(attention, columns, self.text, scorers.raters(entered, words))
+        score = {"attention_all_text": scorers.all_text}.get(scorer, scorers.last_token)
         return score(attention, columns, self.text)
 
     def cut(self, layer: int, keep: int, scores: list[float]) -> list[int]:

@@ -1,6 +1,8 @@
-"""Stage-2 scores (FastV, LearnPruner, Nüwa equations 8-9) from a layer's full attention, one number at a time."""
+"""Stage-2 scores (FastV, LearnPruner, SparseVLM, Nüwa equations 8-9) from a layer's full attention, number by number."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -31,3 +33,24 @@ def cosine_with_mean_text(visual: np.ndarray, text: np.ndarray) -> list[float]:
         query += embedding
     query /= len(text)
     return [cosine(token, query) for token in visual]
+
+
+def raters(visual: np.ndarray, text: np.ndarray) -> list[int]:
+    """SparseVLM: the prompt tokens rating the image. ``visual`` (N, D), ``text`` (T, D), both entering layer 0.
+
+    Softmax over the text of every visual token's dot products with it, mean over visual tokens, above the mean. All
+    prompt tokens where none is above it.
+    """
+    votes = [0.0] * len(text)
+    for token in visual:
+        products = [sum(float(a) * float(b) for a, b in zip(token, word, strict=True)) for word in text]
+        powers = [math.exp(product - max(products)) for product in products]
+        for at, power in enumerate(powers):
+            votes[at] += power / sum(powers) / len(visual)
+    mean = sum(votes) / len(votes)
+    return [at for at, vote in enumerate(votes) if vote > mean + 1e-12] or list(range(len(text)))
+
+
+def of_raters(attention: np.ndarray, visual: list[int], text: list[int], chosen: list[int]) -> list[float]:
+    """Mean over raters and heads. ``chosen``: which of the prompt tokens ``text`` rate."""
+    return all_text(attention, visual, [text[at] for at in chosen])
