@@ -11,7 +11,8 @@ begin alike are neighbours, and every column belongs to the half-open span of ra
 common beginning to some, a question's own tokens to one. A token sees the earlier columns whose span holds its own.
 
 The layers are the model's own modules; rotary ids, masks and key-value caches are handed to them from outside. Keys
-and values that forks share are never written in place.
+and values that forks share are never written in place. Layers may stand on several devices: hidden states and caches
+stay where a layer left them, everything else is kept on the model's first device.
 """
 
 from __future__ import annotations
@@ -22,22 +23,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nuwa.layout import VisualLayout
 from nuwa.positions import PositionStrategy, text_start, visual_positions
 from nuwa.selection import Selection, gather_tokens
 from nuwa.signals import top_indices
 from nuwa.stage2 import Cut, CutEvidence, Scorer
 from nuwa.stage2.recycling import cluster_noise, recycle
-from nuwa.vlm.llava import EncodedPrompt, LlavaAdapter
+from nuwa.vlm.adapter import Adapter, EncodedPrompt
 
 EVERYONE, NOBODY = (0, 2**30), (-2, -1)  # spans of the prefix and of padding
-TEXT = -1  # in ``patch``: not a visual token
+TEXT = -1  # in ``slot``: not a visual token
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``tokens``: generated ids without the end token; ``kept``: patches alive in the last layer, ascending.
+    """``tokens``: generated ids without the end token; ``kept``: slots alive in the last layer, ascending.
 
-    A recycled token is listed as the patch of its cluster's centre.
+    A slot is a place in the unpruned image's sequence (:mod:`nuwa.layout`); on LLaVA-1.5 it is the patch's index. A
+    recycled token is listed as the slot of its cluster's centre.
     """
 
     tokens: tuple[int, ...]
@@ -91,17 +94,17 @@ class Stretch:
     """A run of layers over one layout of rows and columns.
 
     ``hidden`` ``(rows, columns, dim)`` has passed all layers below ``layer``; ``first`` is the stretch's first layer.
-    ``spans`` ``(rows, columns, 2)``: the ranks each column serves. ``positions``, ``patch`` ``(rows, columns)``:
-    position id, patch index (or ``TEXT``). ``place`` ``(questions, 2)``: each question's row and rank. ``text``
-    ``(questions, longest)``: the columns of its tokens behind the image, padded at the right with -1. ``last``
-    ``(questions,)``: column of its last token. ``next_position`` ``(questions,)``: position id of its first generated
-    token.
+    ``spans`` ``(rows, columns, 2)``: the ranks each column serves. ``positions`` ``(axes, rows, columns)``: position
+    ids. ``slot`` ``(rows, columns)``: place in the unpruned image (or ``TEXT``). ``place`` ``(questions, 2)``: each
+    question's row and rank. ``text`` ``(questions, longest)``: the columns of its tokens behind the image, padded at
+    the right with -1. ``last`` ``(questions,)``: column of its last token. ``next_position`` ``(questions,)``: position
+    id of its first generated token.
     """
 
     hidden: Tensor
     spans: Tensor
     positions: Tensor
-    patch: Tensor
+    slot: Tensor
     place: Tensor
     text: Tensor
     last: Tensor
@@ -117,8 +120,14 @@ def _serves(keys: Tensor, queries: Tensor) -> Tensor:
     return (keys[:, None, :, 0] <= queries[:, :, None, 0]) & (queries[:, :, None, 1] <= keys[:, None, :, 1])
 
 
-def _mask(queries: Tensor, keys: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
-    """Additive ``(rows, 1, queries, keys)`` from spans ``(rows, queries, 2)`` and ``(rows, keys, 2)``."""
+def _mask(vlm: Adapter, queries: Tensor, keys: Tensor, dtype: torch.dtype, causal: bool) -> Tensor:
+    """Additive ``(rows, 1, queries, keys)`` from spans ``(rows, queries, 2)`` and ``(rows, keys, 2)``.
+
+    Flash-attention takes no such mask: it gets ``(rows, keys)``, 1 where a key is no padding, and rows of one question
+    each, for which causal order says the rest.
+    """
+    if vlm.flash_attention:
+        return (keys[..., 0] >= 0).long()
     seen = _serves(keys, queries)
     if causal:
         order = torch.arange(keys.shape[1], device=keys.device)
@@ -167,32 +176,39 @@ def share_beginnings(texts: Sequence[tuple[int, ...]]) -> SharedText:
 class Trunk:
     """The shared work of one stage-1 selection and position strategy: all questions about a batch of images.
 
-    ``selection``: kept tokens of ``len(prompts)`` images. ``prompts``: each image's questions. ``image_ids`` and the
+    ``selection``: kept tokens of ``len(prompts)`` images, over the slots of ``layout`` (see :func:`nuwa.layout.place`;
+    absent: the one layout of a model with a fixed grid). ``prompts``: each image's questions. ``image_ids`` and the
     prompts' ids seed what is random.
     """
 
     def __init__(
         self,
-        vlm: LlavaAdapter,
+        vlm: Adapter,
         selection: Selection,
         prompts: Sequence[Sequence[EncodedPrompt]],
         strategy: PositionStrategy,
         image_ids: Sequence[str],
+        layout: VisualLayout | None = None,
     ) -> None:
-        self.vlm, self.strategy = vlm, strategy
+        self.vlm, self.strategy, self.layout = vlm, strategy, layout or vlm.layout
         befores = {prompt.before for asked in prompts for prompt in asked}
         if len(befores) != 1:
             raise ValueError(f"all prompts of a batch must begin alike; found {len(befores)} beginnings")
         self.before = list(befores.pop())
         self.prompts = [prompt for asked in prompts for prompt in asked]
         self.images = [image_ids[row] for row, asked in enumerate(prompts) for _ in asked]
-        self.projected = vlm.project(selection.features)
+        if vlm.flash_attention:  # see _mask
+            owners = [row for row, asked in enumerate(prompts) for _ in asked]
+            selection = Selection(selection.indices[owners], selection.features[owners], selection.pillars[owners])
+            prompts = [[prompt] for prompt in self.prompts]
+        self.projected = vlm.embed_visual(selection, self.layout)
         self.stretch = self._lay_out(selection, prompts)
 
     def _lay_out(self, selection: Selection, prompts: Sequence[Sequence[EncodedPrompt]]) -> Stretch:
         device, kept = self.vlm.device, selection.kept
-        start, indices = len(self.before), selection.indices.to(device)
-        after = text_start(self.strategy, start, self.vlm.grid.tokens, kept)
+        start, slots = len(self.before), selection.indices.to(device)
+        visual = visual_positions(slots, self.strategy, start, self.layout)
+        after = text_start(self.strategy, start, visual, self.layout).tolist()
         prefix, rows = start + kept, len(prompts)
         texts = [share_beginnings([prompt.after for prompt in asked]) for asked in prompts]
         columns = prefix + max(len(text.ids) for text in texts)
@@ -203,24 +219,25 @@ class Trunk:
         for row, text in enumerate(texts):
             filled = slice(prefix, prefix + len(text.ids))
             ids[row, filled], spans[row, filled] = torch.tensor(text.ids), torch.tensor(text.spans)
-            positions[row, filled] = torch.tensor(text.depth) + after
+            positions[row, filled] = torch.tensor(text.depth) + after[row]
         own = [[prefix + column for column in mine] for text in texts for mine in text.columns]
-        patch = torch.full((rows, columns), TEXT, device=device)
-        patch[:, start:prefix] = indices
-        positions = positions.to(device)
-        positions[:, start:prefix] = visual_positions(indices, self.strategy, start, self.vlm.grid.tokens)
+        behind = [after[row] + len(mine) for row, text in enumerate(texts) for mine in text.columns]
+        slot = torch.full((rows, columns), TEXT, device=device)
+        slot[:, start:prefix] = slots
+        positions = positions.to(device).repeat(self.layout.axes, 1, 1)
+        positions[:, :, start:prefix] = visual
         hidden = self.vlm.language.embed_tokens(ids.to(device))
         self.text_embeddings = hidden
-        hidden = torch.cat([hidden[:, :start], self.projected.to(hidden.dtype), hidden[:, prefix:]], dim=1)
+        hidden = torch.cat([hidden[:, :start], self.projected.to(hidden), hidden[:, prefix:]], dim=1)
         return Stretch(
             hidden,
             spans.to(device),
             positions,
-            patch,
+            slot,
             place=torch.tensor([(row, rank) for row, text in enumerate(texts) for rank in text.ranks], device=device),
             text=_padded(own, device),
             last=torch.tensor([mine[-1] for mine in own], device=device),
-            next_position=torch.tensor([after + len(mine) for mine in own], device=device),
+            next_position=torch.tensor(behind, device=device),
             first=0,
             layer=0,
             keys=_Keys(),
@@ -256,34 +273,34 @@ class Trunk:
     def _cut(self, below: Stretch, cut: Cut, seed: int) -> Stretch:
         """A new layout, one question a row: system tokens, the visual tokens that go on, the question."""
         rows, text = below.place[:, 0], below.text
-        visual = _columns(below.patch[rows] != TEXT)  # (questions, visual)
-        chosen, states = self._choose(below, cut, visual, self._scores(below, cut.scorer, visual, seed), seed)
-        visual = visual.gather(1, chosen)
+        entering = _columns(below.slot[rows] != TEXT)  # (questions, visual)
+        chosen, states = self._choose(below, cut, entering, self._scores(below, cut.scorer, entering, seed), seed)
+        visual = entering.gather(1, chosen)
         system = torch.arange(len(self.before), device=visual.device).expand(len(rows), -1)
         real = torch.cat([torch.ones_like(system), torch.ones_like(visual), text >= 0], dim=1).bool()
         columns = torch.cat([system, visual, text.clamp(min=0)], dim=1)
-        patch = below.patch[rows[:, None], columns].masked_fill(~real, TEXT)
+        slot = below.slot[rows[:, None], columns].masked_fill(~real, TEXT)
         start, kept = len(self.before), visual.shape[1]
-        positions = below.positions[rows[:, None], columns].clone()
-        indices = patch[:, start : start + kept]
-        positions[:, start : start + kept] = visual_positions(indices, self.strategy, start, self.vlm.grid.tokens)
-        was = text_start(self.strategy, start, self.vlm.grid.tokens, (below.patch[0] != TEXT).sum().item())
-        shift = text_start(self.strategy, start, self.vlm.grid.tokens, kept) - was
-        positions[:, start + kept :] += shift
+        was = text_start(self.strategy, start, below.positions[:, rows[:, None], entering], self.layout)
+        renewed = visual_positions(slot[:, start : start + kept], self.strategy, start, self.layout)
+        shift = text_start(self.strategy, start, renewed, self.layout) - was
+        positions = below.positions[:, rows[:, None], columns]
+        positions[:, :, start : start + kept] = renewed
+        positions[:, :, start + kept :] += shift[:, None]
         spans = torch.where(
             real[..., None], torch.tensor((0, 1), device=real.device), torch.tensor(NOBODY, device=real.device)
         )
         order, own = torch.arange(len(rows), device=visual.device), real[:, start + kept :]
-        slots = torch.arange(start + kept, columns.shape[1], device=visual.device)
-        hidden = below.hidden[rows[:, None], columns]
+        behind = torch.arange(start + kept, columns.shape[1], device=visual.device)
+        hidden = _at(below.hidden, rows[:, None], columns)
         hidden[:, start : start + kept] = states
         return Stretch(
             hidden,
             spans,
             positions,
-            patch,
+            slot,
             place=torch.stack([order, torch.zeros_like(order)], dim=1),
-            text=torch.where(own, slots, -1),
+            text=torch.where(own, behind, -1),
             last=start + kept + own.sum(dim=1) - 1,
             next_position=below.next_position + shift,
             first=below.layer,
@@ -297,16 +314,17 @@ class Trunk:
 
         The best by score go on as they are; with recycling, aggregated tokens stand at their clusters' centres.
         """
-        hidden = below.hidden[below.place[:, :1], visual]
+        hidden = _at(below.hidden, below.place[:, :1], visual)
         recycled = cut.recycling.clusters(visual.shape[1], cut.keep) if cut.recycling else 0
         chosen = top_indices(scores, cut.keep - recycled)
-        states = gather_tokens(hidden, chosen)
+        states = gather_tokens(hidden, chosen.to(hidden.device))
         if not recycled:
             return chosen, states
         noise = torch.from_numpy(cluster_noise(seed, self._identity(below), visual.shape[1])).to(hidden.device)
-        centres, means = recycle(hidden, scores, chosen, recycled, cut.recycling, noise)
-        chosen, order = torch.cat([chosen, centres], dim=1).sort(dim=1)
-        return chosen, gather_tokens(torch.cat([states, means], dim=1), order)
+        scores, picked = scores.to(hidden.device), chosen.to(hidden.device)
+        centres, means = recycle(hidden, scores, picked, recycled, cut.recycling, noise)
+        chosen, order = torch.cat([picked, centres], dim=1).sort(dim=1)
+        return chosen.to(visual.device), gather_tokens(torch.cat([states, means], dim=1), order)
 
     def _identity(self, below: Stretch) -> list[tuple[str, ...]]:
         """What seeds chance at a cut: the layer, and each question's image and words."""
@@ -319,10 +337,12 @@ class Trunk:
         rows = below.place[:, 0]
         trunk_rows, own = self.stretch.place[:, 0], self.stretch.text
         start = len(self.before)
-        alive = below.patch[rows].gather(1, visual)
-        # Columns of the alive patches in the trunk's own (raster) order of kept tokens.
-        kept = self.stretch.patch[trunk_rows, start : start + self.projected.shape[1]]
+        alive = below.slot[rows].gather(1, visual)
+        # Columns of the alive tokens in the trunk's own order of kept tokens.
+        kept = self.stretch.slot[trunk_rows, start : start + self.projected.shape[1]]
         where = (kept[:, None, :] == alive[:, :, None]).int().argmax(dim=-1)
+
+        entered = _at(self.projected, trunk_rows).to(visual.device)
 
         def attention_at(layer: int) -> Callable[[bool], Tensor]:
             return lambda last_only: _attention_to(
@@ -333,13 +353,23 @@ class Trunk:
             attention=attention_at(below.layer - 1),
             next_attention=attention_at(below.layer),
             text_mask=own >= 0,
-            text=self.text_embeddings[trunk_rows[:, None], own.clamp(min=0)],
-            visual=gather_tokens(self.projected[trunk_rows], where),
-            entered=self.projected[trunk_rows],
+            text=_at(self.text_embeddings, trunk_rows[:, None], own.clamp(min=0)),
+            visual=gather_tokens(entered, where),
+            entered=entered,
             seed=seed,
             identity=self._identity(below),
         )
-        return scorer.score(evidence)
+        return scorer.score(evidence).to(visual.device)
+
+
+def _device_of(module: torch.nn.Module, otherwise: Tensor) -> torch.device:
+    """Where a module's weights are. Offloaded ones are nowhere until it runs, and take their input from anywhere."""
+    return module.weight.device if module.weight.device.type != "meta" else otherwise.device
+
+
+def _at(hidden: Tensor, *index: Tensor) -> Tensor:
+    """``hidden[index]`` where the hidden states are, which may be another device than the index's."""
+    return hidden[tuple(part.to(hidden.device) for part in index)]
 
 
 def _columns(flags: Tensor) -> Tensor:
@@ -353,9 +383,7 @@ def _padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in lists], device=device)
 
 
-def _attention_to(
-    vlm: LlavaAdapter, stretch: Stretch, number: int, rows: Tensor, queries: Tensor, visual: Tensor
-) -> Tensor:
+def _attention_to(vlm: Adapter, stretch: Stretch, number: int, rows: Tensor, queries: Tensor, visual: Tensor) -> Tensor:
     """Attention at layer ``number`` from columns ``queries`` (-1: padding) to columns ``visual``.
 
     ``number``: the layer the stretch has just passed, or the one before which it stands, whose keys are then made
@@ -366,22 +394,22 @@ def _attention_to(
     attention = layer.self_attn
     at, real = queries.clamp(min=0), queries >= 0
     entering = stretch.hidden if number == stretch.layer else stretch.inputs[number]
-    hidden = layer.input_layernorm(entering[rows[:, None], at])
+    entering = entering.to(_device_of(attention.q_proj, entering))
+    hidden = layer.input_layernorm(_at(entering, rows[:, None], at))
     query = attention.q_proj(hidden).view(*hidden.shape[:2], -1, attention.head_dim).transpose(1, 2)
-    positions = stretch.positions[rows[:, None], at]
-    query = _rotate(query, *vlm.language.rotary_emb(hidden, position_ids=positions))
+    query = _rotate(query, *vlm.head_rotation(hidden, stretch.positions[:, rows[:, None], at]))
     if number == stretch.layer:
         key = attention.k_proj(layer.input_layernorm(entering))
         key = key.view(*key.shape[:2], -1, attention.head_dim).transpose(1, 2)
-        key = _rotate(key, *vlm.language.rotary_emb(key, position_ids=stretch.positions))
+        key = _rotate(key, *vlm.head_rotation(key, stretch.positions))
     else:
         key = stretch.keys.held[number][0]
-    key = key[rows].repeat_interleave(attention.num_key_value_groups, dim=1)
+    key = _at(key, rows).repeat_interleave(attention.num_key_value_groups, dim=1)
     logits = query.float() @ key.float().transpose(2, 3) * attention.scaling
     spans = stretch.spans[rows]
     asking = spans.gather(1, at[..., None].expand(-1, -1, 2))
     seen = _serves(spans, asking) & (torch.arange(spans.shape[1], device=spans.device) <= at[:, :, None])
-    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
+    weights = logits.masked_fill(~seen[:, None].to(key.device), -torch.inf).softmax(dim=-1).to(visual.device)
     weights = weights.gather(3, visual[:, None, None].expand(-1, *weights.shape[1:3], -1))
     return weights.masked_fill(~real[:, None, :, None], 0.0)
 
@@ -393,11 +421,11 @@ def _rotate(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return query * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _advance(vlm: LlavaAdapter, stretch: Stretch, layer: int, watch: frozenset[int] = frozenset()) -> None:
+def _advance(vlm: Adapter, stretch: Stretch, layer: int, watch: frozenset[int] = frozenset()) -> None:
     if layer <= stretch.layer:
         return
-    mask = _mask(stretch.spans, stretch.spans, stretch.hidden.dtype, causal=True)
-    rotary = vlm.language.rotary_emb(stretch.hidden, position_ids=stretch.positions)
+    mask = _mask(vlm, stretch.spans, stretch.spans, stretch.hidden.dtype, causal=True)
+    rotary = vlm.rotation(stretch.hidden, stretch.positions)
     for number in range(stretch.layer, layer):
         if number in watch:
             stretch.inputs[number] = stretch.hidden
@@ -415,30 +443,30 @@ class _Growing:
         self.keys = _GrowingKeys({number: stretch.keys.held[number] for number in self.layers})
         self.spans = stretch.spans
 
-    def step(self, vlm: LlavaAdapter, hidden: Tensor, active: Tensor, made: int) -> Tensor:
+    def step(self, vlm: Adapter, hidden: Tensor, active: Tensor, made: int) -> Tensor:
         """Pass the newest token of every active question, ``(active, dim)``, through this stretch's layers."""
         rows, ranks = self.stretch.place[active].unbind(1)
         counts = torch.bincount(rows, minlength=len(self.spans))
         slots = int(counts.max())
         slot = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
         layout = hidden.new_zeros(len(self.spans), slots, hidden.shape[-1])
-        layout[rows, slot] = hidden
+        layout[rows.to(hidden.device), slot.to(hidden.device)] = hidden
         spans = torch.tensor(NOBODY, device=rows.device).expand(len(self.spans), slots, 2).clone()
         spans[rows, slot] = torch.stack([ranks, ranks + 1], dim=1)
         positions = torch.zeros_like(spans[..., 0])
         positions[rows, slot] = self.stretch.next_position[active] + made
         self.spans = torch.cat([self.spans, spans], dim=1)
-        mask = _mask(spans, self.spans, hidden.dtype, causal=False)
-        rotary = vlm.language.rotary_emb(layout, position_ids=positions)
+        mask = _mask(vlm, spans, self.spans, hidden.dtype, causal=False)
+        rotary = vlm.rotation(layout, positions.expand(len(self.stretch.positions), -1, -1))
         for number in self.layers:
             layout = vlm.language.layers[number](
                 layout, attention_mask=mask, position_embeddings=rotary, past_key_values=self.keys
             )
-        return layout[rows, slot]
+        return _at(layout, rows, slot)
 
 
 @torch.inference_mode()
-def _generate(vlm: LlavaAdapter, stretches: list[Stretch], max_new_tokens: Sequence[int]) -> list[Answer]:
+def _generate(vlm: Adapter, stretches: list[Stretch], max_new_tokens: Sequence[int]) -> list[Answer]:
     """Greedy decoding; a question leaves the batch when it ends or reaches its limit."""
     top = stretches[-1]
     untils = [above.first for above in stretches[1:]] + [vlm.layers]
@@ -446,10 +474,10 @@ def _generate(vlm: LlavaAdapter, stretches: list[Stretch], max_new_tokens: Seque
     limits = torch.tensor(list(max_new_tokens), device=vlm.device)
     ends = torch.tensor(vlm.end_tokens, device=vlm.device)
     active = torch.arange(len(limits), device=vlm.device)
-    hidden = top.hidden[top.place[:, 0], top.last]
+    hidden = _at(top.hidden, top.place[:, 0], top.last)
     made: list[list[int]] = [[] for _ in limits]
     for step in range(int(limits.max())):
-        tokens = vlm.model.lm_head(vlm.language.norm(hidden)).argmax(dim=-1)
+        tokens = vlm.model.lm_head(vlm.language.norm(hidden)).argmax(dim=-1).to(vlm.device)
         going = ~torch.isin(tokens, ends)
         for question, token in zip(active[going].tolist(), tokens[going].tolist(), strict=True):
             made[question].append(token)
@@ -461,6 +489,6 @@ def _generate(vlm: LlavaAdapter, stretches: list[Stretch], max_new_tokens: Seque
         for part in growing:
             hidden = part.step(vlm, hidden, active, step)
     rows = top.place[:, 0]
-    kept = _columns(top.patch[rows] != TEXT)
-    patches = top.patch[rows].gather(1, kept).tolist()
-    return [Answer(tuple(ids), tuple(alive)) for ids, alive in zip(made, patches, strict=True)]
+    kept = _columns(top.slot[rows] != TEXT)
+    slots = top.slot[rows].gather(1, kept).tolist()
+    return [Answer(tuple(ids), tuple(alive)) for ids, alive in zip(made, slots, strict=True)]

@@ -120,6 +120,16 @@ class MethodSpec:
         return [Cut(layer, keep, scorer, self.stage2.recycling) for layer, keep in schedule.cuts]
 
 
+def check_encoder(spec: MethodSpec, encoder: str, offers_cls: bool) -> None:
+    """Refuse a method whose stage 1 reads what an encoder does not offer (see :class:`nuwa.vlm.Adapter`)."""
+    if get_method(spec.stage1).reads_cls and not offers_cls:
+        without = ", ".join(sorted(name for name, recipe in RECIPES.items() if not get_method(recipe.stage1).reads_cls))
+        raise ValueError(
+            f"method {spec.method!r} needs the attention of a CLS token, and {encoder} has none; "
+            f"methods that do without: {without}"
+        )
+
+
 def specify(
     method: str,
     *,

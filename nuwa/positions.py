@@ -3,6 +3,10 @@
 * PERC, compress: kept tokens are renumbered; the text follows directly.
 * PESP, sparse: kept tokens keep their original ids; the text stays where it would have been.
 * RPME, extend: kept tokens are spread over the original range of ids; the text stays where it would have been.
+
+Where a token has several ids (M-RoPE: time, row, column) every axis is treated on its own: PERC replaces an id by its
+rank among the axis' kept ids, so that kept rows and columns close up; RPME stretches the axis' kept ids over its range.
+With one id a token both are the paper's formulas, and with all tokens kept every strategy is the unpruned model.
 """
 
 from __future__ import annotations
@@ -12,28 +16,35 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from nuwa.layout import VisualLayout
+
 PositionStrategy = Literal["perc", "pesp", "rpme"]
 STRATEGIES: tuple[str, ...] = get_args(PositionStrategy)
 
 
-def visual_positions(indices: Tensor, strategy: PositionStrategy, start: int, tokens: int) -> Tensor:
-    """Position ids of kept tokens, ``(batch, kept)`` int64.
+def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layout: VisualLayout) -> Tensor:
+    """Position ids of kept tokens, ``(axes, batch, kept)`` int64.
 
-    ``indices``: kept patch indices, ascending, ``(batch, kept)``. ``start``: the id of the image's first token.
-    ``tokens``: how many the unpruned image has, so the original range is ``[start, start + tokens - 1]``, inclusive.
+    ``slots``: places of the kept tokens in the unpruned image, ascending, ``(batch, kept)``. ``start``: the id of the
+    image's first token, so the original ids of an axis are ``[start, start + span]``, inclusive.
     """
+    everything = layout.offsets.to(slots.device)
+    kept = everything[:, slots]
     if strategy == "pesp":
-        return indices + start
+        return kept + start
     if strategy == "perc":
-        return torch.arange(start, start + indices.shape[1], device=indices.device).expand_as(indices)
+        present = torch.zeros(*kept.shape[:2], layout.length, dtype=torch.long, device=slots.device)
+        return present.scatter_(2, kept, 1).cumsum(dim=2).gather(2, kept) - 1 + start
     if strategy == "rpme":
-        span, last = tokens - 1, indices[:, -1:].clamp(min=1)
-        spread = -((-indices * span) // last)  # ceil, multiplied before it is divided
-        spread = torch.cat([torch.zeros_like(spread[:, :1]), spread[:, 1:]], dim=1)
-        return spread + start
+        span = everything.amax(dim=1)[:, None, None]
+        first, last = kept.amin(dim=2, keepdim=True), kept.amax(dim=2, keepdim=True).clamp(min=1)
+        spread = -((-kept * span) // last)  # ceil, multiplied before it is divided
+        return spread.masked_fill(kept == first, 0) + start
     raise ValueError(f"position strategy {strategy!r} is unknown; allowed: {', '.join(STRATEGIES)}")
 
 
-def text_start(strategy: PositionStrategy, start: int, tokens: int, kept: int) -> int:
-    """Position id of the first token after the image."""
-    return start + (kept if strategy == "perc" else tokens)
+def text_start(strategy: PositionStrategy, start: int, positions: Tensor, layout: VisualLayout) -> Tensor:
+    """Position id of the first token after the image, ``(batch,)``; ``positions`` are those of its kept tokens."""
+    if strategy == "perc":
+        return positions.amax(dim=(0, 2)) + 1
+    return positions.new_full(positions.shape[1:2], start + layout.length)

@@ -8,7 +8,19 @@ import hashlib
 from pathlib import Path
 
 # Everything between an encoded image and an answer. Scoring and the testbed's training do not decide answers.
-ANSWERING = ("grid", "signals", "selection", "positions", "schedule", "methods", "decoder", "stage1", "stage2", "vlm")
+ANSWERING = (
+    "grid",
+    "signals",
+    "selection",
+    "layout",
+    "positions",
+    "schedule",
+    "methods",
+    "decoder",
+    "stage1",
+    "stage2",
+    "vlm",
+)
 
 
 def _meaning(source: str) -> str:

@@ -23,13 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from nuwa.source import code_fingerprint
-from nuwa.vlm import LlavaAdapter
-from nuwa.vlm.llava import SIGNAL_NAMES
+from nuwa.vlm import SIGNAL_NAMES, LlavaAdapter
 from pipelines.atomic import atomic_path
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.settings import ClusterSettings, FeatureSettings
 
-ENCODING = ("grid", "signals", "vlm")  # the code that decides what is stored
+ENCODING = ("grid", "layout", "signals", "vlm")  # the code that decides what is stored
 
 
 class MissingFeatures(LookupError):

@@ -28,7 +28,7 @@ def tiny_vlm() -> LlavaAdapter:
                 parameter.normal_(0, 0.12 if "embed" not in name else 0.5)
         for parameter in model.model.multi_modal_projector.parameters():
             parameter.normal_(0, 0.15)
-    return LlavaAdapter(model, processor)
+    return LlavaAdapter(model.requires_grad_(False), processor)
 
 
 @pytest.fixture(scope="session")

@@ -24,12 +24,14 @@ class Method:
 
     ``kept``: tokens it really keeps when asked for ``keep`` (a pooled grid may be smaller).
     ``seeded``: whether the seed changes its result; trials of an unseeded method differing in seed only are one.
+    ``reads_cls``: whether it needs a CLS token's attention and may not read the attention received in its stead.
     """
 
     name: str
     select: Select
     config: type
     seeded: bool = False
+    reads_cls: bool = False
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kept: Callable[[PatchGrid, int], int] = lambda grid, keep: keep
 

@@ -29,7 +29,7 @@ class VisionZip:
             raise ValueError(f"visionzip.contextual_share {self.contextual_share} must lie in [0, 1)")
 
 
-@register("visionzip", VisionZip)
+@register("visionzip", VisionZip, reads_cls=True)
 def select(signals: VisionSignals, keep: int, config: VisionZip, seed: int = 0) -> Selection:
     batch, tokens, _ = signals.features.shape
     device = signals.features.device

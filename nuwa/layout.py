@@ -1,0 +1,114 @@
+"""Where the visual tokens of an image stand in the language model's sequence, for every kind of encoder.
+
+LLaVA-1.5 has one grid of patches, LLaVA-NeXT a base crop and a stitched local grid whose rows end in a newline token,
+Qwen2.5-VL one grid of its own for every image, with three position ids a token. Stage-1 methods see grids; the
+decoder sees *slots*: places in the sequence of the unpruned image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nuwa.grid import PatchGrid
+from nuwa.schedule import UnreachableBudget
+from nuwa.selection import Selection, gather_tokens
+
+
+@dataclass(frozen=True)
+class View:
+    """One grid of tokens that stage 1 prunes on its own.
+
+    ``crops``: how many crops of the encoder it was stitched from; the budget is shared out by it.
+    ``newline``: whether a learned newline token ends every row.
+    """
+
+    grid: PatchGrid
+    crops: int = 1
+    newline: bool = False
+
+
+@dataclass(frozen=True)
+class VisualLayout:
+    """The views of an image in the order of the sequence; images of one layout make a batch.
+
+    ``axes``: position ids a token has. 1: its slot. 3: time, row and column on the grid (M-RoPE).
+    """
+
+    views: tuple[View, ...]
+    axes: int = 1
+
+    @cached_property
+    def newlines(self) -> Tensor:
+        """``(tokens,)`` bool: the slots that hold a newline token."""
+        marks = []
+        for view in self.views:
+            rows = torch.zeros(view.grid.height, view.grid.width + view.newline, dtype=torch.bool)
+            rows[:, view.grid.width :] = True
+            marks.append(rows.flatten())
+        return torch.cat(marks)
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of the unpruned image, newline tokens included."""
+        return len(self.newlines)
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, ...]:
+        """For every view, ``(grid.tokens,)`` int64: the slot of each of its tokens."""
+        return (~self.newlines).nonzero()[:, 0].split([view.grid.tokens for view in self.views])
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """``(axes, tokens)`` int64: position ids of the unpruned image, counted from where it starts."""
+        if self.axes == 1:
+            return torch.arange(self.tokens)[None]
+        rows, columns = self.views[0].grid.coordinates.long().unbind(-1)
+        return torch.stack([torch.zeros_like(rows), rows, columns])
+
+    @property
+    def length(self) -> int:
+        """How far the unpruned image moves the position of the text behind it."""
+        return int(self.offsets.max()) + 1
+
+    def shares(self, keep: int) -> list[int]:
+        """How many of its tokens each view keeps when ``keep`` visual tokens enter the language model.
+
+        Newline tokens are put back at every row's end and count. The rest is dealt out by crops, ``total // crops``
+        to each; what division or a view's size leaves over goes to the later views first. Raises
+        :class:`UnreachableBudget`.
+        """
+        newlines = int(self.newlines.sum())
+        least = newlines + len(self.views)
+        if not least <= keep <= self.tokens:
+            raise UnreachableBudget(
+                f"{keep} tokens before the first cut are out of reach on this image: allowed {least}..{self.tokens}, "
+                f"{newlines} of them newline tokens"
+            )
+        patches, crops = keep - newlines, sum(view.crops for view in self.views)
+        shares = [min(max(1, patches * view.crops // crops), view.grid.tokens) for view in self.views]
+        for number in reversed(range(len(shares))):
+            shares[number] += min(patches - sum(shares), self.views[number].grid.tokens - shares[number])
+        return shares
+
+
+def place(layout: VisualLayout, selections: Sequence[Selection]) -> Selection:
+    """Selections of every view of some images, each over its grid, as one selection over slots.
+
+    Newline tokens are put back; their features are zero, because they are no output of the encoder.
+    """
+    if not layout.newlines.any() and len(selections) == 1:
+        return selections[0]
+    device, batch = selections[0].indices.device, len(selections[0].indices)
+    newlines = layout.newlines.nonzero()[:, 0].to(device).expand(batch, -1)
+    indices = [slots.to(device)[chosen.indices] for slots, chosen in zip(layout.slots, selections, strict=True)]
+    indices, order = torch.cat([*indices, newlines], dim=1).sort(dim=1)
+    features = [chosen.features for chosen in selections]
+    blank = features[0].new_zeros(batch, newlines.shape[1], features[0].shape[-1])
+    untouched = torch.ones_like(newlines, dtype=torch.bool)
+    pillars = torch.cat([*(chosen.pillars for chosen in selections), untouched], dim=1)
+    return Selection(indices, gather_tokens(torch.cat([*features, blank], dim=1), order), pillars.gather(1, order))

@@ -1,0 +1,201 @@
+"""What the decoder and stage 1 need of a vision-language model, over a stock transformers class.
+
+An adapter uses its model as it is: nothing is patched, hooked, subclassed or replaced, and no state is kept outside
+it, so several adapters and plain ``generate`` may share a process and even a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel
+
+from nuwa.layout import VisualLayout
+from nuwa.selection import Selection
+from nuwa.signals import VisionSignals
+
+SIGNAL_NAMES = ("features", "cls_attention", "keys", "similarity")
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids before and after the image placeholder; the part before is the same for every question."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What the encoder says of one image: everything that must be cached to answer without its pixels.
+
+    ``signals``: for every view of ``layout`` the tensors of ``SIGNAL_NAMES``, each with the view's tokens first.
+    """
+
+    layout: VisualLayout
+    signals: tuple[dict[str, Tensor], ...]
+
+    def to(self, *args: Any, **kwargs: Any) -> EncodedImage:
+        """The same on another device or in another dtype, as ``torch.Tensor.to``."""
+        moved = ({name: value.to(*args, **kwargs) for name, value in view.items()} for view in self.signals)
+        return EncodedImage(self.layout, tuple(moved))
+
+
+def view_signals(encoded: Sequence[EncodedImage], view: int, image_ids: Sequence[str]) -> VisionSignals:
+    """One view of several images of one layout, as stage 1 reads it."""
+    columns = {name: torch.stack([image.signals[view][name] for image in encoded]) for name in SIGNAL_NAMES}
+    # What is random must not draw alike in two views of an image.
+    ids = tuple(f"{image} view {view}" if view else image for image in image_ids)
+    return VisionSignals(encoded[0].layout.views[view].grid, **columns, image_ids=ids)
+
+
+class Adapter(ABC):
+    """One loaded model.
+
+    ``offers_cls``: whether the encoder has a CLS token whose attention ranks patches. Where it has none,
+    ``cls_attention`` of the signals is the attention a token receives, which only methods that say so may read.
+    ``layout``: the layout of every image where all images have the same, else null.
+    """
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    encoder: ClassVar[str]  # what messages call it
+    offers_cls: ClassVar[bool]
+    layout: VisualLayout | None = None
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        window = _sliding_window(model.config.text_config)
+        if window is not None:
+            raise ValueError(
+                f"model.text_config.sliding_window = {window}: sliding-window attention is not supported; "
+                "set it to null where prompt and answer are shorter than the window"
+            )
+        self.model = model.eval()
+        self.processor = processor
+        self.language = model.model.language_model
+        self.image_token = model.config.image_token_id
+        self.end_tokens = _end_tokens(model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        attention: str = "sdpa",
+        device_map: str | dict | None = None,
+    ) -> Self:
+        """Model and processor from a folder or hub id, with plain ``from_pretrained``.
+
+        ``attention``: ``sdpa``, ``eager``, or ``flash_attention_2`` where it is installed. ``device_map`` spreads the
+        layers with Accelerate and replaces ``device``.
+        """
+        model = cls.model_class.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, device_map=device_map
+        ).requires_grad_(False)
+        return cls(model if device_map is not None else model.to(device), AutoProcessor.from_pretrained(path))
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids and masks are kept: the device of the word embeddings, offloaded or not."""
+        hook = getattr(self.language.embed_tokens, "_hf_hook", None)
+        execution = getattr(hook, "execution_device", None)
+        return torch.device(execution) if execution is not None else self.language.embed_tokens.weight.device
+
+    @property
+    def layers(self) -> int:
+        return len(self.language.layers)
+
+    @property
+    def flash_attention(self) -> bool:
+        """Whether the language model's kernels take key lengths instead of masks."""
+        return "flash" in self.language.config._attn_implementation
+
+    @abstractmethod
+    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
+        """Preprocess and encode; images may differ in size and, where the model allows it, in layout."""
+
+    @abstractmethod
+    def project(self, features: Tensor) -> Tensor:
+        """Encoder features ``(batch, kept, vision_dim)`` → language embeddings ``(batch, kept, dim)``."""
+
+    def embed_visual(self, selection: Selection, layout: VisualLayout) -> Tensor:
+        """Language embeddings of a selection over slots, ``(batch, kept, dim)``."""
+        return self.project(selection.features)
+
+    def rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model's layers take as ``position_embeddings``; ``positions`` ``(axes, batch, tokens)``."""
+        return self.language.rotary_emb(hidden, position_ids=positions[0].to(hidden.device))
+
+    def head_rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for one attention head, ``(batch, tokens, head_dim)`` each."""
+        return self.rotation(hidden, positions)
+
+    def encode_prompt(self, text: str) -> EncodedPrompt:
+        """The model's own chat template around ``text`` and one image, split at the image placeholder."""
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        full = self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        ids = self.processor.tokenizer(full).input_ids
+        if ids.count(self.image_token) != 1:
+            raise ValueError(f"the prompt {full!r} must hold exactly one image placeholder")
+        at = ids.index(self.image_token)
+        return EncodedPrompt(tuple(ids[:at]), tuple(ids[at + 1 :]))
+
+    def decode_text(self, ids: list[int]) -> str:
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    @property
+    @abstractmethod
+    def encoder_modules(self) -> dict[str, torch.nn.Module]:
+        """The parts of the model that decide the signals, by name."""
+
+    @property
+    @abstractmethod
+    def encoder_settings(self) -> list[Any]:
+        """What decides the signals beside weights and preprocessing: layers read and averaged."""
+
+    def encoder_fingerprint(self) -> str:
+        """Digest of what decides the signals: encoder weights, layers read and image preprocessing."""
+        preprocessing = self.processor.image_processor.to_dict()
+        digest = hashlib.sha256(json.dumps(preprocessing, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(self.encoder_settings).encode())
+        for name, module in self.encoder_modules.items():
+            digest.update(name.encode())
+            _digest_weights(digest, module.state_dict())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Digest of all weights and of the prompt format."""
+        digest = hashlib.sha256(self.encoder_fingerprint().encode())
+        digest.update(json.dumps(self.encode_prompt("?").__dict__).encode())
+        _digest_weights(digest, self.model.state_dict())
+        return digest.hexdigest()
+
+
+def _digest_weights(digest: Any, state: dict[str, Tensor]) -> None:
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    end = model.generation_config.eos_token_id
+    end = end if end is not None else model.config.text_config.eos_token_id
+    return tuple(end) if isinstance(end, (list, tuple)) else (end,)
+
+
+def _sliding_window(config: Any) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return getattr(config, "sliding_window", None)

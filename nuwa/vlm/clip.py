@@ -1,0 +1,42 @@
+"""Signals of a CLIP tower, for the LLaVA family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Nüwa averages hidden states 16..24 of CLIP-L's 24 layers: the last third, both ends included.
+SIMILARITY_FROM = 2 / 3
+
+
+def check_clip_features(strategy: str, layer: int | list[int]) -> None:
+    """Refuse a configuration whose features are not one layer's patches without CLS."""
+    if strategy != "default" or not isinstance(layer, int):
+        raise ValueError(
+            f"model.vision_feature_select_strategy {strategy!r} with layer "
+            f"{layer!r}: only one layer and 'default' (no CLS) are supported"
+        )
+
+
+def clip_signals(tower: nn.Module, pixels: Tensor, feature_layer: int) -> dict[str, Tensor]:
+    """Signals of ``(batch, 3, side, side)`` crops; :class:`nuwa.signals.VisionSignals` has names and shapes.
+
+    CLS attention is recomputed from the layer's input for its one query row, so no layer runs eager attention.
+    """
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    at = feature_layer % len(states)
+    layer, entering = tower.encoder.layers[at - 1], states[at - 1]
+    attention = layer.self_attn
+    normed = layer.layer_norm1(entering)
+    keys = attention.k_proj(normed)
+    heads, head_dim = attention.num_heads, attention.head_dim
+    query = attention.q_proj(normed[:, :1]).view(len(pixels), 1, heads, head_dim).transpose(1, 2)
+    per_head = keys.view(len(pixels), -1, heads, head_dim).transpose(1, 2)
+    weights = (query @ per_head.transpose(2, 3) * attention.scale).softmax(dim=-1, dtype=torch.float32)
+    first = round(SIMILARITY_FROM * (len(states) - 1))
+    return {
+        "features": states[at][:, 1:],
+        "cls_attention": weights.mean(dim=1)[:, 0, 1:],
+        "keys": keys[:, 1:],
+        "similarity": torch.stack(states[first:]).mean(dim=0)[:, 1:],
+    }

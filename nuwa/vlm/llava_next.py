@@ -1,0 +1,105 @@
+"""LLaVA-NeXT (``LlavaNextForConditionalGeneration``): a base crop and a local grid stitched from the image's own crops.
+
+As in the stock model the local grid loses the rows or columns that are padding only, and every row of it ends in the
+learned ``image_newline``. Stage 1 prunes the two grids on their own; the newline of every row is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import LlavaNextForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout
+from nuwa.selection import Selection
+from nuwa.vlm.adapter import Adapter, EncodedImage
+from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_signals
+
+
+class LlavaNextAdapter(Adapter):
+    model_class = LlavaNextForConditionalGeneration
+    encoder = "LLaVA-NeXT's CLIP tower"
+    offers_cls = True
+
+    def __init__(self, model: LlavaNextForConditionalGeneration, processor: Any) -> None:
+        config = model.config
+        check_clip_features(config.vision_feature_select_strategy, config.vision_feature_layer)
+        super().__init__(model, processor)
+        self.tower = model.model.vision_tower
+        self.projector = model.model.multi_modal_projector
+        self.crop_side = config.vision_config.image_size
+        side = self.crop_side // config.vision_config.patch_size
+        self.crop_grid = PatchGrid(side, side)
+
+    def crops_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of local crops of an image of ``size`` (height, width)."""
+        return get_anyres_image_grid_shape(size, self.model.config.image_grid_pinpoints, self.crop_side)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
+        inputs = self.processor.image_processor(list(images), return_tensors="pt")
+        sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
+        counts = [1 + rows * columns for rows, columns in map(self.crops_of, sizes)]
+        # The processor pads every image to the batch's largest number of crops.
+        crops = torch.cat([own[:count] for own, count in zip(inputs["pixel_values"], counts, strict=True)])
+        crops = crops.to(self.device, self.tower.dtype)
+        encoded = clip_signals(self.tower, crops, self.model.config.vision_feature_layer)
+        parts = zip(*(value.split(counts) for value in encoded.values()), strict=True)
+        return [
+            self._image(dict(zip(encoded, part, strict=True)), size) for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def _image(self, crops: dict[str, Tensor], size: tuple[int, int]) -> EncodedImage:
+        base = {name: value[0] for name, value in crops.items()}
+        stitched = {name: self._stitch(value[1:], size) for name, value in crops.items()}
+        height, width = stitched["cls_attention"].shape
+        local = View(PatchGrid(height, width), crops=len(crops["features"]) - 1, newline=True)
+        return EncodedImage(
+            VisualLayout((View(self.crop_grid), local)),
+            (base, {name: value.flatten(0, 1) for name, value in stitched.items()}),
+        )
+
+    def _stitch(self, crops: Tensor, size: tuple[int, int]) -> Tensor:
+        """``(crops, tokens, ...)`` of the local crops → ``(height, width, ...)`` without rows or columns of padding."""
+        rows, columns = self.crops_of(size)
+        side = self.crop_grid.height
+        grid = crops.view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
+        stitched = unpad_image(grid, size).permute(1, 2, 0)
+        return stitched.reshape(*stitched.shape[:2], *crops.shape[2:])
+
+    @torch.inference_mode()
+    def project(self, features: Tensor) -> Tensor:
+        return self.projector(features.to(self.device, self.language.embed_tokens.weight.dtype))
+
+    @torch.inference_mode()
+    def embed_visual(self, selection: Selection, layout: VisualLayout) -> Tensor:
+        embedded = self.project(selection.features)
+        at_newline = layout.newlines.to(embedded.device)[selection.indices.to(embedded.device)]
+        with _loaded(self.model.model):
+            newline = self.model.model.image_newline.to(embedded)
+        return torch.where(at_newline[..., None], newline, embedded)
+
+    @property
+    def encoder_modules(self) -> dict[str, nn.Module]:
+        return {"tower": self.tower}
+
+    @property
+    def encoder_settings(self) -> list[Any]:
+        config = self.model.config
+        return [config.vision_feature_layer, SIMILARITY_FROM, config.image_grid_pinpoints]
+
+
+def _loaded(module: nn.Module) -> AbstractContextManager:
+    """Where Accelerate keeps a module's own weights elsewhere, they are at hand inside this context."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device  # only a model dispatched by Accelerate has hooks
+
+    return align_module_device(module)
