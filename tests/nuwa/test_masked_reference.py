@@ -103,8 +103,8 @@ def assert_equals_masked_model(vlm, twin, images, selection, asked, cuts, ours, 
     places = [(row, text) for row, texts in enumerate(asked) for text in texts]
     for number, (row, text) in enumerate(places):
         kept = selection.indices[row].tolist()
-        features = selection.features[row] if merged else None
-        reference = MaskedModel(twin, vlm.processor, images[row], text, kept, strategy, features)
+        embedded = twin.model.multi_modal_projector(selection.features[row]) if merged else None
+        reference = MaskedModel(twin, vlm.processor, images[row], text, kept, strategy, embedded)
         for at, (layer, keep, scorer) in enumerate(cuts):
             found = ours.scores[at][number].tolist()
             if scorer == "random":

@@ -25,20 +25,21 @@ def eager_copy(model):
     return twin.eval()
 
 
-def position_ids(kept: list[int], strategy: str, start: int, tokens: int) -> list[int]:
-    """Position ids of kept patches under PERC, PESP and RPME."""
+def axis_ids(ids: list[int], strategy: str, last: int) -> list[int]:
+    """Kept ids of one axis, counted from the image's first, under PERC, PESP and RPME; ``last`` is its largest."""
+    distinct = sorted(set(ids))
     if strategy == "perc":
-        return [start + at for at in range(len(kept))]
+        return [distinct.index(value) for value in ids]
     if strategy == "pesp":
-        return [start + patch for patch in kept]
-    spread = [start + math.ceil(Fraction(patch * (tokens - 1), max(max(kept), 1))) for patch in kept]
-    return [start, *spread[1:]]
+        return ids
+    return [0 if value == distinct[0] else math.ceil(Fraction(value * last, max(distinct[-1], 1))) for value in ids]
 
 
 class MaskedModel:
-    """One question about one image. ``alive``: patches that may be attended to, one sorted list a layer.
+    """One question about one image. ``alive``: visual tokens that may be attended to, one sorted list a layer.
 
-    ``merged``: encoder features ``(kept, dim)`` in the place of the kept patches' own.
+    A visual token is named by its place among all of the image's: patches, and newline tokens where there are any.
+    ``merged``: language embeddings ``(kept, dim)`` in the place of the kept tokens' own.
     """
 
     @torch.inference_mode()
@@ -54,9 +55,15 @@ class MaskedModel:
         self.prompt = inputs.input_ids[0].tolist()
         self.visual = [at for at, token in enumerate(self.prompt) if token == model.config.image_token_id]
         self.text = list(range(self.visual[-1] + 1, len(self.prompt)))
-        self.projected = model.model.get_image_features(inputs.pixel_values).pooler_output[0].clone()
+        pictures = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
+        self.projected = model.model.get_image_features(inputs["pixel_values"], **pictures).pooler_output[0].clone()
         if merged is not None:
-            self.projected[kept] = model.model.multi_modal_projector(merged[None])[0]
+            self.projected[kept] = merged
+        if "image_grid_thw" in inputs:
+            named = {name: inputs[name] for name in ("mm_token_type_ids", "image_grid_thw")}
+            self.stock_ids = model.model.get_rope_index(inputs.input_ids, **named)[0][:, 0].tolist()
+        else:
+            self.stock_ids = [list(range(len(self.prompt)))]
 
     def embeddings(self, answer: list[int]) -> Tensor:
         """``(1, n, dim)``: words are embedded, whatever they are, and patches projected."""
@@ -72,17 +79,27 @@ class MaskedModel:
         mask.fill_diagonal_(0)
         return mask[None, None]
 
-    def positions(self, layer: int, length: int) -> list[int]:
-        start, tokens = self.visual[0], len(self.visual)
-        kept = self.alive[layer]
-        ids = [0] * length
-        ids[:start] = range(start)
-        for patch, position in zip(kept, position_ids(kept, self.strategy, start, tokens), strict=True):
-            ids[self.visual[patch]] = position
-        after = start + (len(kept) if self.strategy == "perc" else tokens)
-        for at in range(self.visual[-1] + 1, length):
-            ids[at] = after + at - self.visual[-1] - 1
-        return ids
+    def positions(self, layer: int, length: int) -> list[list[int]]:
+        """Position ids of every axis; dropped tokens, whom nobody sees, get zeros."""
+        start, kept = self.visual[0], self.alive[layer]
+        axes, visual = [], []
+        for stock in self.stock_ids:
+            original = [stock[at] - start for at in self.visual]
+            renewed = axis_ids([original[token] for token in kept], self.strategy, max(original))
+            ids = [0] * length
+            ids[:start] = stock[:start]
+            for token, position in zip(kept, renewed, strict=True):
+                ids[self.visual[token]] = start + position
+            axes.append(ids)
+            visual += renewed if self.strategy == "perc" else original
+        after = start + max(visual) + 1
+        for ids in axes:
+            ids[self.visual[-1] + 1 :] = range(after, after + length - self.visual[-1] - 1)
+        return axes
+
+    def position_tensor(self, axes: list[list[int]]) -> Tensor:
+        """As the model's rotary embedding takes them: ``(1, n)``, or ``(3, 1, n)`` for M-RoPE."""
+        return torch.tensor(axes) if len(axes) == 1 else torch.tensor(axes)[:, None]
 
     @torch.inference_mode()
     def forward(self, answer: list[int], attentions: bool = False) -> tuple[Tensor, list[np.ndarray]]:
@@ -93,7 +110,15 @@ class MaskedModel:
             for number, layer in enumerate(self.language.layers)
         ]
         try:
-            out = self.model(inputs_embeds=embedded, use_cache=False, output_attentions=attentions)
+            stock = list(map(list, self.stock_ids))
+            for ids in stock:  # the answer goes on counting
+                ids += range(ids[-1] + 1, ids[-1] + 1 + len(answer))
+            out = self.model(
+                inputs_embeds=embedded,
+                position_ids=self.position_tensor(stock),
+                use_cache=False,
+                output_attentions=attentions,
+            )
         finally:
             for hook in hooks:
                 hook.remove()
@@ -105,14 +130,14 @@ class MaskedModel:
         def block(_module, arguments, named):
             named = {**named, "attention_mask": mask}
             if self.strategy != "pesp":  # PESP's ids are the stock model's own
-                ids = torch.tensor([self.positions(number, length)])
+                ids = self.position_tensor(self.positions(number, length))
                 named["position_embeddings"] = self.language.rotary_emb(arguments[0], position_ids=ids)
             return arguments, named
 
         return block
 
     def scores(self, layer: int, scorer: str) -> list[float]:
-        """Scores of the patches alive before ``layer``, from the attention of the layer before it."""
+        """Scores of the visual tokens alive before ``layer``, from the attention of the layer before it."""
         alive = self.alive[layer - 1]
         if scorer == "cosine_mean_text":
             words = self.embeddings([])[0, self.text].numpy()

@@ -1,0 +1,282 @@
+"""The method without the pipeline: answers to questions about images, and what was kept of the images.
+
+answers = nuwa.generate(model, processor, images, questions, method="nuwa", average_tokens=64)
+answers[0].text, answers[0].kept.slots, answers[0].timings
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from nuwa import UNPRUNED
+from nuwa.decoder import Trunk
+from nuwa.grid import PatchGrid
+from nuwa.layout import VisualLayout, place
+from nuwa.methods import MethodSpec, check_encoder, specify
+from nuwa.positions import visual_positions
+from nuwa.schedule import TokenSchedule
+from nuwa.selection import Selection
+from nuwa.stage1 import get_method
+from nuwa.stage2 import get_scorer
+from nuwa.vlm import Adapter, EncodedImage, adapt, view_signals
+
+PILLAR, COLLECTOR, NEWLINE = "pillar", "collector", "newline"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The visual tokens of an image that entered the language model, in the order of its sequence.
+
+    ``slots``: each token's place among all visual tokens of the unpruned image (on LLaVA-1.5 the patch's index).
+    ``places``: its view, row and column on that view's grid; a newline token stands one column behind its row.
+    ``positions``: its position ids, one a token, on Qwen2.5-VL three (time, row, column).
+    ``roles``: ``pillar`` (exactly as the encoder gave it), ``collector`` (merged with others) or ``newline``.
+    """
+
+    slots: tuple[int, ...]
+    places: tuple[tuple[int, int, int], ...]
+    positions: tuple[tuple[int, ...], ...]
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    ``kept_last``: slots alive in the last layer, after stage 2. ``schedule``: visual tokens entering each layer.
+    ``timings``: seconds of ``encode``, ``select`` and ``answer`` for the batch the image was in.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    kept: Kept
+    kept_last: tuple[int, ...]
+    schedule: TokenSchedule
+    timings: dict[str, float]
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    processor: Any,
+    images: Sequence[Image.Image],
+    questions: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    method: str = "nuwa",
+    average_tokens: float | None = None,
+    retention: float | None = None,
+    preset: str | None = None,
+    position: str = "pesp",
+    stage2: dict[str, Any] | None = None,
+    without_stage2: bool = False,
+    parameters: dict[str, Any] | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 128,
+    batch_images: int = 8,
+) -> list[Generation] | list[list[Generation]]:
+    """Greedy answers to ``questions`` about ``images`` under a pruning method.
+
+    ``model``, ``processor``: any ``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration`` or
+    ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode, and its processor; neither is changed.
+    ``questions``: one for each image, or a list for each image, which then share its prefix; the result has the same
+    shape. ``average_tokens``: visual tokens, mean over the language model's layers; an image that has fewer keeps all.
+    ``retention``: the same as a share of each image's own tokens, for models of dynamic grids. One of the two is
+    needed, except by ``method="unpruned"``. The other arguments are those of :func:`nuwa.methods.specify`.
+
+    Raises ``ValueError`` naming the argument and what is allowed, and
+    :class:`nuwa.schedule.UnreachableBudget` where no schedule of the method has that average.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images but {len(questions)} questions; give one, or a list, for each image")
+    if any(not isinstance(asked, str) and not asked for asked in questions):
+        raise ValueError("every image needs at least one question")
+    choose = _budget(method, average_tokens, retention)
+
+    def spec_of(layout: VisualLayout) -> MethodSpec:
+        return specify(
+            method,
+            preset=preset,
+            position=position,
+            budget=choose(layout),
+            stage2=stage2,
+            without_stage2=without_stage2,
+            seed=seed,
+            parameters=parameters,
+        )
+
+    vlm = adapt(model, processor)
+    asked = [[mine] if isinstance(mine, str) else list(mine) for mine in questions]
+    found: list[list[Generation]] = []
+    for start in range(0, len(images), batch_images):
+        batch = slice(start, start + batch_images)
+        began = time.perf_counter()
+        pictures = [image.convert("RGB") for image in images[batch]]
+        encoded = vlm.encode_images(pictures)
+        seconds = _seconds(vlm, began)
+        answers = answer_encoded(vlm, encoded, [image_id(p) for p in pictures], asked[batch], spec_of, max_new_tokens)
+        found += [[replace(one, timings={"encode": seconds, **one.timings}) for one in mine] for mine in answers]
+    return [mine if not isinstance(given, str) else mine[0] for mine, given in zip(found, questions, strict=True)]
+
+
+@torch.inference_mode()
+def answer_encoded(
+    vlm: Adapter,
+    encoded: Sequence[EncodedImage],
+    image_ids: Sequence[str],
+    questions: Sequence[Sequence[str]],
+    spec_of: Callable[[VisualLayout], MethodSpec],
+    max_new_tokens: int,
+) -> list[list[Generation]]:
+    """Answers about images that are encoded already; images of one layout are answered together.
+
+    ``spec_of``: the configured method for images of a layout; their budgets may differ.
+    """
+    groups: dict[VisualLayout, list[int]] = {}
+    for number, image in enumerate(encoded):
+        groups.setdefault(image.layout, []).append(number)
+    plans = {layout: plan(vlm, spec_of(layout), layout) for layout in groups}  # refuses before anything is computed
+    found: list[list[Generation]] = [[] for _ in encoded]
+    for layout, numbers in groups.items():
+        answers = _answer_layout(
+            vlm,
+            plans[layout],
+            layout,
+            [encoded[number] for number in numbers],
+            [image_ids[number] for number in numbers],
+            [questions[number] for number in numbers],
+            max_new_tokens,
+        )
+        for number, mine in zip(numbers, answers, strict=True):
+            found[number] = mine
+    return found
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """A method on images of one layout: how many tokens each view keeps, and the schedule that comes of it."""
+
+    spec: MethodSpec
+    keeps: tuple[int, ...]
+    schedule: TokenSchedule
+
+
+def plan(vlm: Adapter, spec: MethodSpec, layout: VisualLayout) -> LayoutPlan:
+    """Raises ``ValueError`` where the encoder lacks what the method reads or the budget is out of reach."""
+    check_encoder(spec, vlm.encoder, vlm.offers_cls)
+    whole = layout.views[0].grid if len(layout.views) == 1 else PatchGrid(1, layout.tokens)
+    schedule = spec.schedule(whole, vlm.layers)
+    keeps = tuple(layout.shares(schedule.stage1_keep))
+    kept = get_method(spec.stage1).kept
+    entering = sum(kept(view.grid, keep) for view, keep in zip(layout.views, keeps, strict=True))
+    entering += int(layout.newlines.sum())
+    cuts = tuple((layer, min(keep, entering)) for layer, keep in schedule.cuts)
+    return LayoutPlan(spec, keeps, replace(schedule, stage1_keep=entering, cuts=cuts))
+
+
+def select(
+    planned: LayoutPlan, layout: VisualLayout, encoded: Sequence[EncodedImage], image_ids: Sequence[str]
+) -> Selection:
+    """Stage 1 on every view of images of one layout, over slots."""
+    spec = planned.spec
+    method = get_method(spec.stage1)
+    chosen = [
+        method.select(view_signals(encoded, view, image_ids), keep, spec.config, spec.seed)
+        for view, keep in enumerate(planned.keeps)
+    ]
+    return place(layout, chosen)
+
+
+def _answer_layout(
+    vlm: Adapter,
+    planned: LayoutPlan,
+    layout: VisualLayout,
+    encoded: Sequence[EncodedImage],
+    image_ids: Sequence[str],
+    questions: Sequence[Sequence[str]],
+    max_new_tokens: int,
+) -> list[list[Generation]]:
+    spec, schedule = planned.spec, planned.schedule
+    began = time.perf_counter()
+    selection = select(planned, layout, encoded, image_ids)
+    selected = _seconds(vlm, began)
+    began = time.perf_counter()
+    prompts = [[vlm.encode_prompt(text) for text in asked] for asked in questions]
+    trunk = Trunk(vlm, selection, prompts, spec.position, image_ids, layout)
+    limits = [max_new_tokens] * sum(map(len, questions))
+    if schedule.cuts:
+        scorer = get_scorer(spec.stage2.scorer)
+        layer = schedule.cuts[0][0]
+        trunk.advance(layer, frozenset({layer - 1}))
+        answers = trunk.fork([(layer, keep, scorer) for layer, keep in schedule.cuts], limits, spec.seed)
+    else:
+        answers = trunk.finish(limits)
+    timings = {"select": selected, "answer": _seconds(vlm, began)}
+    kept = _kept(selection, layout, spec, len(trunk.before))
+    told = iter(answers)
+    return [
+        [
+            Generation(vlm.decode_text(list(one.tokens)), one.tokens, kept[row], one.kept, schedule, timings)
+            for one in (next(told) for _ in asked)
+        ]
+        for row, asked in enumerate(questions)
+    ]
+
+
+def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: int) -> list[Kept]:
+    places = [
+        (number, row, column)
+        for number, view in enumerate(layout.views)
+        for row in range(view.grid.height)
+        for column in range(view.grid.width + view.newline)
+    ]
+    slots = selection.indices.cpu()
+    positions = visual_positions(slots, spec.position, start, layout)
+    newlines, pillars = layout.newlines.tolist(), selection.pillars.tolist()
+    found = []
+    for row, mine in enumerate(slots.tolist()):
+        roles = [
+            NEWLINE if newlines[slot] else PILLAR if pillar else COLLECTOR
+            for slot, pillar in zip(mine, pillars[row], strict=True)
+        ]
+        ids = positions[:, row].T.tolist()
+        found.append(Kept(tuple(mine), tuple(places[slot] for slot in mine), tuple(map(tuple, ids)), tuple(roles)))
+    return found
+
+
+def _budget(
+    method: str, average_tokens: float | None, retention: float | None
+) -> Callable[[VisualLayout], float | None]:
+    """Average tokens by layout."""
+    if method == UNPRUNED:
+        if average_tokens is not None or retention is not None:
+            raise ValueError("method 'unpruned' takes neither average_tokens nor retention; leave them out")
+        return lambda layout: None
+    if (average_tokens is None) == (retention is None):
+        raise ValueError(f"method {method!r} needs average_tokens or retention, one of the two")
+    if retention is not None:
+        if not 0 < retention <= 1:
+            raise ValueError(f"retention {retention:g} must lie in (0, 1]")
+        return lambda layout: max(1.0, retention * layout.tokens)
+    return lambda layout: min(average_tokens, layout.tokens)
+
+
+def image_id(image: Image.Image) -> str:
+    """Digest of an image's pixels; it seeds what is random."""
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def _seconds(vlm: Adapter, began: float) -> float:
+    """Time since ``began``, once the accelerator has done what it was asked."""
+    if vlm.device.type == "cuda":
+        torch.cuda.synchronize(vlm.device)
+    return time.perf_counter() - began

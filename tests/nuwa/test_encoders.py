@@ -1,0 +1,224 @@
+"""What the encoders of LLaVA-NeXT and Qwen2.5-VL say of an image, against slow loops over the stock models' own tensors."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from oracles.masked_model import eager_copy
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.vision_utils import get_vision_window_index
+
+from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout, place
+from nuwa.schedule import UnreachableBudget
+from nuwa.selection import Selection
+
+NAMES = ("features", "cls_attention", "keys", "similarity")
+
+
+# --- LLaVA-NeXT
+
+
+def unpadded(size: tuple[int, int], rows: int, columns: int) -> tuple[range, range]:
+    """Rows and columns of the stitched grid that show the image and no padding, on a ``rows x columns`` patch grid."""
+    width, height = size
+    if width / height > columns / rows:
+        shown = int(round(height * (columns / width), 7))
+        skip = (rows - shown) // 2
+        return range(skip, rows - skip), range(columns)
+    shown = int(round(width * (rows / height), 7))
+    skip = (columns - shown) // 2
+    return range(rows), range(skip, columns - skip)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_local_grid_is_stitched_from_the_crops(tiny_next, photos, number):
+    image = photos[number]
+    inputs = tiny_next.processor.image_processor([image], return_tensors="pt")
+    tower = eager_copy(tiny_next.model).model.vision_tower
+    keys = []
+    listener = tower.encoder.layers[-2].self_attn.k_proj.register_forward_hook(lambda _m, _i, out: keys.append(out))
+    with torch.inference_mode():
+        out = tower(inputs["pixel_values"][0], output_hidden_states=True, output_attentions=True)
+    listener.remove()
+    late = out.hidden_states[4:]  # 16 ... 24 of CLIP-L's 24 layers, 4 ... 6 of six
+    stock = {
+        "features": out.hidden_states[-2][:, 1:],
+        "cls_attention": out.attentions[-2].mean(dim=1)[:, 0, 1:],
+        "keys": keys[0][:, 1:],
+        "similarity": (sum(late) / len(late))[:, 1:],
+    }
+    (found,) = tiny_next.encode_images([image])
+    base, local = found.layout.views
+    assert (base.grid, base.crops, base.newline) == (PatchGrid(6, 6), 1, False)
+    crop_rows, crop_columns = tiny_next.crops_of((image.height, image.width))
+    rows, columns = unpadded(image.size, 6 * crop_rows, 6 * crop_columns)
+    assert (local.grid, local.crops) == (PatchGrid(len(rows), len(columns)), crop_rows * crop_columns)
+    for name in NAMES:
+        assert torch.allclose(found.signals[0][name], stock[name][0], atol=1e-5)
+        at = 0
+        for row in rows:
+            for column in columns:
+                crop = 1 + (row // 6) * crop_columns + column // 6
+                patch = (row % 6) * 6 + column % 6
+                assert torch.allclose(found.signals[1][name][at], stock[name][crop, patch], atol=1e-5), name
+                at += 1
+        assert at == local.grid.tokens
+
+
+def test_the_slots_are_the_stock_models_sequence(tiny_next, photos):
+    """Every token kept: what enters the language model is what the stock model would have put there."""
+    for image, found in zip(photos, tiny_next.encode_images(photos), strict=True):
+        inputs = tiny_next.processor.image_processor([image], return_tensors="pt")
+        stock = tiny_next.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
+        everything = []
+        for view, signals in zip(found.layout.views, found.signals, strict=True):
+            indices = torch.arange(view.grid.tokens)[None]
+            everything.append(Selection(indices, signals["features"][None], torch.ones_like(indices).bool()))
+        placed = place(found.layout, everything)
+        assert placed.indices[0].tolist() == list(range(len(stock)))
+        assert torch.allclose(tiny_next.embed_visual(placed, found.layout)[0], stock, atol=1e-5)
+        newline = (stock == tiny_next.model.model.image_newline).all(dim=-1)
+        assert torch.equal(found.layout.newlines, newline)
+        assert int(newline.sum()) == found.layout.views[1].grid.height
+
+
+def next_layout() -> VisualLayout:
+    return VisualLayout((View(PatchGrid(4, 4)), View(PatchGrid(5, 8), crops=4, newline=True)))
+
+
+@pytest.mark.parametrize(
+    ("keep", "shares"),
+    [
+        (7, [1, 1]),  # 5 newlines, one token a view
+        (25, [4, 16]),  # 20 tokens over five crops
+        (29, [4, 20]),  # 24: 4 a crop, the rest goes to the local grid
+        (51, [9, 37]),
+        (58, [13, 40]),  # the local grid is full
+        (61, [16, 40]),  # everything
+    ],
+)
+def test_a_budget_is_dealt_out_by_crops(keep, shares):
+    assert next_layout().tokens == 61
+    assert next_layout().shares(keep) == shares
+
+
+@pytest.mark.parametrize("keep", [6, 62])
+def test_a_budget_out_of_reach_is_named_with_the_range(keep):
+    with pytest.raises(UnreachableBudget) as caught:
+        next_layout().shares(keep)
+    assert str(caught.value) == (
+        f"{keep} tokens before the first cut are out of reach on this image: allowed 7..61, 5 of them newline tokens"
+    )
+
+
+def test_newlines_are_put_back_at_every_row_end_by_hand():
+    # A base of 1x2 and a local grid of 2x2: slots 0 1 | 2 3 newline, 5 6 newline.
+    layout = VisualLayout((View(PatchGrid(1, 2)), View(PatchGrid(2, 2), crops=1, newline=True)))
+    assert layout.newlines.nonzero()[:, 0].tolist() == [4, 7]
+    base = Selection(torch.tensor([[1]]), torch.tensor([[[10.0]]]), torch.tensor([[True]]))
+    local = Selection(torch.tensor([[0, 3]]), torch.tensor([[[20.0], [30.0]]]), torch.tensor([[False, True]]))
+    placed = place(layout, [base, local])
+    assert placed.indices.tolist() == [[1, 2, 4, 6, 7]]
+    assert placed.features[0, :, 0].tolist() == [10, 20, 0, 30, 0]
+    assert placed.pillars.tolist() == [[True, False, True, True, True]]
+
+
+# --- Qwen2.5-VL
+
+
+def qwen_oracle(model, processor, image) -> dict[str, np.ndarray]:
+    """Signals from the stock tower's tensors: windows undone by the stock index, attention summed token by token."""
+    inputs = processor.image_processor([image], return_tensors="pt")
+    visual, thw = model.model.visual, inputs["image_grid_thw"]
+    last = visual.blocks[-1].attn
+    heard = {}
+    listeners = [
+        last.qkv.register_forward_hook(lambda _m, _i, out: heard.update(qkv=out)),
+        last.register_forward_pre_hook(
+            lambda _m, _a, named: heard.update(rotary=named["position_embeddings"], ends=named["cu_seqlens"]),
+            with_kwargs=True,
+        ),
+    ]
+    with torch.inference_mode():
+        out = visual(inputs["pixel_values"], grid_thw=thw, output_hidden_states=True)
+        for listener in listeners:
+            listener.remove()
+        index, _ = get_vision_window_index(thw, 2, visual.window_size, visual.patch_size)
+        raster = index.argsort()
+        # Blocks 7 ... 23 of 32 are 1 ... 4 of five; state n + 1 is what block n put out.
+        mean = sum(out.hidden_states[block + 1] for block in (1, 2, 3, 4)) / 4
+        similarity = visual.merger(mean)[raster]
+        query, key, _ = heard["qkv"].view(len(mean), 3, last.num_heads, -1).unbind(1)
+        keys = key.flatten(1).view(-1, 4, last.dim).mean(dim=1)[raster]
+        query, key = apply_rotary_pos_emb_vision(query, key, *heard["rotary"])
+    received = np.zeros(len(mean))
+    ends = heard["ends"].tolist()
+    for begin, end in zip(ends, ends[1:], strict=False):
+        for head in range(last.num_heads):
+            for asking in range(begin, end):
+                logits = (key[begin:end, head] @ query[asking, head]).double().numpy() * last.scaling
+                weights = np.exp(logits - logits.max())
+                received[begin:end] += weights / weights.sum() / last.num_heads / (end - begin)
+    merged = received.reshape(-1, 4).mean(axis=1)[raster.numpy()]
+    return {
+        "features": out.pooler_output.numpy(),
+        "cls_attention": merged,
+        "keys": keys.numpy(),
+        "similarity": similarity.numpy(),
+    }
+
+
+@pytest.mark.parametrize("full_blocks", [[2, 4], [1, 2]])
+def test_signals_are_in_raster_order_and_salience_is_attention_received(tiny_qwen, photos, monkeypatch, full_blocks):
+    """Whether the last block looks at the whole image, as in the published models, or at windows."""
+    monkeypatch.setattr(tiny_qwen.visual, "fullatt_block_indexes", full_blocks)
+    for image, found in zip(photos, tiny_qwen.encode_images(photos), strict=True):
+        expected = qwen_oracle(tiny_qwen.model, tiny_qwen.processor, image)
+        for name in NAMES:
+            assert np.allclose(found.signals[0][name].numpy(), expected[name], atol=2e-5), name
+        if full_blocks[-1] == 4:
+            total = found.signals[0]["cls_attention"].sum().item()
+            assert total == pytest.approx(1 / 4, rel=1e-5), "every query spends its attention once"
+
+
+def test_grids_of_odd_sides_and_windows_that_do_not_divide_them_are_among_them(tiny_qwen, photos):
+    grids = [found.layout.views[0].grid for found in tiny_qwen.encode_images(photos)]
+    assert any(grid.height % 2 and grid.width % 2 for grid in grids)
+    side = tiny_qwen.visual.window_size // 2 // tiny_qwen.visual.patch_size
+    assert any(grid.height % side and grid.width % side for grid in grids)
+    assert len(set(grids)) > 5
+
+
+def test_an_image_does_not_depend_on_its_batch(family, photos, scenes):
+    from PIL import Image
+
+    pictures = photos if family.layout is None else [Image.fromarray(scene.image) for scene in scenes]
+    together = family.encode_images(pictures)
+    for picture, other in zip(pictures, together, strict=True):
+        (alone,) = family.encode_images([picture])
+        assert alone.layout == other.layout
+        for mine, theirs in zip(alone.signals, other.signals, strict=True):
+            for name in NAMES:
+                assert torch.allclose(mine[name], theirs[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["tiny_next", "tiny_qwen"])
+def test_the_fingerprint_knows_weights_preprocessing_and_layers(request, name, monkeypatch):
+    vlm = request.getfixturevalue(name)
+    base = vlm.encoder_fingerprint()
+    assert base == vlm.encoder_fingerprint()
+    weight = next(next(iter(vlm.encoder_modules.values())).parameters())
+    old = weight.data.flatten()[0].item()
+    weight.data.view(-1)[0] += 1
+    assert vlm.encoder_fingerprint() != base
+    weight.data.view(-1)[0] = old
+    assert vlm.encoder_fingerprint() == base
+    mean = list(vlm.processor.image_processor.image_mean)
+    monkeypatch.setattr(vlm.processor.image_processor, "image_mean", [0.1, *mean[1:]])
+    assert vlm.encoder_fingerprint() != base
+    monkeypatch.undo()
+    assert json.dumps(vlm.encoder_settings)

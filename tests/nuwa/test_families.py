@@ -1,0 +1,181 @@
+"""Three model families through the stock classes: unpruned is stock ``generate``, pruned is blocked attention."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from oracles.masked_model import MaskedModel, eager_copy
+from oracles.pictures import best_first
+from PIL import Image
+
+import nuwa
+from nuwa.decoder import Trunk
+from nuwa.generation import plan, select
+from nuwa.methods import specify
+from nuwa.stage2 import get_scorer
+from nuwa.vlm import LlavaAdapter, adapt
+
+torch.set_num_threads(1)
+MAX_NEW = 8
+QUESTIONS = {
+    "words": ["what is on the left ?", "how many red", "where is a dog near the blue sign on the right ?"],
+    "testbed": ["what digit is blue?", "locate the red 3 on the left", "how many digits are there?"],
+}
+
+
+def questions_for(vlm) -> list[str]:
+    return QUESTIONS["testbed" if isinstance(vlm, LlavaAdapter) else "words"]
+
+
+def pictures_for(vlm, scenes, photos) -> list[Image.Image]:
+    return [Image.fromarray(scene.image) for scene in scenes] if isinstance(vlm, LlavaAdapter) else photos
+
+
+@pytest.fixture(scope="module")
+def pictures(family, scenes, photos):
+    return pictures_for(family, scenes, photos)
+
+
+@pytest.fixture(scope="module")
+def twin(family):
+    return eager_copy(family.model)
+
+
+def stock_answers(vlm, model, images, questions) -> list[tuple[int, ...]]:
+    """One left-padded batch through the stock model's own ``generate``."""
+    texts = []
+    for question in questions:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        texts.append(vlm.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False))
+    inputs = vlm.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
+    if len(images) > 1:
+        assert not inputs["attention_mask"].all() and inputs["attention_mask"][:, -1].all(), "padded, at the left"
+    out = model.generate(**inputs, max_new_tokens=MAX_NEW, do_sample=False)
+    found = []
+    for row in out[:, inputs["input_ids"].shape[1] :].tolist():
+        ends = [at for at, token in enumerate(row) if token in vlm.end_tokens]
+        found.append(tuple(row[: ends[0]] if ends else row))
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_unpruned_equals_stock_generate(family, twin, pictures, batch, attention):
+    vlm = family if attention == "sdpa" else adapt(twin, family.processor)
+    asked = [questions_for(vlm)[row % 3] for row in range(batch)]
+    found = nuwa.generate(vlm.model, vlm.processor, pictures[:batch], asked, method="unpruned", max_new_tokens=MAX_NEW)
+    stock = stock_answers(vlm, vlm.model, pictures[:batch], asked)
+    assert [answer.tokens for answer in found] == stock
+    assert batch == 1 or len(set(stock)) > 3, "a constant model would prove nothing"
+
+
+# --- pruned against a stock model with blocked attention, question by question
+
+
+def run(vlm, spec, images, asked):
+    """Selection, scores at every cut and logits at every step of images of one layout."""
+    encoded = vlm.encode_images(images)
+    layout = encoded[0].layout
+    planned = plan(vlm, spec, layout)
+    ids = [f"photo {number}" for number in range(len(images))]
+    selection = select(planned, layout, encoded, ids)
+    prompts = [[vlm.encode_prompt(text) for text in texts] for texts in asked]
+    trunk = Trunk(vlm, selection, prompts, spec.position, ids, layout)
+    heard: list[torch.Tensor] = []
+    listener = vlm.model.lm_head.register_forward_hook(lambda _module, _inputs, out: heard.append(out.clone()))
+    limits = [MAX_NEW] * sum(map(len, asked))
+    cuts = [(layer, keep, get_scorer(spec.stage2.scorer)) for layer, keep in planned.schedule.cuts]
+    try:
+        if cuts:
+            trunk.advance(cuts[0][0], frozenset({cuts[0][0] - 1}))
+            answers = trunk.fork(cuts, limits, spec.seed)
+        else:
+            answers = trunk.finish(limits)
+    finally:
+        listener.remove()
+    return layout, planned.schedule, selection, answers, heard
+
+
+def stock_embeddings(model, selection, row, newline_like) -> torch.Tensor:
+    """Language embeddings of a row's tokens by the stock projector; newline tokens are the model's own."""
+    features = selection.features[row]
+    if hasattr(model.model, "visual"):
+        return features  # behind Qwen's merger
+    embedded = model.model.multi_modal_projector(features)
+    if hasattr(model.model, "image_newline"):
+        newline = (newline_like == model.model.image_newline).all(dim=-1)
+        embedded[newline[selection.indices[row]]] = model.model.image_newline
+    return embedded
+
+
+def assert_blocked(vlm, twin, spec, images, asked) -> None:
+    _, schedule, selection, answers, heard = run(vlm, spec, images, asked)
+    places = [(row, text) for row, texts in enumerate(asked) for text in texts]
+    for number, (row, text) in enumerate(places):
+        plain = MaskedModel(twin, vlm.processor, images[row], text, [])
+        merged = stock_embeddings(twin, selection, row, plain.projected)
+        kept = selection.indices[row].tolist()
+        reference = MaskedModel(twin, vlm.processor, images[row], text, kept, spec.position, merged)
+        untouched = selection.pillars[row]
+        assert torch.allclose(merged[untouched], plain.projected[kept][untouched], atol=1e-4)
+        for layer, keep in schedule.cuts:
+            reference.cut(layer, keep, reference.scores(layer, spec.stage2.scorer))
+        assert list(answers[number].kept) == reference.alive[-1]
+        tokens, logits = reference.answer(MAX_NEW, vlm.end_tokens)
+        assert list(answers[number].tokens) == tokens
+        for step, expected in enumerate(logits):
+            active = [at for at, answer in enumerate(answers) if len(answer.tokens) >= step]
+            found = heard[step][active.index(number)]
+            assert torch.allclose(found, expected, atol=1e-4, rtol=0), f"question {number}, step {step}"
+
+
+SPECS = {
+    "stage 1 alone, renumbered": ("random", {"position": "perc"}),
+    "stage 1 alone, spread": ("uniform", {"position": "rpme"}),
+    "merged tokens and a cut": ("nuwa", {}),
+    "a cut by all words, renumbered": (
+        "nuwa",
+        {"position": "perc", "stage2": {"scorer": "attention_all_text"}, "parameters": {"aggregation": False}},
+    ),
+    "a cut by cosine, spread": ("nuwa", {"position": "rpme", "preset": "paper"}),
+    "in the language model only": ("fastv", {}),
+}
+SHARE = {"nuwa": 0.4, "fastv": 0.6, "random": 0.4, "uniform": 0.4}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_pruned_equals_blocked_attention(family, twin, pictures, case):
+    method, options = SPECS[case]
+    same_layout = [pictures[0], pictures[5]]
+    layout = family.encode_images(same_layout[:1])[0].layout
+    spec = specify(method, budget=round(SHARE[method] * layout.tokens), **options)
+    first, second, third = questions_for(family)
+    assert_blocked(family, twin, spec, same_layout, [[first], [second, third]])
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 7])
+def test_every_shape_of_image_equals_blocked_attention(family, twin, pictures, number):
+    spec = specify("nuwa", budget=24, position="perc")
+    assert_blocked(family, twin, spec, [pictures[number]], [questions_for(family)[:1]])
+
+
+def test_a_cut_keeps_what_the_stock_models_attention_ranks_first(family, twin, pictures):
+    text = questions_for(family)[0]
+    layout, schedule, _, answers, _ = run(family, specify("fastv", budget=30), [pictures[1]], [[text]])
+    ((layer, keep),) = schedule.cuts
+    stock = MaskedModel(twin, family.processor, pictures[1], text, list(range(layout.tokens)))
+    attention = stock.forward([], attentions=True)[1][layer - 1]
+    scores = attention[:, -1, stock.visual].mean(axis=0)
+    assert list(answers[0].kept) == sorted(best_first(scores.tolist())[:keep])
+
+
+def test_a_batch_of_many_shapes_answers_as_each_image_alone(family, pictures):
+    asked = [[questions_for(family)[row % 3], questions_for(family)[(row + 1) % 3]] for row in range(8)]
+    options = {"method": "nuwa", "retention": 0.3, "position": "rpme", "max_new_tokens": MAX_NEW}
+    together = nuwa.generate(family.model, family.processor, pictures, asked, **options)
+    for row, picture in enumerate(pictures):
+        (alone,) = nuwa.generate(family.model, family.processor, [picture], [asked[row]], **options)
+        for one, other in itertools.zip_longest(alone, together[row]):
+            assert (one.tokens, one.kept, one.kept_last) == (other.tokens, other.kept, other.kept_last)
