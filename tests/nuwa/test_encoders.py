@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -157,7 +158,7 @@ def qwen_oracle(model, processor, image) -> dict[str, np.ndarray]:
         query, key = apply_rotary_pos_emb_vision(query, key, *heard["rotary"])
     received = np.zeros(len(mean))
     ends = heard["ends"].tolist()
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in itertools.pairwise(ends):
         for head in range(last.num_heads):
             for asking in range(begin, end):
                 logits = (key[begin:end, head] @ query[asking, head]).double().numpy() * last.scaling

@@ -1,0 +1,326 @@
+"""``nuwa.generate``: what it returns, what it refuses, and that cached features and offloaded layers change nothing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import subprocess
+import sys
+
+import accelerate
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import nuwa
+from nuwa.generation import answer_encoded, generate
+from nuwa.methods import specify
+from nuwa.schedule import UnreachableBudget
+from nuwa.vlm import EncodedImage, LlavaAdapter, adapt, load_adapter
+
+torch.set_num_threads(1)
+MAX_NEW = 6
+ASKED = "what is on the left ?"
+
+
+@pytest.fixture(scope="module")
+def pictures(family, scenes, photos):
+    return [Image.fromarray(scene.image) for scene in scenes] if isinstance(family, LlavaAdapter) else photos
+
+
+def ask(vlm, images, **options):
+    options = {"method": "nuwa", "average_tokens": 20, "max_new_tokens": MAX_NEW, **options}
+    return nuwa.generate(vlm.model, vlm.processor, images, [ASKED] * len(images), **options)
+
+
+# --- what comes back
+
+
+def test_kept_tokens_are_told_with_place_position_and_role(family, pictures):
+    for image, one in zip(pictures, ask(family, pictures), strict=True):
+        kept = one.kept
+        layout = family.encode_images([image])[0].layout
+        lengths = {len(kept.slots), len(kept.places), len(kept.positions), len(kept.roles)}
+        assert lengths == {one.schedule.stage1_keep}
+        assert list(kept.slots) == sorted(set(kept.slots)) and set(one.kept_last) < set(kept.slots)
+        assert len(one.kept_last) == one.schedule.entering[-1]
+        assert one.schedule.average_tokens == pytest.approx(20, abs=0.5)
+        assert {"pillar", "collector"} <= set(kept.roles)
+        start = len(family.encode_prompt(ASKED).before)
+        for slot, (view, row, column), position, role in zip(
+            kept.slots, kept.places, kept.positions, kept.roles, strict=True
+        ):
+            grid = layout.views[view].grid
+            if role == "newline":
+                assert (view, column) == (1, grid.width) and layout.newlines[slot]
+            else:
+                assert layout.slots[view][row * grid.width + column] == slot
+            expected = (start + slot,) if layout.axes == 1 else (start, start + row, start + column)
+            assert position == expected
+        rows = layout.views[-1].grid.height if layout.newlines.any() else 0
+        assert kept.roles.count("newline") == rows
+        assert set(one.timings) == {"encode", "select", "answer"} and min(one.timings.values()) > 0
+        assert one.text == family.decode_text(list(one.tokens))
+
+
+def test_one_question_or_several_for_each_image(tiny_qwen, photos):
+    flat = ask(tiny_qwen, photos[:2])
+    nested = nuwa.generate(
+        tiny_qwen.model,
+        tiny_qwen.processor,
+        photos[:2],
+        [[ASKED, "how many red"], ["how many red", ASKED]],
+        average_tokens=20,
+        max_new_tokens=MAX_NEW,
+    )
+    assert [one.tokens for one in flat] == [nested[0][0].tokens, nested[1][1].tokens]
+    assert nested[0][1].tokens != nested[0][0].tokens
+
+
+def test_retention_is_a_share_of_each_images_own_tokens(tiny_qwen, photos):
+    for one in ask(tiny_qwen, photos, average_tokens=None, retention=0.5):
+        assert one.schedule.average_tokens == pytest.approx(0.5 * one.schedule.tokens, abs=0.5)
+    assert len({one.schedule.tokens for one in ask(tiny_qwen, photos)}) > 4
+
+
+def test_an_image_with_fewer_tokens_than_the_budget_keeps_all(tiny_qwen, photos):
+    many = ask(tiny_qwen, photos, method="uniform", average_tokens=48)
+    whole = ask(tiny_qwen, photos, method="unpruned", average_tokens=None)
+    assert {one.schedule.entering[0] for one in many} >= {48} | {one.schedule.tokens for one in many[:3]}
+    for one, other in zip(many, whole, strict=True):
+        if one.schedule.tokens <= 48:
+            assert one.tokens == other.tokens
+
+
+@pytest.mark.parametrize("method", ["random", "uniform", "pooling", "visionzip", "fastv", "nuwa"])
+def test_a_whole_budget_is_the_unpruned_model_under_every_strategy(family, pictures, method):
+    if method == "visionzip" and not family.offers_cls:
+        pytest.skip("refused by name, see below")
+    whole = ask(family, pictures[:3], method="unpruned", average_tokens=None)
+    parameters = {"pillar_quantile": 0.0} if method == "nuwa" else None
+    for position in ("perc", "pesp", "rpme"):
+        full = ask(
+            family,
+            pictures[:3],
+            method=method,
+            average_tokens=None,
+            retention=1.0,
+            position=position,
+            parameters=parameters,
+        )
+        assert [one.tokens for one in full] == [one.tokens for one in whole]
+
+
+def test_neither_batches_nor_repetition_change_anything(family, pictures):
+    def told(**options):
+        return [(one.tokens, one.kept, one.kept_last) for one in ask(family, pictures[:4], method="random", **options)]
+
+    first = told(seed=3)
+    assert told(seed=3, batch_images=1) == first == told(seed=3, batch_images=3)
+    assert told(seed=4) != first
+
+
+def test_the_model_is_left_as_it_was(tiny_next, photos):
+    model = copy.deepcopy(tiny_next.model).requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(module._forward_hooks) for module in model.model.language_model.modules()]
+    generate(model, tiny_next.processor, photos[:1], [ASKED], average_tokens=30, max_new_tokens=2)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [len(module._forward_hooks) for module in model.model.language_model.modules()] == hooks
+    assert "forward" not in vars(model.model.language_model)
+
+
+# --- what is refused
+
+
+def test_a_method_that_reads_cls_is_refused_by_name_where_there_is_none(tiny_qwen, photos):
+    with pytest.raises(ValueError) as caught:
+        ask(tiny_qwen, photos[:1], method="visionzip")
+    message = str(caught.value)
+    assert message.startswith(
+        "method 'visionzip' needs the attention of a CLS token, and Qwen2.5-VL's vision encoder has none; "
+        "methods that do without: "
+    )
+    assert "nuwa" in message and "fastv" in message and message.count("visionzip") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"average_tokens": None}, "method 'nuwa' needs average_tokens or retention, one of the two"),
+        ({"retention": 0.5}, "method 'nuwa' needs average_tokens or retention, one of the two"),
+        ({"average_tokens": None, "retention": 1.5}, "retention 1.5 must lie in (0, 1]"),
+        (
+            {"method": "unpruned"},
+            "method 'unpruned' takes neither average_tokens nor retention; leave them out",
+        ),
+        ({"position": "sparse"}, "position 'sparse' is unknown; allowed: perc, pesp, rpme"),
+    ],
+)
+def test_bad_arguments_are_named(tiny_qwen, photos, options, message):
+    with pytest.raises(ValueError) as caught:
+        ask(tiny_qwen, photos[:1], **options)
+    assert str(caught.value) == message
+
+
+def test_questions_must_match_images(tiny_qwen, photos):
+    with pytest.raises(ValueError) as caught:
+        generate(tiny_qwen.model, tiny_qwen.processor, photos[:2], [ASKED], average_tokens=20)
+    assert str(caught.value) == "2 images but 1 questions; give one, or a list, for each image"
+    with pytest.raises(ValueError) as caught:
+        generate(tiny_qwen.model, tiny_qwen.processor, photos[:1], [[]], average_tokens=20)
+    assert str(caught.value) == "every image needs at least one question"
+
+
+def test_a_budget_below_the_newline_tokens_is_refused_with_the_range(tiny_next, photos):
+    with pytest.raises(UnreachableBudget) as caught:
+        ask(tiny_next, photos[:1], average_tokens=4, without_stage2=True)
+    assert str(caught.value) == (
+        "4 tokens before the first cut are out of reach on this image: allowed 10..140, 8 of them newline tokens"
+    )
+
+
+def test_a_model_in_training_mode_is_refused(tiny_next, photos):
+    model = copy.deepcopy(tiny_next.model).train()
+    with pytest.raises(ValueError) as caught:
+        generate(model, tiny_next.processor, photos[:1], [ASKED], average_tokens=30)
+    assert str(caught.value) == "the model is in training mode; call model.eval() first"
+
+
+def test_an_unsupported_model_type_is_named(tiny_next, monkeypatch):
+    monkeypatch.setattr(type(tiny_next.model.config), "model_type", "blip")
+    with pytest.raises(ValueError) as caught:
+        adapt(tiny_next.model, tiny_next.processor)
+    assert str(caught.value) == "model type 'blip' is not supported; supported: llava, llava_next, qwen2_5_vl"
+
+
+def test_sliding_windows_are_refused(tiny_next, monkeypatch):
+    monkeypatch.setattr(tiny_next.model.config.text_config, "sliding_window", 4096, raising=False)
+    with pytest.raises(ValueError) as caught:
+        adapt(tiny_next.model, tiny_next.processor)
+    assert str(caught.value).startswith("model.text_config.sliding_window = 4096: sliding-window attention is not")
+
+
+# --- cached features
+
+
+def logits_of(vlm, encoded) -> tuple[list, list[torch.Tensor]]:
+    heard: list[torch.Tensor] = []
+    listener = vlm.model.lm_head.register_forward_hook(lambda _module, _inputs, out: heard.append(out.clone()))
+    try:
+        answers = answer_encoded(
+            vlm,
+            encoded,
+            [f"photo {number}" for number in range(len(encoded))],
+            [[ASKED]] * len(encoded),
+            lambda layout: specify("nuwa", budget=20),
+            MAX_NEW,
+        )
+    finally:
+        listener.remove()
+    return [mine[0] for mine in answers], heard
+
+
+def through_a_file(encoded, folder, dtype) -> list[EncodedImage]:
+    found = []
+    for number, image in enumerate(encoded):
+        path = folder / f"{number}.safetensors"
+        flat = {
+            f"{view}.{name}": value.to(dtype).contiguous()
+            for view, signals in enumerate(image.signals)
+            for name, value in signals.items()
+        }
+        save_file(flat, path)
+        held = load_file(path)
+        views = [
+            {key.partition(".")[2]: value for key, value in held.items() if key.startswith(f"{view}.")}
+            for view in range(len(image.signals))
+        ]
+        found.append(EncodedImage(image.layout, tuple(views)))
+    return found
+
+
+def test_cached_features_are_as_good_as_pixels(family, pictures, tmp_path, record_property):
+    encoded = family.encode_images(pictures)
+    answers, logits = logits_of(family, encoded)
+    cached, same = logits_of(family, through_a_file(encoded, tmp_path, torch.float32))
+    for one, other in zip(answers, cached, strict=True):
+        assert (one.tokens, one.kept, one.kept_last) == (other.tokens, other.kept, other.kept_last)
+    assert all(torch.equal(one, other) for one, other in zip(logits, same, strict=True)), "bit for bit"
+    halved, near = logits_of(family, through_a_file(encoded, tmp_path, torch.float16))
+    assert [one.tokens for one in halved] == [one.tokens for one in answers]
+    largest = max((one - other).abs().max().item() for one, other in zip(logits, near, strict=True))
+    spread = logits[0].std().item()
+    record_property("largest logit difference with a float16 cache", largest)
+    print(f"{type(family).__name__}: largest logit difference {largest:.2g}, standard deviation {spread:.2g}")
+    assert 0 < largest < 0.05 * spread
+
+
+# --- layers that stand elsewhere
+
+
+def test_offloaded_layers_answer_alike(family, pictures):
+    """Accelerate keeps every weight elsewhere and brings it when its layer runs, as with ``device_map`` and too little memory."""
+    expected = ask(family, pictures[:3])
+    model = accelerate.cpu_offload(copy.deepcopy(family.model), execution_device=torch.device("cpu"))
+    assert model.model.language_model.layers[0].self_attn.q_proj.weight.device.type == "meta"
+    found = nuwa.generate(model, family.processor, pictures[:3], [ASKED] * 3, average_tokens=20, max_new_tokens=MAX_NEW)
+    for one, other in itertools.zip_longest(found, expected):
+        assert (one.tokens, one.kept, one.kept_last) == (other.tokens, other.kept, other.kept_last)
+
+
+def test_a_folder_is_loaded_by_its_model_type_with_or_without_a_device_map(tiny_next, photos, tmp_path):
+    tiny_next.model.save_pretrained(tmp_path)
+    tiny_next.processor.save_pretrained(tmp_path)
+    expected = ask(tiny_next, photos[:2], average_tokens=30)
+    for options in ({}, {"attention": "eager"}, {"device_map": {"": "cpu"}}):
+        vlm = load_adapter(tmp_path, **options)
+        assert type(vlm) is type(tiny_next)
+        found = ask(vlm, photos[:2], average_tokens=30)
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
+        assert vlm.fingerprint() == tiny_next.fingerprint()
+        assert not any(parameter.requires_grad for parameter in vlm.model.parameters())
+
+
+# --- flash-attention's layout
+
+
+def test_rows_of_one_question_each_answer_as_shared_prefixes_do(family, pictures, monkeypatch):
+    """What flash-attention is handed, with masks in its place: the kernels themselves need a GPU."""
+    asked = [[ASKED, "how many red"], ["how many red", "where is the blue sign ?"]]
+    two = [pictures[0], pictures[5]]
+    options = {"average_tokens": 20, "max_new_tokens": MAX_NEW}
+    shared = nuwa.generate(family.model, family.processor, two, asked, **options)
+    monkeypatch.setattr("nuwa.decoder._mask", _mask_from_key_lengths)
+    monkeypatch.setattr(type(family), "flash_attention", True)
+    apart = nuwa.generate(family.model, family.processor, two, asked, **options)
+    for one, other in zip(itertools.chain(*shared), itertools.chain(*apart), strict=True):
+        assert (one.tokens, one.kept_last) == (other.tokens, other.kept_last)
+
+
+def _mask_from_key_lengths(vlm, queries, keys, dtype, causal):
+    """The mask a causal kernel makes of one question a row and of which keys are no padding."""
+    real = keys[..., 0] >= 0
+    seen = real[:, None, :].expand(-1, queries.shape[1], -1).clone()
+    if causal:
+        seen &= torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).tril()
+    seen |= ~seen.any(dim=-1, keepdim=True)  # a row of padding must see something
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
+
+
+# --- imports
+
+
+def test_importing_the_package_is_light_and_generating_needs_no_pipeline():
+    code = (
+        "import sys, nuwa; assert 'torch' not in sys.modules; "
+        "assert nuwa.generate.__name__ == 'generate'; "
+        "heavy = {'ray', 'mlflow', 'dvc', 'pydantic', 'pipelines', 'stages', 'sklearn', 'accelerate'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    with pytest.raises(AttributeError):
+        _ = nuwa.generation_of
