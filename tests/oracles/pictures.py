@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -111,3 +112,17 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
     if lengths == 0:
         return 0.0
     return float(np.dot(one.astype(np.float64), other.astype(np.float64))) / lengths
+
+
+def similarity(one: np.ndarray, other: np.ndarray) -> float:
+    """Cosine to the nearest multiple of 2⁻²⁴, the precision in which similarities are equal."""
+    return round(cosine(one, other) * 2**24) / 2**24
+
+
+def quantile(values: list[float], share: float) -> Fraction:
+    """Linear interpolation between order statistics, in exact arithmetic."""
+    ordered = sorted(Fraction(value) for value in values)
+    rank = Fraction(str(share)) * (len(ordered) - 1)
+    below = rank.numerator // rank.denominator
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
