@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nuwa.grid import PatchGrid
+
+NORM_EPSILON = 1e-12  # a vector shorter than this is like nothing, not even like itself
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def _shifted(words: Tensor, by: int) -> Tensor:
 
 def directions(vectors: Tensor) -> Tensor:
     """Vectors at length 1 along the last axis, in float64; a zero vector stays zero."""
-    return F.normalize(vectors.double(), dim=-1)
+    unit = vectors.to(torch.float64, copy=True)  # then in place: a batch's vectors in float64 are large
+    return unit.div_(unit.norm(dim=-1, keepdim=True).clamp_(min=NORM_EPSILON))
 
 
 def cosine_similarity(left: Tensor, right: Tensor) -> Tensor:

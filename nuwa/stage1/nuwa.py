@@ -17,14 +17,13 @@ from torch import Tensor
 
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
-from nuwa.signals import VisionSignals, ranked, top_indices
+from nuwa.signals import NORM_EPSILON, VisionSignals, ranked, top_indices
 from nuwa.stage1.registry import register
 
 Salience = Literal["cls_attention_key_norm", "cls_attention"]
 PillarSignal = Literal["key_norm", "salience", "feature_norm"]
 DistanceConvention = Literal["squared", "plain"]
 WEIGHT_EPSILON = 1e-8  # of the row normalisation
-NORM_EPSILON = 1e-12  # a vector shorter than this is like nothing, not even like itself
 
 
 @dataclass(frozen=True)

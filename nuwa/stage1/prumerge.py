@@ -101,11 +101,10 @@ def merge_weights(signals: VisionSignals, indices: Tensor, config: PruMerge) -> 
     attention stays itself.
     """
     attention = signals.cls_attention.float()
-    batch, tokens = attention.shape
     dropped = torch.ones_like(attention, dtype=torch.bool).scatter_(1, indices, False)
     unit = directions(signals.keys)
     similarity = cosine_similarity(gather_tokens(unit, indices), unit).masked_fill_(~dropped[:, None], -torch.inf)
-    near = nearest_dropped(similarity, min(config.neighbours, tokens - indices.shape[1]))
+    near = nearest_dropped(similarity, min(config.neighbours, signals.grid.tokens - indices.shape[1]))
     weights = near * attention[:, None]
     own, own_weight = indices[..., None], attention.gather(1, indices)[..., None]
     if config.weights == "sum":
