@@ -36,18 +36,34 @@ class PatchGrid:
         """Squared distance, in patches, between opposite corners: 1058 = 23² + 23² on CLIP's 24x24 grid."""
         return (self.height - 1) ** 2 + (self.width - 1) ** 2
 
-    def regions(self, side: int) -> Tensor:
+    def regions(self, side: int, device: torch.device | str = "cpu") -> Tensor:
         """``(tokens,)`` int64: the region of every token when the grid is cut into ``side x side`` patches.
 
         Regions at the right and bottom edge are smaller where the grid does not divide.
         """
-        if side < 1:
-            raise ValueError(f"region side {side} must be at least 1 patch")
+        _check_side(side)
         across = -(-self.width // side)
-        rows, columns = self.coordinates.long().unbind(-1)
-        return (rows // side) * across + columns // side
+        rows = torch.arange(self.height, device=device) // side
+        columns = torch.arange(self.width, device=device) // side
+        return (rows[:, None] * across + columns).flatten()
+
+    def region_sizes(self, side: int) -> list[int]:
+        """Tokens in every region of :meth:`regions`, in the order of their numbers."""
+        _check_side(side)
+        heights = [min(side, self.height - top) for top in range(0, self.height, side)]
+        widths = [min(side, self.width - left) for left in range(0, self.width, side)]
+        return [height * width for height in heights for width in widths]
 
     def distances(self, indices: Tensor) -> Tensor:
-        """Euclidean distance in patches from kept tokens ``(batch, kept)`` to all tokens: ``(batch, kept, tokens)``."""
-        places = self.coordinates.to(indices.device)
-        return (places[indices][:, :, None, :] - places[None, None]).square().sum(-1).sqrt()
+        """Euclidean distance in patches from some tokens ``(batch, some)`` to all tokens: ``(batch, some, tokens)``."""
+        rows = torch.arange(self.height, device=indices.device)
+        columns = torch.arange(self.width, device=indices.device)
+        # Rows and columns apart, as the square of the distance is a sum over the two: nothing is larger than the result.
+        down = ((indices // self.width)[..., None] - rows).square().float()
+        across = ((indices % self.width)[..., None] - columns).square().float()
+        return (down[..., :, None] + across[..., None, :]).sqrt_().flatten(-2)
+
+
+def _check_side(side: int) -> None:
+    if side < 1:
+        raise ValueError(f"region side {side} must be at least 1 patch")

@@ -28,6 +28,7 @@ def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layo
     ``slots``: places of the kept tokens in the unpruned image, ascending, ``(batch, kept)``. ``start``: the id of the
     image's first token, so the original ids of an axis are ``[start, start + span]``, inclusive.
     """
+    _check(strategy)
     everything = layout.offsets.to(slots.device)
     kept = everything[:, slots]
     if strategy == "pesp":
@@ -35,16 +36,20 @@ def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layo
     if strategy == "perc":
         present = torch.zeros(*kept.shape[:2], layout.length, dtype=torch.long, device=slots.device)
         return present.scatter_(2, kept, 1).cumsum(dim=2).gather(2, kept) - 1 + start
-    if strategy == "rpme":
-        span = everything.amax(dim=1)[:, None, None]
-        first, last = kept.amin(dim=2, keepdim=True), kept.amax(dim=2, keepdim=True).clamp(min=1)
-        spread = -((-kept * span) // last)  # ceil, multiplied before it is divided
-        return spread.masked_fill(kept == first, 0) + start
-    raise ValueError(f"position strategy {strategy!r} is unknown; allowed: {', '.join(STRATEGIES)}")
+    span = everything.amax(dim=1)[:, None, None]
+    first, last = kept.amin(dim=2, keepdim=True), kept.amax(dim=2, keepdim=True).clamp(min=1)
+    spread = -((-kept * span) // last)  # ceil, multiplied before it is divided
+    return spread.masked_fill(kept == first, 0) + start
 
 
 def text_start(strategy: PositionStrategy, start: int, positions: Tensor, layout: VisualLayout) -> Tensor:
     """Position id of the first token after the image, ``(batch,)``; ``positions`` are those of its kept tokens."""
+    _check(strategy)
     if strategy == "perc":
         return positions.amax(dim=(0, 2)) + 1
     return positions.new_full(positions.shape[1:2], start + layout.length)
+
+
+def _check(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"position strategy {strategy!r} is unknown; allowed: {', '.join(STRATEGIES)}")

@@ -4,7 +4,17 @@ A method is one file: a frozen dataclass of its hyper-parameters and a pure func
 ``select(signals, keep, config, seed) -> Selection`` under :func:`register`.
 """
 
-from nuwa.stage1 import nuwa, pooling, random, uniform, unpruned, visionzip  # noqa: F401  (each registers itself)
+from nuwa.stage1 import (  # noqa: F401  (each registers itself)
+    divprune,
+    nuwa,
+    pooling,
+    prumerge,
+    random,
+    uniform,
+    unpruned,
+    visionzip,
+    vispruner,
+)
 from nuwa.stage1.registry import METHODS, Method, get_method, register
 
 __all__ = ["METHODS", "Method", "get_method", "register"]

@@ -6,7 +6,9 @@ difference between them is one field of :class:`Nuwa`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
-from nuwa.signals import VisionSignals, ranked, top_indices
+from nuwa.signals import NORM_EPSILON, VisionSignals, ranked, top_indices
 from nuwa.stage1.registry import register
 
 Salience = Literal["cls_attention_key_norm", "cls_attention"]
@@ -90,9 +92,8 @@ def rank_in_region(salience: Tensor, regions: Tensor) -> Tensor:
     """How many tokens of its own region precede each token by salience, ``(batch, tokens)`` int64."""
     by_salience = ranked(salience)
     grouped = by_salience.gather(1, torch.sort(regions[by_salience], dim=1, stable=True).indices)
-    sizes = torch.bincount(regions)
-    starts = torch.cumsum(sizes, 0) - sizes
-    places = torch.arange(salience.shape[1], device=salience.device) - starts[regions[grouped]]
+    starts = torch.searchsorted(regions.sort().values, regions)  # where each token's region begins among the grouped
+    places = torch.arange(salience.shape[1], device=salience.device) - starts[grouped]
     return torch.empty_like(grouped).scatter_(1, grouped, places)
 
 
@@ -100,9 +101,9 @@ def candidates_needed(grid: PatchGrid, region_side: int, keep: int) -> int:
     """The smallest n for which n tokens of every region (or all it has) are at least ``keep``."""
     if keep > grid.tokens:
         raise ValueError(f"cannot keep {keep} of {grid.tokens} tokens")
-    sizes = torch.bincount(grid.regions(region_side))
+    sizes = grid.region_sizes(region_side)
     n = 1
-    while int(sizes.clamp(max=n).sum()) < keep:
+    while sum(min(size, n) for size in sizes) < keep:
         n += 1
     return n
 
@@ -113,53 +114,74 @@ def align(signals: VisionSignals, salience: Tensor, keep: int, config: Nuwa) -> 
         return top_indices(salience, keep)
     needed = candidates_needed(signals.grid, config.region_side, keep)
     n = max(config.candidates_per_region or 1, needed)
-    regions = signals.grid.regions(config.region_side).to(salience.device)
+    regions = signals.grid.regions(config.region_side, salience.device)
     candidate = rank_in_region(salience, regions) < n
     return top_indices(salience.masked_fill(~candidate, -torch.inf), keep)
 
 
-def is_pillar(signals: VisionSignals, salience: Tensor, indices: Tensor, config: Nuwa) -> Tensor:
-    """Eq. 4: True where the pillar signal reaches its quantile among the kept tokens, ``(batch, kept)``."""
+def roles(signals: VisionSignals, salience: Tensor, indices: Tensor, config: Nuwa) -> tuple[Tensor, Tensor]:
+    """Eq. 4: which kept tokens are pillars, ``(batch, kept)``, and places among the kept that hold all collectors.
+
+    A signal reaches its linearly interpolated q-quantile exactly when it reaches the order statistic just above it, as
+    no value lies between: no rounding can decide a role. So the ``⌈q (kept - 1)⌉`` lowest are the only tokens that can
+    be collectors, ``(batch, collectors)``; where signals tie, some of them are pillars nevertheless.
+    """
+    batch, kept = indices.shape
     if not config.pillars:
-        return torch.zeros_like(indices, dtype=torch.bool)
+        places = torch.arange(kept, device=indices.device).expand(batch, -1)
+        return torch.zeros_like(indices, dtype=torch.bool), places
     signal = {
         "salience": lambda: salience,
         "key_norm": lambda: signals.key_norm,
         "feature_norm": lambda: signals.features.float().norm(dim=-1),
     }[config.pillar_signal]().gather(1, indices)
-    return signal >= torch.quantile(signal, config.pillar_quantile, dim=1, keepdim=True)
+    rising = torch.sort(signal, dim=1, stable=True)
+    collectors = math.ceil(Fraction(str(config.pillar_quantile)) * (kept - 1))
+    return signal >= rising.values[:, collectors, None], rising.indices[:, :collectors]
 
 
 def aggregation_weights(signals: VisionSignals, indices: Tensor, config: Nuwa) -> Tensor:
-    """Rows of W for the kept tokens as collectors (eq. 5-7), ``(batch, kept, tokens)`` float32.
+    """Rows of W for collectors at ``indices`` (eq. 5-7), ``(batch, collectors, tokens)`` float32.
 
     ``A_ij = ReLU(cos(S̄_i, S̄_j))``, ``P_ij = 1 - min(1, d_ij / d_thresh)`` (eq. 6 prints max, which would be ≤ 0
     everywhere), rows of ``A ⊙ P`` normalised to sum 1, then the own weight set to 1.
     """
     grid = signals.grid
-    direction = F.normalize(signals.similarity.float(), dim=-1)
-    affinity = (gather_tokens(direction, indices) @ direction.transpose(1, 2)).relu()
     if config.distance_convention == "squared":
         reach = (config.distance_threshold * grid.max_squared_distance) ** 0.5
     else:
         reach = config.distance_threshold * grid.max_squared_distance**0.5
-    proximity = 1 - (grid.distances(indices) / max(reach, WEIGHT_EPSILON)).clamp(max=1)
-    weights = affinity * proximity
-    weights = weights / (weights.sum(dim=-1, keepdim=True) + WEIGHT_EPSILON)
+    similarity = signals.similarity.float()
+    rows = F.normalize(gather_tokens(similarity, indices), dim=-1, eps=NORM_EPSILON)
+    # In place from here on: these tensors are the largest of the method. The norms of the columns divide the
+    # product, so that no normalised copy of all tokens is made.
+    weights = (rows @ similarity.transpose(1, 2)).relu_()
+    weights.div_(similarity.norm(dim=-1).clamp_(min=NORM_EPSILON)[:, None])
+    weights.mul_(grid.distances(indices).div_(max(reach, WEIGHT_EPSILON)).clamp_(max=1).neg_().add_(1))
+    weights.div_(weights.sum(dim=-1, keepdim=True).add_(WEIGHT_EPSILON))
     if config.reset_self_weight:
-        weights = weights.scatter(2, indices[..., None], 1.0)
+        weights.scatter_(2, indices[..., None], 1.0)
     return weights
 
 
 @register("nuwa", Nuwa, presets=PRESETS)
 def select(signals: VisionSignals, keep: int, config: Nuwa, seed: int = 0) -> Selection:
-    """``T = W_I · H``: pillars exactly as the encoder gave them, collectors with what they gathered."""
+    """``T = W_I · H``: pillars exactly as the encoder gave them, collectors with what they gathered.
+
+    Only rows of collectors are computed, ``collectors x tokens`` a piece; the full ``tokens x tokens`` never exists.
+    """
     salience = salience_of(signals, config)
     indices = align(signals, salience, keep, config)
     untouched = keep_unmerged(signals, indices)
     if not config.aggregation:
         return untouched
-    pillars = is_pillar(signals, salience, indices, config)
-    gathered = aggregation_weights(signals, indices, config) @ signals.features.float()
-    features = torch.where(pillars[..., None], untouched.features, gathered.to(untouched.features.dtype))
+    pillars, places = roles(signals, salience, indices, config)
+    if places.shape[1] == 0:
+        return untouched
+    collectors = indices.gather(1, places)
+    gathered = aggregation_weights(signals, collectors, config) @ signals.features.float()
+    # Of signals that tie, some places hold a pillar, which keeps its own features.
+    is_pillar = pillars.gather(1, places)[..., None]
+    gathered = torch.where(is_pillar, gather_tokens(signals.features, collectors), gathered.to(signals.features.dtype))
+    features = untouched.features.scatter_(1, places[..., None].expand_as(gathered), gathered)
     return Selection(indices, features, pillars)

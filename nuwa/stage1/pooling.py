@@ -42,11 +42,12 @@ def select(signals: VisionSignals, keep: int, config: Pooling, seed: int = 0) ->
     grid = signals.grid
     height, width = pooled_shape(grid, keep)
     batch, _, dim = signals.features.shape
-    image = signals.features.transpose(1, 2).reshape(batch, dim, grid.height, grid.width)
-    pooled = F.adaptive_avg_pool2d(image.float(), (height, width)).to(image.dtype).flatten(2).transpose(1, 2)
-    rows = ((torch.arange(height) + 0.5) * grid.height / height).long()
-    columns = ((torch.arange(width) + 0.5) * grid.width / width).long()
-    indices = (rows[:, None] * grid.width + columns[None]).flatten().to(signals.features.device)
+    image = signals.features.reshape(batch, grid.height, grid.width, dim).permute(0, 3, 1, 2)  # channels last, no copy
+    pooled = F.adaptive_avg_pool2d(image.float(), (height, width)).to(image.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+    # The centre of cell i of n lies at (2i + 1) · size / 2n patches.
+    rows = (2 * torch.arange(height, device=image.device) + 1) * grid.height // (2 * height)
+    columns = (2 * torch.arange(width, device=image.device) + 1) * grid.width // (2 * width)
+    indices = (rows[:, None] * grid.width + columns).flatten()
     untouched = height * width == grid.tokens
     return Selection(
         indices.expand(batch, -1),

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from nuwa.selection import Selection, keep_unmerged
-from nuwa.signals import VisionSignals, seeded_generator
+from nuwa.signals import VisionSignals, random_scores, top_indices
 from nuwa.stage1.registry import register
 
 
@@ -19,7 +16,6 @@ class Random:
 
 @register("random", Random, seeded=True)
 def select(signals: VisionSignals, keep: int, config: Random, seed: int = 0) -> Selection:
-    tokens = signals.grid.tokens
-    drawn = [seeded_generator(seed, image).permutation(tokens)[:keep] for image in signals.image_ids]
-    indices = torch.from_numpy(np.sort(np.stack(drawn), axis=1)).to(signals.features.device)
-    return keep_unmerged(signals, indices)
+    """The ``keep`` tokens that drew the largest numbers."""
+    scores = random_scores(seed, signals.image_ids, signals.grid.tokens, signals.features.device)
+    return keep_unmerged(signals, top_indices(scores, keep))

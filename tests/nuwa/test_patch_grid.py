@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -10,7 +11,15 @@ from oracles.nuwa import regions as region_blocks
 
 from nuwa.grid import PatchGrid
 from nuwa.selection import gather_tokens, keep_unmerged
-from nuwa.signals import VisionSignals, ranked, seeded_generator, top_indices
+from nuwa.signals import (
+    VisionSignals,
+    cosine_similarity,
+    directions,
+    random_scores,
+    ranked,
+    seeded_generator,
+    top_indices,
+)
 
 GRIDS = [(1, 1), (1, 9), (9, 1), (5, 7), (4, 10), (12, 12)]
 
@@ -27,7 +36,8 @@ def signals(grid: PatchGrid, batch: int = 2, **wrong) -> VisionSignals:
 
 
 def test_tokens_stand_in_raster_order():
-    assert PatchGrid(2, 3).coordinates.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    # Token 1 is beside token 0, token 3 below it.
+    assert PatchGrid(2, 3).distances(torch.tensor([[0]]))[0, 0].square().round().tolist() == [0, 1, 4, 1, 2, 5]
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
@@ -38,6 +48,7 @@ def test_regions_are_the_blocks_of_the_grid(height, width, side):
     assert [found[token] for block in blocks for token in block] == [
         number for number, block in enumerate(blocks) for _ in block
     ]
+    assert PatchGrid(height, width).region_sizes(side) == [len(block) for block in blocks]
 
 
 def test_clips_grid_has_the_papers_144_regions():
@@ -74,9 +85,10 @@ def test_an_empty_grid_is_refused(height, width):
     assert str(caught.value) == f"patch grid {height}x{width} must have at least one row and one column"
 
 
-def test_a_region_without_patches_is_refused():
+@pytest.mark.parametrize("ask", [PatchGrid.regions, PatchGrid.region_sizes])
+def test_a_region_without_patches_is_refused(ask):
     with pytest.raises(ValueError) as caught:
-        PatchGrid(4, 4).regions(0)
+        ask(PatchGrid(4, 4), 0)
     assert str(caught.value) == "region side 0 must be at least 1 patch"
 
 
@@ -133,3 +145,49 @@ def test_random_streams_depend_on_seed_and_on_every_part_of_the_identity():
     ]
     assert len({tuple(draw) for draw in draws}) == len(draws)
     assert seeded_generator(7, "a", "b").random(4).tolist() == seeded_generator(7, "a", "b").random(4).tolist()
+
+
+def split_mix(state: int) -> int:
+    """SplitMix64's output for a state, in Python's unbounded integers."""
+    mask = 2**64 - 1
+    word = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & mask
+    return word ^ (word >> 31)
+
+
+def test_split_mix_starts_with_its_published_numbers():
+    # The first three numbers of seed 1234567.
+    step = 0x9E3779B97F4A7C15
+    drawn = [split_mix((1234567 + at * step) % 2**64) for at in (1, 2, 3)]
+    assert drawn == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+def test_random_scores_are_split_mix_started_by_seed_and_image(seed):
+    images = ("a", "b", "image 17", "ü")
+    scores = random_scores(seed, images, 50, torch.device("cpu"))
+    for row, image in enumerate(images):
+        start = int.from_bytes(hashlib.sha256(f"{seed}\0{image}".encode()).digest()[:8], "little")
+        words = [split_mix((start + (token + 1) * 0x9E3779B97F4A7C15) % 2**64) for token in range(50)]
+        assert [score % 2**64 for score in scores[row].tolist()] == words
+
+
+def test_directions_have_length_one_and_zero_stays_zero():
+    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-20, 0.0], [-2.0, 0.0]], dtype=torch.float16)
+    assert torch.equal(directions(vectors), torch.tensor([[0.6, 0.8], [0, 0], [0, 0], [-1, 0]], dtype=torch.float64))
+    assert vectors.tolist() == [[3.0, 4.0], [0.0, 0.0], [0.0, 0.0], [-2.0, 0.0]], "the input is left alone"
+    double = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    directions(double)
+    assert double.tolist() == [[3.0, 4.0]]
+
+
+def test_equal_vectors_are_equally_similar_wherever_they_stand():
+    generator = torch.Generator().manual_seed(0)
+    vector, others = torch.randn(1, 37, generator=generator), torch.randn(301, 37, generator=generator)
+    crowd = directions(torch.cat([others[:150], vector, others[150:], vector, vector])[None])
+    similarity = cosine_similarity(crowd, crowd)[0]
+    for twin in (302, 303):
+        assert torch.equal(similarity[150], similarity[twin]) and torch.equal(similarity[:, 150], similarity[:, twin])
+    assert torch.equal(similarity, similarity.T) and (similarity.diagonal() == 1).all()
+    alone = cosine_similarity(crowd[:, 150:151], crowd)[0, 0]
+    assert torch.equal(alone, similarity[150])

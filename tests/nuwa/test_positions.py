@@ -114,9 +114,17 @@ def test_rows_of_a_batch_are_spread_each_by_its_own_last_token():
     assert together[0].tolist() == [0, 72, 143]
 
 
-def test_an_unknown_strategy_is_named_with_what_exists():
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: visual_positions(torch.tensor([[0]]), "sparse", 0, grid_of(2, 2)),
+        lambda: text_start("sparse", 0, torch.zeros(3, 1, 1), grid_of(2, 2)),
+    ],
+    ids=["visual_positions", "text_start"],
+)
+def test_an_unknown_strategy_is_named_with_what_exists(ask):
     with pytest.raises(ValueError) as caught:
-        one_axis([[0]], "sparse", 0, 4)
+        ask()
     assert str(caught.value) == "position strategy 'sparse' is unknown; allowed: perc, pesp, rpme"
 
 

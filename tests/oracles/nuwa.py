@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
-from oracles.pictures import Picture, best_first, cosine, norm
+from oracles.pictures import Picture, best_first, cosine, norm, quantile
 
 EPSILON = 1e-8
 
@@ -56,15 +55,6 @@ def candidates(
         if len(found) >= keep:
             return found, n
         n += 1
-
-
-def quantile(values: list[float], share: float) -> Fraction:
-    """Linear interpolation between order statistics, in exact arithmetic."""
-    ordered = sorted(Fraction(value) for value in values)
-    rank = Fraction(str(share)) * (len(ordered) - 1)
-    below = rank.numerator // rank.denominator
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
 
 
 def pillar_flags(picture: Picture, scores: list[float], kept: list[int], signal: str, share: float) -> list[bool]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
-KINDS = ("normal", "ties", "equal", "dark_region", "zero_vectors", "half")
+KINDS = ("normal", "ties", "equal", "dark_region", "zero_vectors", "half", "twins", "outliers")
 # Height and width: square and not, odd, one line, one patch.
 SHAPES = ((6, 6), (5, 7), (1, 9), (9, 1), (4, 10), (3, 3), (1, 1))
 
@@ -36,8 +37,9 @@ def draw_picture(seed: int, height: int, width: int, kind: str = "normal", dim: 
     """A picture of one of ``KINDS``; the same arguments give the same picture.
 
     ``ties``: few distinct values, exact in float32. ``equal``: every patch looks alike but for its features.
-    ``dark_region``: no salience in the top left 2x2 patches. ``zero_vectors``: every third patch has no key and no
-    similarity vector. ``half``: float16.
+    ``dark_region``: no salience in the top left 2x2 patches. ``zero_vectors``: every third patch has no feature,
+    key or similarity vector. ``half``: float16. ``twins``: four distinct patches, repeated. ``outliers``: a few patches draw
+    nearly all attention, the others about the same.
     """
     rng = np.random.default_rng([seed, height, width, KINDS.index(kind)])
     count = height * width
@@ -70,9 +72,9 @@ def draw_picture(seed: int, height: int, width: int, kind: str = "normal", dim: 
         attention[dark] = 0
         return replace(picture, attention=attention)
     if kind == "zero_vectors":
-        keys, similarity = picture.keys.copy(), picture.similarity.copy()
-        keys[::3], similarity[::3] = 0, 0
-        return replace(picture, keys=keys, similarity=similarity)
+        features, keys, similarity = picture.features.copy(), picture.keys.copy(), picture.similarity.copy()
+        features[::3], keys[::3], similarity[::3] = 0, 0, 0
+        return replace(picture, features=features, keys=keys, similarity=similarity)
     if kind == "half":
         return replace(
             picture,
@@ -81,6 +83,19 @@ def draw_picture(seed: int, height: int, width: int, kind: str = "normal", dim: 
             keys=picture.keys.astype(np.float16),
             similarity=picture.similarity.astype(np.float16),
         )
+    if kind == "twins":
+        drawn = rng.integers(0, min(4, count), count)
+        return replace(
+            picture,
+            features=picture.features[drawn],
+            attention=picture.attention[drawn],
+            keys=picture.keys[drawn],
+            similarity=picture.similarity[drawn],
+        )
+    if kind == "outliers":
+        attention = 0.001 + picture.attention / 1000
+        attention[rng.choice(count, -(-count // 8), replace=False)] += 0.5
+        return replace(picture, attention=attention)
     return picture
 
 
@@ -111,3 +126,17 @@ def cosine(one: np.ndarray, other: np.ndarray) -> float:
     if lengths == 0:
         return 0.0
     return float(np.dot(one.astype(np.float64), other.astype(np.float64))) / lengths
+
+
+def similarity(one: np.ndarray, other: np.ndarray) -> float:
+    """Cosine to the nearest multiple of 2⁻²⁴, the precision in which similarities are equal."""
+    return round(cosine(one, other) * 2**24) / 2**24
+
+
+def quantile(values: list[float], share: float) -> Fraction:
+    """Linear interpolation between order statistics, in exact arithmetic."""
+    ordered = sorted(Fraction(value) for value in values)
+    rank = Fraction(str(share)) * (len(ordered) - 1)
+    below = rank.numerator // rank.denominator
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (rank - below) * (ordered[above] - ordered[below])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from oracles.nuwa import Outcome
-from oracles.pictures import Picture, best_first, cosine
+from oracles.pictures import Picture, best_first, similarity
 
 
 def contextual_count(keep: int, tokens: int, share: float) -> int:
@@ -23,9 +23,8 @@ def select(picture: Picture, keep: int, share: float = 10 / 64) -> Outcome:
     for token in rest:
         if token in joined or not targets:
             continue
-        # Rounded, so that vectors pointing the same way tie; the first of equally similar targets wins.
-        similarity = [round(cosine(picture.keys[token], picture.keys[target]), 9) for target in targets]
-        joined[targets[similarity.index(max(similarity))]].append(token)
+        likeness = [similarity(picture.keys[token], picture.keys[target]) for target in targets]
+        joined[targets[likeness.index(max(likeness))]].append(token)  # the first of equally similar targets
     kept = sorted([*dominant, *targets])
     features = []
     for token in kept:

@@ -1,0 +1,140 @@
+"""Time and peak memory of every stage-1 method, against the same equations written straightforwardly.
+
+Ours runs the whole batch at once. The reference (``tests/oracles/dense.py``) forms full tokens x tokens matrices; all but
+Nüwa's go image by image and are measured on one. Methods that only index (random, uniform) have no reference.
+Repetitions alternate between the two; figures are medians, all of them per image.
+
+Memory is the peak of tensor memory allocated above the inputs, over the images: from the profiler's allocator events on
+a CPU, from the caching allocator on a GPU. Scratch space inside matrix kernels is not tensor memory and counts for
+neither side.
+
+The aim is Nüwa at 576 tokens and batch 8 on a CPU in at most half the time and half the memory of the full form.
+The last line is one JSON object.
+
+    python -m benchmarks.methods                    # 576 and 2880 tokens, batch 1, 8 and 64: long on a CPU
+    python -m benchmarks.methods --quick            # 576 tokens, batch 1 and 8
+    python -m benchmarks.methods --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nuwa.grid import PatchGrid
+from nuwa.signals import VisionSignals
+from nuwa.stage1 import METHODS
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from oracles import dense
+
+# LLaVA-1.5 and the five crops of LLaVA-NeXT, with what Nüwa keeps of them at the published 64 and 160 average tokens.
+GRIDS = {576: (PatchGrid(24, 24), 112), 2880: (PatchGrid(60, 48), 290)}
+DIM = 1024  # CLIP-L
+LIMIT = 0.5
+Run = Callable[[], object]
+
+
+def draw_signals(grid: PatchGrid, batch: int, device: str) -> VisionSignals:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    shape = (batch, grid.tokens, DIM)
+    attention = (2 * normal(batch, grid.tokens)).softmax(dim=-1)
+    images = tuple(f"image {row}" for row in range(batch))
+    return VisionSignals(grid, normal(*shape), attention, normal(*shape), normal(*shape), images)
+
+
+def seconds(run: Run, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_bytes(run: Run, device: str) -> int:
+    """Largest tensor memory held during ``run`` beyond what was held before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def measure(name: str, signals: VisionSignals, keep: int, repetitions: int, device: str) -> dict[str, float]:
+    """Median milliseconds and peak MiB an image, of ours and of the reference where there is one, and their ratios."""
+    method, batch = METHODS[name], len(signals.image_ids)
+    runs: dict[str, tuple[Run, int]] = {"ours": (lambda: method.select(signals, keep, method.configure(), 0), batch)}
+    if name == "nuwa":
+        runs["reference"] = (lambda: dense.nuwa(signals, keep), batch)
+    elif name in dense.PER_IMAGE:
+        runs["reference"] = (lambda: dense.PER_IMAGE[name](signals[:1], keep), 1)
+    times: dict[str, list[float]] = {side: [] for side in runs}
+    for run, _ in runs.values():
+        run()
+    for _ in range(repetitions):
+        for side, (run, _) in runs.items():
+            times[side].append(seconds(run, device))
+    figures = {}
+    for side, (run, images) in runs.items():
+        figures[f"{side}_ms"] = statistics.median(times[side]) / images * 1000
+        figures[f"{side}_mib"] = peak_bytes(run, device) / images / 2**20
+    if "reference" in runs:
+        figures["time_ratio"] = figures["ours_ms"] / figures["reference_ms"]
+        figures["memory_ratio"] = figures["ours_mib"] / figures["reference_mib"]
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="576 tokens, batch 1 and 8 only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repetitions", type=int, default=5, help="of each side (default: 5)")
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), help="only these (default: all that prune)")
+    chosen = parser.parse_args()
+    names = chosen.methods or [name for name in METHODS if name != "unpruned"]
+    results: dict[str, dict[str, float]] = {}
+    columns = ("ours ms", "ref. ms", "ours MiB", "ref. MiB", "time", "memory")
+    print(f"{chosen.device}, {torch.get_num_threads()} threads; milliseconds and MiB an image, ours over reference")
+    print(f"{'method':<10}{'tokens':>7}{'keep':>6}{'batch':>6}" + "".join(f"{column:>10}" for column in columns))
+    for tokens in [576] if chosen.quick else GRIDS:
+        grid, keep = GRIDS[tokens]
+        for batch in [1, 8] if chosen.quick else [1, 8, 64]:
+            signals = draw_signals(grid, batch, chosen.device)
+            for name in names:
+                with torch.inference_mode():
+                    figures = measure(name, signals, keep, chosen.repetitions, chosen.device)
+                results[f"{name}_{tokens}_{batch}"] = figures
+                keys = ("ours_ms", "reference_ms", "ours_mib", "reference_mib", "time_ratio", "memory_ratio")
+                cells = "".join(f"{figures[key]:>10.2f}" if key in figures else f"{'-':>10}" for key in keys)
+                print(f"{name:<10}{tokens:>7}{keep:>6}{batch:>6}{cells}", flush=True)
+    summary = {"benchmark": "methods", "device": chosen.device, "threads": torch.get_num_threads(), "limit": LIMIT}
+    bar = results.get("nuwa_576_8", {})
+    summary |= {f"nuwa_576_{kind}_ratio": bar.get(f"{kind}_ratio") for kind in ("time", "memory")}
+    print(json.dumps(summary | {"results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Results of stage 1 do not depend on who shares the batch, and nothing in it waits for the device.
+
+Which part of a result is the same bit for bit, per method:
+
+* indices and pillars, and the features of tokens that merge nothing: always, for all methods;
+* merged features of ``pooling``: always, as a cell is summed by itself;
+* merged features of ``nuwa``, ``prumerge`` and ``visionzip`` come out of matrix products, whose kernels may sum in another
+  order for another batch: within 1e-6 of the largest feature (half precision: one unit in the last place).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles.agreement import PRUNING, SIGNALS, select, signals_of
+from oracles.pictures import KINDS, SHAPES, draw_picture
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from nuwa.grid import PatchGrid
+from nuwa.selection import Selection
+from nuwa.signals import VisionSignals
+from nuwa.stage1 import get_method
+
+torch.set_num_threads(1)
+PRODUCTS = {"nuwa", "prumerge", "visionzip"}
+CONFIGURED = [*PRUNING, "nuwa paper"]
+
+
+def configured(name: str):
+    method, _, preset = name.partition(" ")
+    return method, get_method(method).configure(preset or None)
+
+
+def assert_same_image(one: Selection, at: int, other: Selection, there: int, exact: bool) -> None:
+    """Image ``at`` of one batch is image ``there`` of another."""
+    assert torch.equal(one.indices[at], other.indices[there])
+    assert torch.equal(one.pillars[at], other.pillars[there])
+    here, found, pillars = one.features[at], other.features[there], one.pillars[at]
+    assert torch.equal(here[pillars], found[pillars])
+    if exact:
+        assert torch.equal(here, found)
+    else:
+        step = 2**-10 if here.dtype == torch.float16 else 1e-6
+        assert (here - found).float().abs().max() <= step * here.float().abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_batches_of_1_8_and_64_and_their_order_change_nothing(name, kind):
+    method, config = configured(name)
+    album = [draw_picture(seed, 9, 12, kind, dim=48, key_dim=40) for seed in range(64)]
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
+    together = select(method, signals_of(*album), 21, config)
+    shuffled = select(method, signals_of(*[album[row] for row in order]), 21, config)
+    exact = method not in PRODUCTS
+    for there, at in enumerate(order):
+        assert_same_image(together, at, shuffled, there, exact)
+    for start in range(0, 64, 8):
+        part = select(method, signals_of(*album[start : start + 8]), 21, config)
+        for row in range(8):
+            assert_same_image(together, start + row, part, row, exact)
+    for row in range(0, 64, 9):
+        assert_same_image(together, row, select(method, album[row], 21, config), 0, exact)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data(), name=st.sampled_from(CONFIGURED))
+def test_permuting_images_permutes_results(data, name):
+    method, config = configured(name)
+    shape = data.draw(st.sampled_from(SHAPES))
+    kinds = data.draw(st.lists(st.sampled_from([kind for kind in KINDS if kind != "half"]), min_size=2, max_size=5))
+    album = [draw_picture(seed, *shape, kind) for seed, kind in enumerate(kinds)]
+    order = data.draw(st.permutations(range(len(album))))
+    keep = data.draw(st.integers(1, album[0].tokens))
+    plain = select(method, signals_of(*album), keep, config, seed=5)
+    permuted = select(method, signals_of(*[album[row] for row in order]), keep, config, seed=5)
+    for there, at in enumerate(order):
+        assert_same_image(plain, at, permuted, there, method not in PRODUCTS)
+
+
+def on_fake_accelerator(grid: PatchGrid, batch: int, dtype: torch.dtype = torch.float32) -> VisionSignals:
+    """Signals without content on a CUDA device that need not exist."""
+    shape = (batch, grid.tokens, 32)
+    parts = {name: torch.empty(shape, device="cuda", dtype=dtype) for name in SIGNALS}
+    parts["cls_attention"] = torch.empty(shape[:2], device="cuda", dtype=dtype)
+    return VisionSignals(grid, **parts, image_ids=tuple(f"image {row}" for row in range(batch)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("keep", [1, 16, 47, 144])
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_selection_never_waits_for_the_device(name, keep, dtype):
+    """Fake tensors have a device and a shape and no content: reading a value back, a shape that depends on one, or an
+    operation across devices raises."""
+    method, config = configured(name)
+    with FakeTensorMode():
+        selection = select(method, on_fake_accelerator(PatchGrid(12, 12), 3, dtype), keep, config)
+        for part in (selection.indices, selection.features, selection.pillars):
+            assert part.device.type == "cuda" and part.shape[:2] == (
+                3,
+                get_method(method).kept(PatchGrid(12, 12), keep),
+            )
+        assert selection.features.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [lambda tensor: tensor.sum().item(), lambda tensor: int(tensor.argmax()), lambda tensor: tensor.tolist()],
+    ids=["item", "int", "tolist"],
+)
+def test_a_value_read_back_would_be_noticed(wait):
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        wait(on_fake_accelerator(PatchGrid(2, 2), 1).cls_attention)
+
+
+def test_a_shape_that_depends_on_content_would_be_noticed():
+    with FakeTensorMode():
+        attention = on_fake_accelerator(PatchGrid(2, 2), 1).cls_attention
+        with pytest.raises(DynamicOutputShapeException):
+            attention.nonzero()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_the_accelerator_keeps_the_same_tokens(name):
+    method, config = configured(name)
+    album = signals_of(*[draw_picture(seed, 12, 12, dim=48, key_dim=40) for seed in range(8)])
+    there = VisionSignals(album.grid, *(getattr(album, part).cuda() for part in SIGNALS), album.image_ids)
+    here, found = select(method, album, 21, config), select(method, there, 21, config)
+    assert torch.equal(here.indices, found.indices.cpu()) and torch.equal(here.pillars, found.pillars.cpu())
+    assert torch.allclose(here.features, found.features.cpu(), atol=1e-5)

@@ -1,0 +1,136 @@
+"""Stage-1 methods as their equations read, on tensors: full ``tokens x tokens`` matrices, otherwise image by image.
+
+What ``benchmarks/methods.py`` measures our forms against. Speed is no aim here, nor are ties; tests hold these forms
+to the same results on ordinary pictures, so that a comparison compares equal work.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nuwa.signals import VisionSignals
+
+
+def nuwa(signals: VisionSignals, keep: int, region_side: int = 2) -> tuple[Tensor, Tensor]:
+    """The released preset of Nüwa with A, P and W between all tokens of all images; grids that regions divide."""
+    grid, (batch, tokens) = signals.grid, signals.cls_attention.shape
+    down, across = grid.height // region_side, grid.width // region_side
+    # Separation and alignment: the n best of every region, the best of those.
+    blocks = torch.arange(tokens, device=signals.features.device).view(down, region_side, across, region_side)
+    blocks = blocks.transpose(1, 2).reshape(down * across, region_side**2)
+    best = signals.cls_attention[:, blocks].topk(-(-keep // len(blocks)), dim=2).indices
+    candidates = blocks.expand(batch, -1, -1).gather(2, best).flatten(1)
+    scores = signals.cls_attention.gather(1, candidates)
+    indices = candidates.gather(1, scores.topk(keep, dim=1).indices).sort(dim=1).values
+    # Aggregation.
+    direction = F.normalize(signals.similarity, dim=-1)
+    affinity = (direction @ direction.transpose(1, 2)).relu()
+    places = torch.cartesian_prod(
+        *(torch.arange(size, device=best.device).float() for size in (grid.height, grid.width))
+    )
+    proximity = 1 - (torch.cdist(places, places) / 280**0.5 * (1058 / grid.max_squared_distance) ** 0.5).clamp(max=1)
+    weights = affinity * proximity
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-8)
+    weights.diagonal(dim1=1, dim2=2).fill_(1)
+    gathered = weights @ signals.features
+    # Roles.
+    kept_scores = signals.cls_attention.gather(1, indices)
+    pillars = kept_scores >= kept_scores.quantile(0.55, dim=1, keepdim=True)
+    columns = indices[..., None].expand(-1, -1, gathered.shape[-1])
+    return indices, torch.where(pillars[..., None], signals.features.gather(1, columns), gathered.gather(1, columns))
+
+
+def visionzip(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image."""
+    attention, keys, features = signals.cls_attention[0], F.normalize(signals.keys[0], dim=-1), signals.features[0]
+    similarity = keys @ keys.T
+    contextual = round(keep * 10 / 64)
+    dominant = attention.topk(keep - contextual).indices
+    rest = torch.tensor([token for token in range(len(attention)) if token not in set(dominant.tolist())])
+    targets = rest[:: len(rest) // contextual][:contextual]
+    merged = features.clone()
+    joined: dict[int, list[int]] = {}
+    for token in sorted(set(rest.tolist()) - set(targets.tolist())):
+        joined.setdefault(int(targets[similarity[token, targets].argmax()]), []).append(token)
+    for target, others in joined.items():
+        merged[target] = features[target] + features[others].mean(0)
+    indices = torch.cat([dominant, targets.to(dominant.device)]).sort().values
+    return indices[None], merged[indices][None]
+
+
+def prumerge(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image."""
+    attention, keys, features = signals.cls_attention[0], F.normalize(signals.keys[0], dim=-1), signals.features[0]
+    similarity = keys @ keys.T
+    first, third = attention.quantile(0.25), attention.quantile(0.75)
+    ranking = attention.argsort(descending=True)[:keep].tolist()
+    important = [token for token in ranking if attention[token] > third + 1.5 * (third - first)]
+    left = sorted(set(range(len(attention))) - set(important))
+    missing = keep - len(important)
+    kept = sorted(important + [left[(2 * place + 1) * len(left) // (2 * missing)] for place in range(missing)])
+    dropped = torch.tensor(sorted(set(range(len(attention))) - set(kept)), device=features.device)
+    merged = []
+    for token in kept:
+        group = torch.cat([dropped.new_tensor([token]), dropped[similarity[token, dropped].topk(32).indices]])
+        merged.append(attention[group] @ features[group] / attention[group].sum())
+    return torch.tensor([kept], device=features.device), torch.stack(merged)[None]
+
+
+def divprune(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image."""
+    features = signals.features[0]
+    unit = F.normalize(features, dim=-1)
+    distance = 1 - unit @ unit.T
+    chosen = [int(distance.fill_diagonal_(torch.inf).amin(1).argmax())]
+    while len(chosen) < keep:
+        nearest = distance[chosen].amin(0)
+        nearest[chosen] = -torch.inf
+        chosen.append(int(nearest.argmax()))
+    indices = torch.tensor(sorted(chosen), device=features.device)
+    return indices[None], features[indices][None]
+
+
+def vispruner(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image."""
+    features = signals.features[0]
+    unit = F.normalize(features, dim=-1)
+    order = signals.cls_attention[0].argsort(descending=True)
+    important, rest = order[: keep // 2], order[keep // 2 :]
+    while len(rest) > keep - keep // 2:
+        first, second = rest[::2], rest[1::2]
+        likeness = (unit[first] @ unit[second].T).amax(1)
+        drop = min(8, len(rest) - (keep - keep // 2))
+        rest = torch.cat([first[likeness.argsort(descending=True)[drop:]], second])
+    indices = torch.cat([important, rest]).sort().values
+    return indices[None], features[indices][None]
+
+
+def pooling(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image; square grids."""
+    grid, features = signals.grid, signals.features[0]
+    image = features.view(grid.height, grid.width, -1)
+    width = round((keep * grid.width / grid.height) ** 0.5)
+    height = round(grid.height / grid.width * width)
+    while height * width > keep:
+        height, width = (height - 1, width) if height / grid.height >= width / grid.width else (height, width - 1)
+    cells, indices = [], []
+    for row in range(height):
+        for column in range(width):
+            rows = slice(row * grid.height // height, -(-(row + 1) * grid.height // height))
+            columns = slice(column * grid.width // width, -(-(column + 1) * grid.width // width))
+            cells.append(image[rows, columns].flatten(0, 1).mean(0))
+            middle = (2 * row + 1) * grid.height // (2 * height), (2 * column + 1) * grid.width // (2 * width)
+            indices.append(middle[0] * grid.width + middle[1])
+    return torch.tensor([indices], device=features.device), torch.stack(cells)[None]
+
+
+# Every one takes one image at a time but Nüwa's, which is measured as a batch.
+PER_IMAGE = {
+    "divprune": divprune,
+    "pooling": pooling,
+    "prumerge": prumerge,
+    "visionzip": visionzip,
+    "vispruner": vispruner,
+}
