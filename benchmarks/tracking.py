@@ -56,8 +56,12 @@ def _trial(number: int) -> dict[str, object]:
         "stage1_keep": int(budget * 1.5),
         "stage2_layer": 4,
         "stage2_keep": int(budget / 2),
+        "stage2_cuts": f"4:{int(budget / 2)}",
         "stage2_scorer": "attention",
         "seed": number,
+        "flops": budget * 1e8,
+        "flops_convention": "FLOP",
+        "kv_bytes": budget * 1e4,
         "params": json.dumps({"alpha": number / 1000}),
     }
 

@@ -19,24 +19,25 @@ from nuwa.grid import PatchGrid
 from nuwa.methods import MethodSpec, specify
 from nuwa.schedule import TokenSchedule, UnreachableBudget
 from nuwa.stage1 import get_method
-from nuwa.stage2 import get_scorer
 from pipelines.settings import GridEntry, SettingsError, SweepSettings
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration, with the schedule it means on this model. ``grids``: names of the grids that asked for it."""
+    """One configuration, with the schedule it means on this model.
+
+    ``grids``: names of the grids that asked for it. ``budgets``: every budget that comes to this schedule.
+    """
 
     spec: MethodSpec
     schedule: TokenSchedule
     parameters: dict[str, Any]  # stage-1 parameters set beside the preset
     grids: tuple[str, ...] = ()
+    budgets: tuple[float, ...] = ()
 
     @property
     def seeded(self) -> bool:
-        random_cut = (
-            self.spec.stage2 is not None and bool(self.schedule.cuts) and get_scorer(self.spec.stage2.scorer).seeded
-        )
+        random_cut = any(cut.scorer.seeded or cut.recycling for cut in self.spec.cuts(self.schedule))
         return get_method(self.spec.stage1).seeded or random_cut
 
     @property
@@ -55,7 +56,10 @@ class Trial:
 
     @property
     def trial_id(self) -> str:
-        cuts = [[*cut, self.spec.stage2.scorer] for cut in self.schedule.cuts]
+        cuts = [
+            [cut.layer, cut.keep, cut.scorer.name, *([dataclasses.asdict(cut.recycling)] if cut.recycling else [])]
+            for cut in self.spec.cuts(self.schedule)
+        ]
         position = self.spec.position if self.schedule.entering[-1] < self.schedule.tokens else None
         identity = [
             self.stage1_identity if position else self.spec.stage1,
@@ -73,21 +77,27 @@ class Trial:
             spec.method if spec.preset == get_method(spec.stage1).default_preset else f"{spec.method} ({spec.preset})"
         ]
         if spec.budget is not None:
-            parts += [f"{spec.budget:g}", spec.position]
+            parts += [" = ".join(f"{budget:g}" for budget in self.budgets or (spec.budget,)), spec.position]
         if usual.stage2 and not spec.stage2:
             parts.append("no stage 2")
         elif spec.stage2 and spec.stage2 != usual.stage2:
-            cut = f"stage 2 at {self.schedule.cuts[0][0]}"
-            parts.append(f"{cut} by {spec.stage2.scorer} ({self.schedule.stage1_keep} to {self.schedule.cuts[0][1]})")
+            layers, keeps = zip(*self.schedule.cuts, strict=True)
+            cut = f"stage 2 at {', '.join(map(str, layers))} by {spec.stage2.scorer}"
+            cut += ", recycling" if spec.stage2.recycling else ""
+            parts.append(f"{cut} ({' to '.join(map(str, (self.schedule.stage1_keep, *keeps)))})")
         parts += [f"{name}={_short(value)}" for name, value in sorted(self.parameters.items())]
         if self.seeded and spec.seed:
             parts.append(f"seed {spec.seed}")
         return " · ".join(parts)
 
     def row(self) -> dict[str, Any]:
-        """The trial as a row of ``trials.parquet``."""
+        """The trial as a row of ``trials.parquet``.
+
+        ``stage2_layer`` is the first cut's, ``stage2_keep`` what the last one leaves; ``stage2_cuts`` lists all as
+        ``layer:keep``.
+        """
         spec, schedule = self.spec, self.schedule
-        layer, keep = schedule.cuts[0] if schedule.cuts else (None, None)
+        cuts = schedule.cuts
         return {
             "trial_id": self.trial_id,
             "label": self.label,
@@ -96,12 +106,15 @@ class Trial:
             "preset": spec.preset,
             "position": spec.position,
             "budget": spec.budget,
+            "budgets": list(self.budgets),
             "average_tokens": schedule.average_tokens,
             "image_tokens": schedule.tokens,
             "stage1_keep": schedule.stage1_keep,
-            "stage2_layer": layer,
-            "stage2_keep": keep,
-            "stage2_scorer": spec.stage2.scorer if schedule.cuts else None,
+            "stage2_layer": cuts[0][0] if cuts else None,
+            "stage2_keep": cuts[-1][1] if cuts else None,
+            "stage2_cuts": " ".join(f"{layer}:{keep}" for layer, keep in cuts) or None,
+            "stage2_scorer": spec.stage2.scorer if cuts else None,
+            "stage2_recycling": bool(cuts and spec.stage2.recycling),
             "seed": spec.seed,
             "params": json.dumps(self.parameters, sort_keys=True),
         }
@@ -129,12 +142,13 @@ def _specifications(entry: GridEntry, budgets: list[float]) -> Iterator[dict[str
         "stage2_layer": _axis(entry.stage2_layer),
         "stage2_scorer": _axis(entry.stage2_scorer),
         "stage2_ratio": _axis(entry.stage2_ratio),
+        "stage2_recycling": _axis(entry.stage2_recycling),
         "seed": _axis(entry.seed),
         **{f"parameters.{name}": _axis(value) for name, value in entry.parameters.items()},
     }
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
-        cut = {name: point.pop(f"stage2_{name}") for name in ("layer", "scorer", "ratio")}
+        cut = {name: point.pop(f"stage2_{name}") for name in ("layer", "scorer", "ratio", "recycling")}
         parameters = {name: point.pop(f"parameters.{name}") for name in entry.parameters}
         yield {
             **point,
@@ -151,11 +165,13 @@ def expand(sweep: SweepSettings, grid: PatchGrid, layers: int) -> list[Trial]:
     trials = {}
 
     def add(trial: Trial, name: str) -> None:
-        known = trials.get(trial.trial_id)
-        if known is None:
-            trials[trial.trial_id] = dataclasses.replace(trial, grids=(name,))
-        elif name not in known.grids:
-            trials[trial.trial_id] = dataclasses.replace(known, grids=(*known.grids, name))
+        known = trials.setdefault(trial.trial_id, trial)
+        budget = () if trial.spec.budget is None else (trial.spec.budget,)
+        trials[trial.trial_id] = dataclasses.replace(
+            known,
+            grids=tuple(dict.fromkeys((*known.grids, name))),
+            budgets=tuple(sorted({*known.budgets, *budget})),
+        )
 
     add(Trial(everything, everything.schedule(grid, layers), {}), sweep.grids[0].name)
     for number, entry in enumerate(sweep.grids):

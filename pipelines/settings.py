@@ -108,8 +108,8 @@ class ClusterSettings(Section):
 class GridEntry(Section):
     """One block of trials: every list is an axis, and the block is the product of its axes.
 
-    ``budget`` defaults to ``sweep.budgets``. ``stage2_layer: off`` leaves stage 2 out. ``parameters`` are the stage-1
-    method's own. ``where_reachable`` drops budgets the schedule cannot reach instead of refusing them.
+    ``budget`` defaults to ``sweep.budgets``. ``stage2_layer: off`` leaves stage 2 out; a list within the list, as in
+    ``[[2, 4, 6]]``, is several cuts of one trial. ``parameters`` are the stage-1 method's own. ``where_reachable`` drops budgets the schedule cannot reach instead of refusing them.
     """
 
     name: str
@@ -117,9 +117,10 @@ class GridEntry(Section):
     preset: str | list[str] | None = None
     position: PositionStrategy | list[PositionStrategy] = "pesp"
     budget: Budget | list[Budget] | None = None
-    stage2_layer: int | Literal["off"] | list[int | Literal["off"]] | None = None
+    stage2_layer: int | Literal["off"] | list[int | Literal["off"] | list[int]] | None = None
     stage2_scorer: str | list[str] | None = None
     stage2_ratio: float | list[float] | None = None
+    stage2_recycling: bool | list[bool] | None = None
     seed: Seed | list[Seed] = 0
     parameters: dict[str, Any] = Field(default_factory=dict)
     where_reachable: bool = False

@@ -24,7 +24,7 @@ def headline_metrics(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) 
     own = scores[(scores["trial_id"] == reference) & scores["headline"] & (scores["benchmark"] != "mean")]
     retention = _retention(scores)["score"]
     chosen = main_trials(trials)
-    chosen = chosen[chosen["budget"] == budget].sort_values("label")
+    chosen = chosen[[budget in asked for asked in chosen["budgets"]]].sort_values("label")
     return {
         "unpruned": {row.benchmark: round(row.score, 4) for row in own.itertuples()},
         f"retention at {budget:g} tokens": {

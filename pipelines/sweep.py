@@ -22,7 +22,6 @@ from nuwa.decoder import Answer, Trunk
 from nuwa.selection import Selection
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
-from nuwa.stage2 import get_scorer
 from nuwa.vlm import LlavaAdapter
 from pipelines.datasets import Questions
 from pipelines.executor import Failure, OnDone, run_units
@@ -142,8 +141,7 @@ def _advance_to_cut(trunk: Trunk, trial: Trial) -> None:
 def _answer(trunk: Trunk, trial: Trial, limits: list[int]) -> list[Answer]:
     if not trial.schedule.cuts:
         return trunk.finish(limits)
-    scorer = get_scorer(trial.spec.stage2.scorer)
-    return trunk.fork([(layer, keep, scorer) for layer, keep in trial.schedule.cuts], limits, trial.spec.seed)
+    return trunk.fork(trial.spec.cuts(trial.schedule), limits, trial.spec.seed)
 
 
 def _prediction_rows(vlm: LlavaAdapter, trial: Trial, examples: pd.DataFrame, answers: list[Answer]) -> list[dict]:

@@ -64,7 +64,8 @@ _CLIENT_ENVIRONMENT = {
 }
 
 _TRIAL_PARAMS = ("method", "preset", "position", "budget", "image_tokens", "stage1_keep")
-_TRIAL_PARAMS += ("stage2_layer", "stage2_keep", "stage2_scorer", "seed")
+_TRIAL_PARAMS += ("stage2_layer", "stage2_keep", "stage2_cuts", "stage2_scorer", "seed", "flops_convention")
+_TRIAL_METRICS = ("average_tokens", "flops", "kv_bytes")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def trial_runs(
             trial_id=row["trial_id"],
             name=row["label"],
             params=_trial_params(row),
-            metrics=mlflow_metrics({"average_tokens": row["average_tokens"]} | metrics[row["trial_id"]]),
+            metrics=mlflow_metrics({name: row[name] for name in _TRIAL_METRICS} | metrics[row["trial_id"]]),
             tags=dict(tags),
         )
         for row in trials.to_dict("records")

@@ -7,12 +7,14 @@ import json
 import signal
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nuwa.cost import LlmShape, cost_columns
 from nuwa.source import code_fingerprint
 from nuwa.vlm import LlavaAdapter
 from pipelines.atomic import atomic_path
@@ -72,7 +74,8 @@ def sweep(settings: Settings) -> None:
         )
         if outcome.failures:
             raise UnitsFailed(_failure_text(outcome))
-    _write(trials, outcome, facts)
+    costs = partial(cost_columns, llm=LlmShape.from_config(vlm.model.config), bytes_per_number=vlm.model.dtype.itemsize)
+    _write([trial.row() | costs(trial.schedule) for trial in trials], outcome, facts)
 
 
 def _facts(vlm: LlavaAdapter, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
@@ -99,8 +102,8 @@ def _failure_text(outcome: SweepOutcome) -> str:
     )
 
 
-def _write(trials: list[Trial], outcome: SweepOutcome, facts: dict) -> None:
-    rows = sorted((trial.row() for trial in trials), key=lambda row: row["trial_id"])
+def _write(trials: list[dict], outcome: SweepOutcome, facts: dict) -> None:
+    rows = sorted(trials, key=lambda row: row["trial_id"])
     types = {
         "stage1_keep": "int32",
         "seed": "int32",

@@ -13,7 +13,6 @@ from nuwa.benchmarks import get_benchmark
 from nuwa.decoder import Trunk
 from nuwa.methods import specify
 from nuwa.stage1 import get_method
-from nuwa.stage2 import get_scorer
 from nuwa.testbed.questions import GENERATORS, draw_question
 from nuwa.testbed.scenes import IMAGE_SIZE, draw_scene
 from nuwa.vlm import LlavaAdapter
@@ -61,7 +60,7 @@ def answer(vlm, world, spec, rows=slice(None)):
     limits = [MAX_NEW] * sum(map(len, asked))
     if not schedule.cuts:
         return [a.tokens for a in trunk.finish(limits)]
-    cuts = [(layer, keep, get_scorer(spec.stage2.scorer)) for layer, keep in schedule.cuts]
+    cuts = spec.cuts(schedule)
     trunk.advance(cuts[0][0], frozenset({cuts[0][0] - 1}))
     return [a.tokens for a in trunk.fork(cuts, limits, spec.seed)]
 

@@ -36,7 +36,7 @@ LARGEST_SQUARED_DISTANCE = 1058  # patches² on the 24×24 grid of table 7
 class AblationRow:
     label: str
     settings: list[str]
-    tokens: tuple[str, str, str, str]
+    tokens: tuple[str, ...]
     retention: dict[str, Cell]
 
 

@@ -41,7 +41,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Trial:
-    """One row of ``trials.parquet``; what does not apply is ``None``, ``params`` is decoded."""
+    """One row of ``trials.parquet``; what does not apply is ``None``, ``params`` is decoded.
+
+    ``budgets``: every budget that comes to this schedule; ``budget`` is the first that asked for it. ``cuts``: layer
+    and keep of every cut. ``flops``: of the prefill, by ``flops_convention``.
+    """
 
     trial_id: str
     label: str
@@ -50,12 +54,16 @@ class Trial:
     preset: str
     position: str
     budget: float | None
+    budgets: tuple[float, ...]
     average_tokens: float
     image_tokens: int
     stage1_keep: int
     stage2_layer: int | None
     stage2_keep: int | None
+    cuts: tuple[tuple[int, int], ...]
     stage2_scorer: str | None
+    flops: float
+    flops_convention: str
     seed: int
     params: dict[str, Any] = field(hash=False)
 
@@ -124,10 +132,10 @@ class Outcomes:
 
     def budgets(self) -> list[float]:
         """Budgets of the main trials, ascending, in average tokens."""
-        return sorted({trial.budget for trial in self.main if trial.budget is not None})
+        return sorted({budget for trial in self.main for budget in trial.budgets})
 
     def at_budget(self, budget: float) -> list[Trial]:
-        return [trial for trial in self.main if trial.budget == budget]
+        return [trial for trial in self.main if budget in trial.budgets]
 
     def name(self, trial: Trial) -> str:
         """``Nüwa``, with whatever else tells the trial from the run's other main trials of that position and budget."""
@@ -173,12 +181,16 @@ def _trial(row: dict[str, Any]) -> Trial:
         preset=row["preset"],
         position=row["position"],
         budget=number("budget", float),
+        budgets=tuple(map(float, row["budgets"])),
         average_tokens=float(row["average_tokens"]),
         image_tokens=int(row["image_tokens"]),
         stage1_keep=int(row["stage1_keep"]),
         stage2_layer=number("stage2_layer", int),
         stage2_keep=number("stage2_keep", int),
+        cuts=tuple(tuple(map(int, cut.split(":"))) for cut in (number("stage2_cuts", str) or "").split()),
         stage2_scorer=number("stage2_scorer", str),
+        flops=float(row["flops"]),
+        flops_convention=row["flops_convention"],
         seed=int(row["seed"]),
         params=json.loads(row["params"] or "{}"),
     )

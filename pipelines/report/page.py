@@ -82,6 +82,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "columns": outcomes.columns,
         "families": FAMILY_NAMES,
         "image_tokens": outcomes.unpruned.image_tokens,
+        "flops_convention": outcomes.unpruned.flops_convention,
         "headline": budget_table(outcomes, headline_budget),
         "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
         "curves": _chart("retention", [budget_curves(outcomes, family, FAMILY_NAMES[family]) for family in FAMILIES]),

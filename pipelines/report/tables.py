@@ -41,7 +41,7 @@ class Row:
     strategy: str  # the same in a word
     retention: dict[str, Cell]
     scores: dict[str, Cell]
-    tokens: tuple[str, str, str, str]  # K1, K2, layer, realised average
+    tokens: tuple[str, ...]  # K1, K2, layer, realised average, GFLOP
     pruned: bool
 
 
@@ -117,11 +117,11 @@ def retention_cell(estimate: Estimate | None, best: bool = False) -> Cell:
     return Cell(percent(estimate.value), f"{percent(estimate.low)}–{percent(estimate.high)}", best, estimate)
 
 
-def token_columns(trial: Trial) -> tuple[str, str, str, str]:
-    """K1, K2, stage-2 layer and realised average tokens; a dash where there is no second stage."""
-    layer = DASH if trial.stage2_layer is None else str(trial.stage2_layer)
-    second = DASH if trial.stage2_keep is None else str(trial.stage2_keep)
-    return (str(trial.stage1_keep), second, layer, plain_number(round(trial.average_tokens, 1)))
+def token_columns(trial: Trial) -> tuple[str, ...]:
+    """K1, K2, stage-2 layer, realised average tokens and GFLOP; one K2 and layer a cut, a dash where there is none."""
+    layers, keeps = ("/".join(str(cut[at]) for cut in trial.cuts) or DASH for at in (0, 1))
+    average = plain_number(round(trial.average_tokens, 1))
+    return (str(trial.stage1_keep), keeps, layers, average, f"{trial.flops / 1e9:.3g}")
 
 
 def _absent(outcomes: Outcomes, trials: list[Trial]) -> list[str]:
@@ -129,8 +129,8 @@ def _absent(outcomes: Outcomes, trials: list[Trial]) -> list[str]:
     here = {(outcomes.name(trial), trial.position) for trial in trials}
     budgets: dict[tuple[str, str], list[float]] = {}
     for trial in outcomes.main:
-        if (outcomes.name(trial), trial.position) not in here and trial.budget is not None:
-            budgets.setdefault((outcomes.name(trial), trial.position), []).append(trial.budget)
+        if (outcomes.name(trial), trial.position) not in here:
+            budgets.setdefault((outcomes.name(trial), trial.position), []).extend(trial.budgets)
     positions: dict[tuple[str, str], list[str]] = {}
     for (name, position), known in budgets.items():
         positions.setdefault((name, ", ".join(map(plain_number, known))), []).append(position.upper())
@@ -225,11 +225,13 @@ def _published_side(published: list[PublishedRow], shares: list[float]) -> list[
 
 
 def _our_side(outcomes: Outcomes, budgets: list[float]) -> list[SideRow]:
-    found = {(outcomes.name(trial), trial.position, trial.budget): trial for trial in outcomes.main}
+    found = {
+        (outcomes.name(trial), trial.position, budget): trial for trial in outcomes.main for budget in trial.budgets
+    }
     series = dict.fromkeys(
         (outcomes.name(trial), trial.position, method_rank(trial.method), position_rank(trial.position))
         for trial in outcomes.main
-        if trial.budget in budgets
+        if set(trial.budgets) & set(budgets)
     )
     rows = []
     for name, position, *_ in series:

@@ -71,3 +71,36 @@ def test_trials_that_differ_in_stage_2_only_share_a_trunk():
     trials = trials_of({"name": "g", "method": "nuwa", "budget": 16, "stage2_scorer": ["random", "cosine_mean_text"]})
     assert len({t.stage1_identity for t in trials[1:]}) == 1
     assert len({t.trial_id for t in trials}) == 3
+
+
+def test_several_cuts_are_a_list_in_the_list_of_the_axis():
+    trials = trials_of({"name": "g", "method": "pyramiddrop", "budget": 48, "stage2_layer": [[2, 4, 6], 1, [1, 3]]})
+    assert [t.schedule.cuts for t in trials[1:]] == [
+        ((2, 36), (4, 9), (6, 3)),
+        ((1, 34),),
+        ((1, 60), (3, 24)),
+    ]
+    row = trials[1].row()
+    assert (row["stage2_layer"], row["stage2_keep"], row["stage2_cuts"]) == (2, 3, "2:36 4:9 6:3")
+    assert trials[3].label == (
+        "pyramiddrop · 48 · pesp · stage 2 at 1, 3 by attention_last_token_next_layer (144 to 60 to 24)"
+    )
+
+
+def test_recycling_is_an_axis_and_part_of_the_identity():
+    trials = trials_of({"name": "g", "method": "sparsevlm", "budget": 32, "stage2_recycling": [True, False]})
+    assert [t.row()["stage2_recycling"] for t in trials[1:]] == [True, False]
+    assert len({t.trial_id for t in trials}) == 3 and len({t.schedule for t in trials[1:]}) == 1
+    assert [t.seeded for t in trials[1:]] == [True, False], "the cluster step draws noise"
+
+
+def test_trials_with_one_cut_and_several_share_their_trunk():
+    trials = trials_of({"name": "g", "method": ["unpruned", "fastv", "pyramiddrop", "sparsevlm"], "budget": 48})
+    assert len({t.stage1_identity for t in trials}) == 1 and len(trials) == 4
+
+
+def test_budgets_of_one_schedule_are_one_trial_that_names_them_all():
+    entry = {"name": "g", "method": "pooling"}
+    (_, trial) = trials_of(entry, budgets=(32, 31))
+    assert trial.row()["budgets"] == [31, 32] and trial.row()["budget"] == 32
+    assert trial.label == "pooling · 31 = 32 · pesp"

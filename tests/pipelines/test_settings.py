@@ -64,7 +64,7 @@ def test_the_projects_own_file_is_valid(params, tmp_path):
             ("sweep", "grids"),
             [{"name": "a", "method": "nuwer"}],
             "sweep: method 'nuwer' of grid 'a' is unknown; allowed: "
-            "fastv, nuwa, pooling, random, uniform, unpruned, visionzip",
+            "fastv, nuwa, pooling, pyramiddrop, random, sparsevlm, uniform, unpruned, visionzip",
         ),
         (
             ("sweep", "grids"),

@@ -119,12 +119,14 @@ def _search(uri: str, filter_string: str) -> list[Run]:
 
 def tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Two trials, unpruned and Nüwa at 16 tokens; two benchmarks, one of them with a detail metric."""
-    shared = {"preset": "released", "image_tokens": 144, "seed": 0}
+    shared = {"preset": "released", "image_tokens": 144, "seed": 0, "flops_convention": "FLOP, all counted"}
     unpruned = {"trial_id": "u", "label": "unpruned", "grids": ["main"], "method": "unpruned", "position": "pesp"}
     unpruned |= {"budget": None, "average_tokens": 144.0, "stage1_keep": 144, "stage2_layer": None}
-    unpruned |= {"stage2_keep": None, "stage2_scorer": None, "params": "{}"}
+    unpruned |= {"stage2_keep": None, "stage2_cuts": None, "stage2_scorer": None, "params": "{}"}
+    unpruned |= {"flops": 9e9, "kv_bytes": 8192.0}
     nuwa = {"trial_id": "n", "label": "Nüwa 16", "grids": np.array(["main", "ablation"]), "method": "nuwa"}
     nuwa |= {"position": "perc", "budget": 16.0, "average_tokens": 15.75, "stage1_keep": 24, "stage2_layer": 4}
+    nuwa |= {"stage2_cuts": "4:8", "flops": 1e9, "kv_bytes": 1024.0}
     nuwa |= {"stage2_keep": 8, "stage2_scorer": "attention", "params": json.dumps({"alpha": 0.25, "sizes": [3, 4]})}
     trials = pd.DataFrame([unpruned | shared, nuwa | shared])
 
@@ -145,24 +147,26 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 
 
 def test_tables_become_runs_with_params_and_headline_metrics_only() -> None:
-    shared = {"preset": "released", "image_tokens": "144", "seed": "0"}
+    shared = {"preset": "released", "image_tokens": "144", "seed": "0", "flops_convention": "FLOP, all counted"}
     assert trial_runs(*tables(), tags={"dvc_lock": "d1"}) == [
         TrialRun(
             "u",
             "unpruned",
             {"method": "unpruned", "position": "pesp", "stage1_keep": "144", "grids": "main"} | shared,
-            {"average_tokens": 144.0, "refcoco/acc_at_0.5": 0.8, "refcoco/retention": 1.0},
+            {"average_tokens": 144.0, "flops": 9e9, "kv_bytes": 8192.0}
+            | {"refcoco/acc_at_0.5": 0.8, "refcoco/retention": 1.0},
             {"dvc_lock": "d1"},
         ),
         TrialRun(
             "n",
             "Nüwa 16",
             {"method": "nuwa", "position": "perc", "budget": "16", "stage1_keep": "24", "stage2_layer": "4"}
-            | {"stage2_keep": "8", "stage2_scorer": "attention", "grids": "main,ablation"}
+            | {"stage2_keep": "8", "stage2_cuts": "4:8", "stage2_scorer": "attention", "grids": "main,ablation"}
             | {"method.alpha": "0.25", "method.sizes": "[3, 4]"}
             | shared,
             # the NaN retention of pope and the infinite upper bound are left out, and so is the detail metric iou
-            {"average_tokens": 15.75, "refcoco/acc_at_0.5": 0.5, "refcoco/retention": 0.625, "pope/f1": 0.75}
+            {"average_tokens": 15.75, "flops": 1e9, "kv_bytes": 1024.0}
+            | {"refcoco/acc_at_0.5": 0.5, "refcoco/retention": 0.625, "pope/f1": 0.75}
             | {"grounding_retention": 0.625, "grounding_retention_low": 0.5, "timing/seconds": 2.5},
             {"dvc_lock": "d1"},
         ),

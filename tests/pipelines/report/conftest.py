@@ -104,9 +104,12 @@ class Synthetic:
         self.trials.append({
             "trial_id": trial_id, "label": f"{method} {preset} {position} {budget}{extra}", "grids": list(grids),
             "method": method, "preset": preset, "position": position, "budget": budget,
+            "budgets": [] if budget is None else [float(budget)],
             "average_tokens": budget or TOKENS, "image_tokens": TOKENS,
             "stage1_keep": keep or first,
             "stage2_layer": layer, "stage2_keep": budget // 4 if two_stages else None, "stage2_scorer": scorer,
+            "stage2_cuts": f"{layer}:{budget // 4}" if two_stages else None,
+            "flops": 4.2e9 * (budget or TOKENS), "flops_convention": "FLOP, by a rule of thumb",
             "seed": seed, "params": json.dumps(params),
         })  # fmt: skip
         self.known[identity] = self.trials[-1]

@@ -48,7 +48,7 @@ def expected_cells(trial: pd.Series, scores: pd.DataFrame) -> list[str]:
     return [
         *(text(means.loc[family]) for family in ("grounding", "vqa")),
         *(text(single.loc[benchmark]) for benchmark in ORDER),
-        *(str(trial["stage1_keep"]), *second, f"{trial['average_tokens']:g}"),
+        *(str(trial["stage1_keep"]), *second, f"{trial['average_tokens']:g}", f"{trial['flops'] / 1e9:.3g}"),
     ]
 
 
