@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nuwa.selection import gather_tokens
@@ -60,15 +61,17 @@ def recycle(
     ``hidden`` ``(questions, tokens, dim)``, ``scores`` ``(questions, tokens)``, ``kept`` ``(questions, selected)``
     token numbers, ``noise`` ``(questions, tokens)`` in 0..1. Returns centres ``(questions, clusters)``, ascending
     token numbers, and the mean of each cluster's tokens ``(questions, clusters, dim)``.
+
+    Everything is computed in double precision: the noise is lost in less, and equal densities would be left to chance.
     """
     dropped_scores = scores.scatter(1, kept, -torch.inf)
     pool = top_indices(dropped_scores, max(recycling.pool(hidden.shape[1] - kept.shape[1]), clusters))
-    tokens = gather_tokens(hidden, pool).float()
+    tokens = gather_tokens(hidden, pool).double()
     centres = _density_peaks(tokens, clusters, noise.gather(1, pool))
     distance = _distances(tokens, gather_tokens(tokens, centres))  # (questions, pool, clusters)
     nearest = ranked(-distance)[..., 0]
     nearest = nearest.scatter(1, centres, torch.arange(clusters, device=pool.device).expand_as(centres))
-    members = torch.nn.functional.one_hot(nearest, clusters).to(tokens.dtype)  # (questions, pool, clusters)
+    members = F.one_hot(nearest, clusters).to(tokens)  # (questions, pool, clusters)
     means = members.transpose(1, 2) @ tokens / members.sum(dim=1)[..., None]
     return pool.gather(1, centres), means.to(hidden.dtype)
 
@@ -95,6 +98,5 @@ def _distances(tokens: Tensor, others: Tensor) -> Tensor:
 
 
 def cluster_noise(seed: int, identity: list[tuple[str, ...]], tokens: int) -> np.ndarray:
-    """Noise in 0..1 for every token of every question, ``(questions, tokens)`` float32, seeded by what they are."""
-    drawn = [seeded_generator(seed, "recycling", *who).random(tokens) for who in identity]
-    return np.stack(drawn).astype(np.float32)
+    """Noise in 0..1 for every token of every question, ``(questions, tokens)``, seeded by what they are."""
+    return np.stack([seeded_generator(seed, "recycling", *who).random(tokens) for who in identity])

@@ -14,9 +14,11 @@ from oracles.pictures import best_first
 from PIL import Image
 
 from nuwa.decoder import Answer, Trunk
+from nuwa.methods import specify
 from nuwa.signals import top_indices
 from nuwa.stage1 import get_method
-from nuwa.stage2 import SCORERS, CutEvidence, Scorer, get_scorer
+from nuwa.stage2 import SCORERS, Cut, CutEvidence, Recycling, Scorer, get_scorer
+from nuwa.stage2.recycling import cluster_noise
 
 torch.set_num_threads(1)
 MAX_NEW = 12
@@ -71,7 +73,7 @@ def trunk_of(vlm, signals, selection, asked, strategy="pesp"):
 
 
 def decode(vlm, trunk, cuts, limit=MAX_NEW, seed=0) -> Ours:
-    """One trunk to its answers; ``cuts`` (layer, keep, scorer's name) may be empty."""
+    """One trunk to its answers; ``cuts`` (layer, keep, scorer's name) may be empty, and may end in a recycling."""
     ours = Ours()
 
     def overhear(scorer: Scorer) -> Scorer:
@@ -88,7 +90,7 @@ def decode(vlm, trunk, cuts, limit=MAX_NEW, seed=0) -> Ours:
             ours.answers = trunk.finish(limits)
         else:
             trunk.advance(cuts[0][0], frozenset({cuts[0][0] - 1}))
-            heard = [(layer, keep, overhear(get_scorer(scorer))) for layer, keep, scorer in cuts]
+            heard = [Cut(layer, keep, overhear(get_scorer(scorer)), *more) for layer, keep, scorer, *more in cuts]
             ours.answers = trunk.fork(heard, limits, seed)
     finally:
         listener.remove()
@@ -105,14 +107,20 @@ def assert_equals_masked_model(vlm, twin, images, selection, asked, cuts, ours, 
         kept = selection.indices[row].tolist()
         embedded = twin.model.multi_modal_projector(selection.features[row]) if merged else None
         reference = MaskedModel(twin, vlm.processor, images[row], text, kept, strategy, embedded)
-        for at, (layer, keep, scorer) in enumerate(cuts):
+        for at, (layer, keep, scorer, *recycling) in enumerate(cuts):
             found = ours.scores[at][number].tolist()
             if scorer == "random":
                 expected = found  # any numbers will do; what follows from them will not
             else:
                 expected = reference.scores(layer, scorer)
                 assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-            reference.cut(layer, keep, expected)
+            if recycling:
+                prompt = vlm.encode_prompt(text)
+                identity = (f"cut {layer}", f"scene-{row}", repr(prompt.after))
+                noise = cluster_noise(0, [identity], len(found))[0]
+                reference.cut_and_recycle(layer, keep, expected, noise)
+            else:
+                reference.cut(layer, keep, expected)
         assert list(ours.answers[number].kept) == reference.alive[-1]
         tokens, logits = reference.answer(MAX_NEW, vlm.end_tokens)
         assert list(ours.answers[number].tokens) == tokens
@@ -142,6 +150,34 @@ def test_positions_are_renewed_at_every_cut(tiny_vlm, twin, images, cutting, str
     cuts = [(layer, keep, scorers[at]) for at, (layer, keep) in enumerate(CUTS[cutting])]
     ours = decode(tiny_vlm, trunk_of(tiny_vlm, signals, selection, ASKED, strategy), cuts)
     assert_equals_masked_model(tiny_vlm, twin, images, selection, ASKED, cuts, ours, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["perc", "pesp", "rpme"])
+def test_recycled_tokens_equal_exchanged_ones(tiny_vlm, twin, images, strategy):
+    signals = encode(tiny_vlm, images[:2])
+    selection = stage1(signals, "random")
+    cuts = [
+        (1, 24, "attention_raters", Recycling()),
+        (3, 13, "attention_last_token", Recycling()),  # recycles recycled tokens again
+        (6, 6, "cosine_mean_text", Recycling()),
+    ]
+    ours = decode(tiny_vlm, trunk_of(tiny_vlm, signals, selection, ASKED, strategy), cuts)
+    assert_equals_masked_model(tiny_vlm, twin, images, selection, ASKED, cuts, ours, strategy)
+
+
+@pytest.mark.parametrize(("method", "budget"), [("pyramiddrop", 64), ("sparsevlm", 32)])
+def test_whole_methods_of_several_cuts_equal_blocked_attention(tiny_vlm, twin, images, method, budget):
+    signals = encode(tiny_vlm, images[:2])
+    spec = specify(method, budget=budget, position="perc")
+    schedule = spec.schedule(tiny_vlm.grid, tiny_vlm.layers)
+    assert len(schedule.cuts) == 3
+    selection = stage1(signals, "unpruned", keep=schedule.stage1_keep)
+    cuts = [
+        (cut.layer, cut.keep, cut.scorer.name, *([cut.recycling] if cut.recycling else []))
+        for cut in spec.cuts(schedule)
+    ]
+    ours = decode(tiny_vlm, trunk_of(tiny_vlm, signals, selection, ASKED, "perc"), cuts)
+    assert_equals_masked_model(tiny_vlm, twin, images, selection, ASKED, cuts, ours, "perc")
 
 
 @pytest.mark.parametrize("strategy", ["perc", "pesp", "rpme"])
@@ -203,11 +239,12 @@ FORKS = [
     [(2, 10, "attention_all_text"), (5, 4, "attention_last_token")],
     [(5, 12, "cosine_mean_text")],
     [(5, 12, "attention_last_token"), (6, 3, "random")],
+    [(2, 30, "attention_raters", Recycling()), (3, 16, "attention_raters", Recycling()), (5, 8, "attention_raters")],
 ]
 
 
 @pytest.mark.parametrize("strategy", ["perc", "rpme"])
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [1, 0, 3, 2]])
+@pytest.mark.parametrize("order", [[0, 1, 4, 2, 3], [4, 1, 0, 3, 2]])
 def test_forks_of_one_trunk_equal_runs_of_their_own(tiny_vlm, images, strategy, order):
     signals = encode(tiny_vlm, images[:2])
     selection = stage1(signals, "visionzip")
@@ -219,7 +256,7 @@ def test_forks_of_one_trunk_equal_runs_of_their_own(tiny_vlm, images, strategy, 
     for number in order:
         layer = FORKS[number][0][0]
         trunk.advance(layer, frozenset({layer - 1}))
-        cuts = [(at, keep, get_scorer(scorer)) for at, keep, scorer in FORKS[number]]
+        cuts = [Cut(at, keep, get_scorer(scorer), *more) for at, keep, scorer, *more in FORKS[number]]
         assert trunk.fork(cuts, limits) == alone[number]
         assert trunk.fork(cuts, limits) == alone[number], "a fork may not spend the trunk"
         assert trunk.finish(limits) == uncut
@@ -256,13 +293,44 @@ def test_questions_do_not_depend_on_their_company(tiny_vlm, images, scorer):
     assert together[0, "what digit is blue?"] != together[2, "what digit is blue?"], "another image, another answer"
 
 
+@pytest.mark.parametrize(("method", "budget"), [("pyramiddrop", 48), ("sparsevlm", 40)])
+def test_batches_of_1_8_and_64_give_the_same_answers(tiny_vlm, images, method, budget):
+    spec = specify(method, budget=budget)
+    cuts = [(*cut[:2], cut.scorer.name, cut.recycling) for cut in spec.cuts(spec.schedule(tiny_vlm.grid, 8))]
+    words = ["red", "blue", "green", "yellow", "red or blue", "left", "right of the red 3", "how many"]
+    signals = encode(tiny_vlm, images)
+    rng = np.random.default_rng(0)
+
+    def told(asked):
+        """``asked``: questions by image."""
+        rows = list(asked)
+        part = dataclasses.replace(
+            signals,
+            **{name: getattr(signals, name)[rows] for name in ("features", "cls_attention", "keys", "similarity")},
+            image_ids=tuple(signals.image_ids[row] for row in rows),
+        )
+        trunk = trunk_of(tiny_vlm, part, stage1(part, "unpruned", keep=144), list(asked.values()))
+        found = decode(tiny_vlm, trunk, cuts, limit=4).answers
+        return dict(zip([(row, text) for row in rows for text in asked[row]], found, strict=True))
+
+    of_64 = told({row: words for row in range(8)})
+    assert len(of_64) == 64 and len({answer.kept for answer in of_64.values()}) > 32, "nothing would be proven"
+    shuffled = told({int(row): [words[at] for at in rng.permutation(8)] for row in rng.permutation(8)})
+    assert shuffled == of_64
+    for row in range(0, 8, 2):
+        of_8 = told({row: words})
+        assert of_8 == {key: of_64[key] for key in of_8}
+        text = words[row]
+        assert told({row: [text]}) == {(row, text): of_64[row, text]}
+
+
 def test_a_questions_limit_cuts_its_answer_and_no_other(tiny_vlm, images):
     signals = encode(tiny_vlm, images[:2])
     selection = stage1(signals, "uniform")
     full = answers(tiny_vlm, signals, selection, ASKED, [(4, 12, "random")])
     trunk = trunk_of(tiny_vlm, signals, selection, ASKED)
     trunk.advance(4)
-    limited = trunk.fork([(4, 12, get_scorer("random"))], [3, MAX_NEW, 1])
+    limited = trunk.fork([Cut(4, 12, get_scorer("random"))], [3, MAX_NEW, 1])
     assert [answer.tokens for answer in limited] == [
         answer.tokens[:limit] for answer, limit in zip(full, [3, MAX_NEW, 1], strict=True)
     ]
@@ -273,7 +341,7 @@ def test_a_fork_away_from_its_trunk_is_refused(tiny_vlm, images):
     trunk = trunk_of(tiny_vlm, signals, stage1(signals, "uniform"), ASKED)
     trunk.advance(2)
     with pytest.raises(ValueError) as caught:
-        trunk.fork([(3, 12, get_scorer("random"))], [MAX_NEW] * 3)
+        trunk.fork([Cut(3, 12, get_scorer("random"))], [MAX_NEW] * 3)
     assert str(caught.value) == "the trunk stands before layer 2, the first cut before 3"
 
 

@@ -1,7 +1,8 @@
 """Pruning as blocked attention: a stock model over the whole, unpruned sequence, one question, no cache.
 
 A token that is dropped from layer ``l`` on stays in the sequence, and from layer ``l`` on nobody else may attend to
-it. Nothing of a schedule's bookkeeping is left: no gathering, no cut rows, no caches, no shared prefixes.
+it. A recycled token is its cluster's centre, whose hidden state is exchanged for the cluster's mean before layer ``l``.
+Nothing of a schedule's bookkeeping is left: no gathering, no cut rows, no caches, no shared prefixes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oracles import scorers
+from oracles import recycling, scorers
 from oracles.pictures import best_first
 
 
@@ -52,6 +53,8 @@ class MaskedModel:
         self.model, self.strategy = model, strategy
         self.language = model.model.language_model
         self.alive = [list(kept) for _ in self.language.layers]
+        self.exchanged: list[dict[int, np.ndarray]] = [{} for _ in self.language.layers]  # patch → hidden state
+        self.entering: dict[int, Tensor] = {}  # hidden states entering every layer in the last forward pass
         self.prompt = inputs.input_ids[0].tolist()
         self.visual = [at for at, token in enumerate(self.prompt) if token == model.config.image_token_id]
         self.text = list(range(self.visual[-1] + 1, len(self.prompt)))
@@ -129,6 +132,10 @@ class MaskedModel:
 
         def block(_module, arguments, named):
             named = {**named, "attention_mask": mask}
+            hidden = arguments[0].clone()
+            for patch, state in self.exchanged[number].items():
+                hidden[0, self.visual[patch]] = torch.from_numpy(state).to(hidden)
+            self.entering[number], arguments = hidden, (hidden, *arguments[1:])
             if self.strategy != "pesp":  # PESP's ids are the stock model's own
                 ids = self.position_tensor(self.positions(number, length))
                 named["position_embeddings"] = self.language.rotary_emb(arguments[0], position_ids=ids)
@@ -159,6 +166,18 @@ class MaskedModel:
         chosen = sorted(alive[at] for at in best_first(scores)[:keep])
         for number in range(layer, len(self.alive)):
             self.alive[number] = chosen
+        return chosen
+
+    def cut_and_recycle(self, layer: int, keep: int, scores: list[float], noise: np.ndarray) -> list[int]:
+        """The same, with some of the ``keep`` tokens made of what is dropped."""
+        alive = self.alive[layer - 1]
+        self.forward([])
+        hidden = self.entering[layer][0, [self.visual[patch] for patch in alive]].numpy()
+        selected, means = recycling.recycle(hidden, scores, keep, noise)
+        chosen = sorted(alive[at] for at in (*selected, *means))
+        for number in range(layer, len(self.alive)):
+            self.alive[number] = chosen
+        self.exchanged[layer] = {alive[at]: mean for at, mean in means.items()}
         return chosen
 
     def answer(self, limit: int, ends: tuple[int, ...]) -> tuple[list[int], list[Tensor]]:
