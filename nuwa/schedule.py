@@ -100,7 +100,9 @@ class Published:
 
     def largest(self, cuts: int) -> float:
         if any(len(row) != cuts for row in self.rows):
-            raise ValueError(f"this method's published schedule has {len(self.rows[0])} cuts, not {cuts}; name as many")
+            raise ValueError(
+                f"this method's published schedule has {len(self.rows[0])} cuts, not {cuts}; name as many layers"
+            )
         return len(self.rows) + 1.0
 
     def shares(self, scale: float, cuts: int) -> list[float]:

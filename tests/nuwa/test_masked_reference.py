@@ -19,6 +19,7 @@ from nuwa.signals import top_indices
 from nuwa.stage1 import get_method
 from nuwa.stage2 import SCORERS, Cut, CutEvidence, Recycling, Scorer, get_scorer
 from nuwa.stage2.recycling import cluster_noise
+from nuwa.stage2.scorers import raters
 
 torch.set_num_threads(1)
 MAX_NEW = 12
@@ -402,9 +403,15 @@ def test_padding_counts_for_nothing():
         square = np.zeros((2, length + 4, length + 4))
         square[:, :length, length:] = attention[number, :, :length].numpy()
         columns = [length + patch for patch in patches]
+        flipped = square.copy()
+        flipped[:, :, length:] = square[:, :, length:][:, :, ::-1]
+        chosen = scorer_oracle.raters(both.entered[number].numpy(), both.text[number, :length].numpy())
+        assert raters(both)[number].nonzero().flatten().tolist() == chosen
         for name, expected in {
             "attention_last_token": scorer_oracle.last_token(square, columns, words),
+            "attention_last_token_next_layer": scorer_oracle.last_token(flipped, columns, words),
             "attention_all_text": scorer_oracle.all_text(square, columns, words),
+            "attention_raters": scorer_oracle.of_raters(square, columns, words, chosen),
             "cosine_mean_text": scorer_oracle.cosine_with_mean_text(
                 both.visual[number].numpy(), both.text[number, :length].numpy()
             ),
@@ -412,7 +419,44 @@ def test_padding_counts_for_nothing():
             assert get_scorer(name).score(both)[number].tolist() == pytest.approx(expected, rel=1e-5), name
 
 
-@pytest.mark.parametrize("name", ["attention_last_token", "attention_all_text"])
+def test_raters_by_hand():
+    # Two words, two patches. The first patch votes e²/(e² + 1) = 0.88 for the first word, the second a half for each.
+    one = dataclasses.replace(
+        evidence(lengths=(2,), visual=2),
+        text=torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]),
+        entered=torch.tensor([[[2.0, 0.0], [1.0, 1.0]]]),
+    )
+    assert raters(one).tolist() == [[True, False]]
+    turned = dataclasses.replace(one, entered=torch.tensor([[[0.0, 2.0], [1.0, 1.0]]]))
+    assert raters(turned).tolist() == [[False, True]]
+    score = get_scorer("attention_raters").score
+    assert torch.equal(score(one), one.attention(False)[:, :, 0].float().mean(dim=1))
+    assert torch.equal(score(turned), one.attention(False)[:, :, 1].float().mean(dim=1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_raters_are_the_oracles_on_many_words(seed):
+    rng = np.random.default_rng(seed)
+    lengths = (9, 1, 5)
+    several = evidence(lengths=lengths)
+    text, entered = rng.normal(size=(3, 9, 6)), rng.normal(size=(3, 20, 6))
+    text[2, 1] = text[2, 0]  # equal words vote alike
+    several = dataclasses.replace(several, text=torch.from_numpy(text), entered=torch.from_numpy(entered))
+    for number, length in enumerate(lengths):
+        chosen = scorer_oracle.raters(entered[number], text[number, :length])
+        assert raters(several)[number].nonzero().flatten().tolist() == chosen
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (4, 3)])
+def test_where_no_word_stands_out_all_rate(lengths):
+    same = evidence(lengths=lengths)
+    same = dataclasses.replace(same, text=torch.ones_like(same.text))
+    assert torch.equal(raters(same), same.text_mask)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_last_token", "attention_last_token_next_layer", "attention_all_text", "attention_raters"]
+)
 def test_equally_attended_patches_go_by_their_index(name):
     scores = get_scorer(name).score(evidence(torch.full((2, 2, 3, 4), 0.1)))
     assert top_indices(scores, 2).tolist() == [[0, 1], [0, 1]]
