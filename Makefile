@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test lint plan dashboard track testbed clean
+.PHONY: setup repro test lint plan dashboard track testbed pruner clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ track: $(READY)
 # Retrain the testbed's model from nothing: over an hour on two cores; keep them free for it.
 testbed: $(READY)
 	$(RUN) dvc repro --force --single-item testbed
+
+# Retrain LearnPruner's module on the model there is: about two minutes on two cores.
+pruner: $(READY)
+	$(RUN) dvc repro --force --single-item pruner
 
 # Cached features and results, not the environment.
 clean:

@@ -173,6 +173,8 @@ class LayoutPlan:
 def plan(vlm: Adapter, spec: MethodSpec, layout: VisualLayout) -> LayoutPlan:
     """Raises ``ValueError`` where the encoder lacks what the method reads or the budget is out of reach."""
     check_encoder(spec, vlm.encoder, vlm.offers_cls)
+    if (check := get_method(spec.stage1).check) is not None:
+        check(spec.config, vlm.encoder_identity)
     whole = layout.views[0].grid if len(layout.views) == 1 else PatchGrid(1, layout.tokens)
     schedule = spec.schedule(whole, vlm.layers)
     keeps = tuple(layout.shares(schedule.stage1_keep))

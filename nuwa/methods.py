@@ -77,6 +77,8 @@ RECIPES: dict[str, Recipe] = {
         "unpruned",
         {"": Stage2("attention_raters", (3 / 32, 7 / 32, 16 / 32), SPARSEVLM_KEEPS, recycling=Recycling())},
     ),
+    # LearnPruner: before layer 12 of 32, K1 : K2 = 3 : 1, by the attention of all text.
+    "learnpruner": Recipe("learnpruner", {"": Stage2("attention_all_text", (12 / 32,), Decay(1 / 3))}),
     # Nüwa: before layer 16 of 32, K1 : K2 = 112 : 16; the paper scores by cosine, the released code by attention.
     "nuwa": Recipe(
         "nuwa",

@@ -25,6 +25,7 @@ class VisionSignals:
     ``keys``: key vectors of that layer before they are split into heads, ``(batch, tokens, key_dim)``.
     ``similarity``: mean of late hidden states, used only for cosine similarity (Nüwa's S̄), ``(batch, tokens, dim)``.
     ``image_ids``: content digests; they seed what is random, so that no result depends on batch or order.
+    ``encoder``: fingerprint of the encoder, checked by methods that were trained on one; null where it is not known.
     """
 
     grid: PatchGrid
@@ -33,6 +34,7 @@ class VisionSignals:
     keys: Tensor
     similarity: Tensor
     image_ids: tuple[str, ...]
+    encoder: str | None = None
 
     def __post_init__(self) -> None:
         expected = (len(self.image_ids), self.grid.tokens)
@@ -57,6 +59,7 @@ class VisionSignals:
             self.keys[rows],
             self.similarity[rows],
             self.image_ids[rows],
+            self.encoder,
         )
 
 

@@ -47,7 +47,7 @@ class Trial:
         return _digest(
             [
                 method.name,
-                dataclasses.asdict(self.spec.config),
+                method.identity(self.spec.config),
                 self.schedule.stage1_keep,
                 self.spec.position,
                 self.spec.seed if method.seeded else None,
@@ -63,7 +63,7 @@ class Trial:
         position = self.spec.position if self.schedule.entering[-1] < self.schedule.tokens else None
         identity = [
             self.stage1_identity if position else self.spec.stage1,
-            dataclasses.asdict(self.spec.config),
+            get_method(self.spec.stage1).identity(self.spec.config),
             cuts,
             position,
         ]

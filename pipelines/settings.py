@@ -71,6 +71,23 @@ class TestbedSettings(Section):
     language: PhaseSettings
 
 
+class PrunerSettings(Section):
+    """How LearnPruner's module is trained, on ``share`` of ``images`` training images; see ``nuwa.pruner.learner``.
+
+    ``keep_share``: tokens that stay, as a share: of every image (``topk_ste``) or on average (``ratio_penalty``).
+    """
+
+    seed: Seed
+    images: Positive
+    share: Annotated[float, Field(gt=0, le=1)]
+    sparsity: Literal["topk_ste", "ratio_penalty"]
+    keep_share: Annotated[float, Field(gt=0, lt=1)]
+    penalty_weight: Annotated[float, Field(gt=0)]
+    steps: Positive
+    batch_size: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+
+
 class FeatureSettings(Section):
     """``dtype`` of cached signals, images in a shard, and Ray actors that encode."""
 
@@ -192,6 +209,7 @@ class Settings(Section):
     model: ModelSettings
     prepare: PrepareSettings
     testbed: TestbedSettings
+    pruner: PrunerSettings
     features: FeatureSettings
     cluster: ClusterSettings
     sweep: SweepSettings

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from nuwa.benchmarks import RecordError, SchemaError
 from nuwa.grid import PatchGrid
+from nuwa.stage1.learnpruner import WeightsError
 from pipelines.evidence import IncompleteTrials
 from pipelines.executor import ClusterUnavailable, UnitsFailed
 from pipelines.features import MissingFeatures
@@ -50,6 +51,7 @@ MENDABLE = (
     RecordError,
     SchemaError,
     UnitsFailed,
+    WeightsError,
     WorkDirectoryBusy,
 )
 

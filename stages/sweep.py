@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from nuwa.cost import LlmShape, cost_columns
 from nuwa.source import code_fingerprint
+from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
 from pipelines.atomic import atomic_path
 from pipelines.datasets import choose_questions
@@ -50,6 +51,9 @@ def sweep(settings: Settings) -> None:
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     vlm = LlavaAdapter.load(settings.model.path)
     trials = expand(plan, vlm.grid, vlm.layers)
+    for trial in trials:
+        if (check := get_method(trial.spec.stage1).check) is not None:
+            check(trial.spec.config, vlm.encoder_identity)
     with ExitStack() as stack:
         stack.enter_context(exclusive(CACHE))
         # Normally finds everything; after the cache was thrown away it encodes again instead of failing.

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from nuwa.source import code_fingerprint
 from nuwa.testbed.train import LANGUAGE_EVALUATE_EVERY, LANGUAGE_WARMUP, train_testbed
-from nuwa.testbed.training import Log, PhaseSchedule
+from nuwa.training import Log, PhaseSchedule
 from pipelines.settings import Settings
 from pipelines.tracking import training_log
 from stages.entry import CACHE, run_stage
@@ -25,7 +25,7 @@ TESTBED_MODEL = Path("models/testbed")
 
 def testbed(settings: Settings) -> None:
     recipe = settings.testbed
-    content = json.dumps([recipe.model_dump(), code_fingerprint(("testbed",))], sort_keys=True)
+    content = json.dumps([recipe.model_dump(), code_fingerprint(("testbed", "training"))], sort_keys=True)
     identity = hashlib.sha256(content.encode()).hexdigest()[:16]
     with ExitStack() as stack:
         log = (lambda step, metrics: None) if not PartialState().is_main_process else _mlflow(stack, settings, identity)

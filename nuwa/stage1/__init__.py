@@ -6,6 +6,7 @@ A method is one file: a frozen dataclass of its hyper-parameters and a pure func
 
 from nuwa.stage1 import (  # noqa: F401  (each registers itself)
     divprune,
+    learnpruner,
     nuwa,
     pooling,
     prumerge,

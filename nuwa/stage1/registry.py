@@ -25,6 +25,8 @@ class Method:
     ``kept``: tokens it really keeps when asked for ``keep`` (a pooled grid may be smaller).
     ``seeded``: whether the seed changes its result; trials of an unseeded method differing in seed only are one.
     ``reads_cls``: whether it needs a CLS token's attention and may not read the attention received in its stead.
+    ``check``: of a trained method, raises ``ValueError`` where a configuration's weights do not fit the encoder of that
+    fingerprint.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Method:
     reads_cls: bool = False
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kept: Callable[[PatchGrid, int], int] = lambda grid, keep: keep
+    check: Callable[[Any, str], None] | None = None
 
     @property
     def default_preset(self) -> str:
@@ -51,6 +54,10 @@ class Method:
         for name, value in parameters.items():
             _check_type(self.name, name, value, get_type_hints(self.config)[name])
         return self.config(**{**self.presets.get(preset, {}), **parameters})
+
+    def identity(self, config: Any) -> dict[str, Any]:
+        """The hyper-parameters that decide results: all but fields marked ``identity: False`` (where a file lies)."""
+        return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("identity", True)}
 
 
 def _check_type(method: str, name: str, value: Any, hint: Any) -> None:

@@ -54,13 +54,11 @@ CURRICULUM = ((0.0, 2), (0.10, 3), (0.28, 4), (0.45, 5))
 IGNORE = -100
 
 
-def prompt_and_answer(question: Question) -> tuple[str, str]:
-    """The question's own words (behind the shared image prefix) and the answer's text."""
+def question_words(question: Question) -> tuple[str, str]:
+    """What is asked about an image, without any chat template, and the answer's text."""
     if question.target is None:
-        return question.text + SUFFIX, str(question.answer)
-    return GROUNDING_PROMPT.format(text=question.text) + SUFFIX, format_box(
-        question.target.bbox, IMAGE_SIZE, IMAGE_SIZE
-    )
+        return question.text, str(question.answer)
+    return GROUNDING_PROMPT.format(text=question.text), format_box(question.target.bbox, IMAGE_SIZE, IMAGE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,20 @@ def pack(
     prefix = tokenizer(PREFIX).input_ids
     at = prefix.index(tokenizer.convert_tokens_to_ids("<image>"))
     prefix = prefix[:at] + [prefix[at]] * IMAGE_TOKENS + prefix[at + 1 :]
+    turns = []
+    for asked, answer in map(question_words, questions):
+        asked_ids = tokenizer(asked + SUFFIX, add_special_tokens=False).input_ids
+        turns.append((asked_ids, [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]))
+    return lay_out(prefix, turns, roam)
+
+
+def lay_out(
+    prefix: list[int], turns: list[tuple[list[int], list[int]]], roam: np.random.Generator | None = None
+) -> Packed:
+    """One block a turn ``(asked ids, answer ids)`` behind ``prefix``; position ids of each go on from the prefix."""
     ids, positions, blocks = list(prefix), list(range(len(prefix))), [0] * len(prefix)
     labels = [IGNORE] * len(prefix)
-    for block, question in enumerate(questions, start=1):
-        asked, answer = prompt_and_answer(question)
-        asked_ids = tokenizer(asked, add_special_tokens=False).input_ids
-        answer_ids = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    for block, (asked_ids, answer_ids) in enumerate(turns, start=1):
         ids += asked_ids + answer_ids
         start = len(prefix)
         if roam is not None and roam.random() < ROAMING_SHARE:

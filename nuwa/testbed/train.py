@@ -13,8 +13,8 @@ from accelerate.utils import set_seed
 from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.instruction import InstructionLearner, draw_language_batch, evaluate_language
 from nuwa.testbed.language import build_processor
-from nuwa.testbed.training import Log, PhaseSchedule, train_phase
 from nuwa.testbed.vision import VisionLearner, draw_vision_batch, evaluate_vision
+from nuwa.training import Log, PhaseSchedule, train_phase
 
 LANGUAGE_WARMUP = 300
 LANGUAGE_EVALUATE_EVERY = 500

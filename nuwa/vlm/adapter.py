@@ -6,6 +6,7 @@ it, so several adapters and plain ``generate`` may share a process and even a mo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -172,6 +173,11 @@ class Adapter(ABC):
             digest.update(name.encode())
             _digest_weights(digest, module.state_dict())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def encoder_identity(self) -> str:
+        """The encoder's fingerprint when it was first needed: to read all weights for every batch would be slow."""
+        return self.encoder_fingerprint()
 
     def fingerprint(self) -> str:
         """Digest of all weights and of the prompt format."""

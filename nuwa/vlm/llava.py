@@ -44,7 +44,8 @@ class LlavaAdapter(Adapter):
         )
 
     def signals(self, encoded: dict[str, Tensor], image_ids: tuple[str, ...]) -> VisionSignals:
-        return VisionSignals(self.grid, **{name: encoded[name] for name in SIGNAL_NAMES}, image_ids=image_ids)
+        parts = {name: encoded[name] for name in SIGNAL_NAMES}
+        return VisionSignals(self.grid, **parts, image_ids=image_ids, encoder=self.encoder_identity)
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
         encoded = self.encode(self.pixels(images))

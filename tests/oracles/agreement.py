@@ -15,7 +15,8 @@ from nuwa.stage1 import METHODS, get_method
 from oracles.nuwa import Outcome
 from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
 
-PRUNING = sorted(set(METHODS) - {"unpruned"})
+# LearnPruner needs weights trained on its encoder; test_learnpruner.py shows the same of it.
+PRUNING = sorted(set(METHODS) - {"unpruned", "learnpruner"})
 SIGNALS = ("features", "cls_attention", "keys", "similarity")
 
 

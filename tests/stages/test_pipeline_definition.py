@@ -67,7 +67,7 @@ def test_dependencies_cover_what_the_stage_imports(stage):
 
 
 def test_stages_stand_in_the_papers_order():
-    assert list(STAGES) == ["prepare", "testbed", "features", "sweep", "evaluate", "report"]
+    assert list(STAGES) == ["prepare", "testbed", "pruner", "features", "sweep", "evaluate", "report"]
     assert STAGES["testbed"]["frozen"] is True
 
 

@@ -19,8 +19,8 @@ from nuwa.testbed.instruction import (
 )
 from nuwa.testbed.language import build_processor, build_tokenizer
 from nuwa.testbed.scenes import draw_scene
-from nuwa.testbed.training import PhaseSchedule, train_phase
 from nuwa.testbed.vision import VisionLearner, draw_vision_batch, normalize, patch_labels
+from nuwa.training import PhaseSchedule, train_phase
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""Training the testbed with Accelerate: one loop, resumable, the same on a CPU, one GPU or several.
+"""Training with Accelerate: one loop, resumable, the same on a CPU, one GPU or several.
 
-A phase is a module whose ``forward(batch)`` returns named losses, and a function that draws the batch of a step.
-Every batch is a pure function of (seed, phase, step, process), so resuming needs no data state.
+A phase is a module whose ``forward(batch)`` returns named scalars, and a function that draws the batch of a step.
+Scalars with a gradient are losses and are summed; the others are only logged. Every batch is a pure function of
+(seed, phase, step, process), so resuming needs no data state.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class PhaseSchedule:
     clip: float = 1.0
     checkpoint_every: int = 250
     evaluate_every: int = 250
+    log_every: int = 50
 
     def rate(self, step: int) -> float:
         """Learning rate as a share of ``learning_rate`` at ``step``."""
@@ -108,7 +110,7 @@ def train_phase(
     share, rest = divmod(schedule.batch_size, accelerator.num_processes)
     if rest:
         raise ValueError(
-            f"testbed.{phase}.batch_size {schedule.batch_size} must be divisible by the {accelerator.num_processes} processes"
+            f"{phase}: batch_size {schedule.batch_size} must be divisible by the {accelerator.num_processes} processes"
         )
     wrapped.train()
     began, sums = time.monotonic(), {}
@@ -117,16 +119,17 @@ def train_phase(
             group["lr"] = schedule.learning_rate * schedule.rate(step)
         rng = step_rng(seed, phase, step, accelerator.process_index)
         batch = draw_batch(rng, share, step / schedule.steps)
-        losses = wrapped({name: value.to(accelerator.device) for name, value in batch.items()})
-        accelerator.backward(sum(losses.values()))
+        scalars = wrapped({name: value.to(accelerator.device) for name, value in batch.items()})
+        accelerator.backward(sum(value for value in scalars.values() if value.requires_grad))
         accelerator.clip_grad_norm_(module.parameters(), schedule.clip)
         optimizer.step()
         optimizer.zero_grad()
-        for name, value in losses.items():
+        for name, value in scalars.items():
+            name = f"{phase}/loss_{name}" if value.requires_grad else f"{phase}/{name}"
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         done = step + 1
-        if done % 50 == 0 and accelerator.is_main_process:
-            metrics = {f"{phase}/loss_{name}": value / 50 for name, value in sums.items()}
+        if done % schedule.log_every == 0 and accelerator.is_main_process:
+            metrics = {name: value / schedule.log_every for name, value in sums.items()}
             metrics[f"{phase}/examples_per_second"] = (done - start) * schedule.batch_size / (time.monotonic() - began)
             log(done, metrics)
             sums = {}

@@ -1,0 +1,104 @@
+"""The whole recipe of the LPM: everything but it is frozen, the loss is the language model's own."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+
+from nuwa.pruner.conversations import draw_batch, draw_subset
+from nuwa.pruner.learner import PrunerLearner, Sparsity, best_tokens
+from nuwa.signals import seeded_generator
+from nuwa.stage1.learnpruner import Lpm, save_lpm
+from nuwa.training import Log, Metrics, PhaseSchedule, train_phase
+from nuwa.vlm import LlavaAdapter
+
+PHASE = "pruner"
+VALIDATION_SEED, VALIDATION_IMAGES = 13, 32
+
+
+def build_learner(
+    vlm: LlavaAdapter, seed: int, sparsity: Sparsity, keep_share: float, penalty_weight: float
+) -> PrunerLearner:
+    """A fresh LPM, seeded, in front of the frozen ``vlm``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lpm = Lpm(vlm.model.config.vision_config.hidden_size)
+    return PrunerLearner(lpm, vlm, sparsity, keep_share, penalty_weight)
+
+
+def train_pruner(
+    learner: PrunerLearner,
+    output: Path,
+    checkpoints: Path,
+    *,
+    seed: int,
+    images: int,
+    share: float,
+    schedule: PhaseSchedule,
+    facts: Mapping[str, Any],
+    log: Log,
+) -> None:
+    """Train ``learner.lpm`` on ``share`` of ``images`` training images, from ``checkpoints`` if there are any.
+
+    Writes the weights to ``output``, tied to the encoder's fingerprint and with ``facts`` of the training.
+    """
+    vlm = learner.vlm
+    vlm.model.to(Accelerator(cpu=not torch.cuda.is_available()).device)
+    subset = draw_subset(seed, images, share)
+
+    def draw(rng: np.random.Generator, size: int, progress: float) -> dict[str, Tensor]:
+        numbers = rng.choice(subset, size, replace=len(subset) < size)
+        return draw_batch(vlm, seed, "train", numbers)
+
+    train_phase(PHASE, learner, draw, schedule, seed=seed, checkpoint=checkpoints, log=log, evaluate=evaluator(vlm))
+    if PartialState().is_main_process:
+        save_lpm(learner.lpm, output, vlm.encoder_fingerprint(), facts)
+        shutil.rmtree(checkpoints)  # a finished training has nothing to resume
+    PartialState().wait_for_everyone()
+
+
+def evaluator(vlm: LlavaAdapter) -> Callable[[PrunerLearner], Metrics]:
+    """A function that says how well a learner's ranking serves answers on fixed validation images.
+
+    ``loss_lpm`` and ``loss_random``: answer loss with the best ``keep`` tokens by the LPM, and with as many random
+    ones; ``loss_all``: with all tokens; ``argmax_share``: tokens whose keep probability exceeds one half.
+    """
+
+    @functools.cache
+    def drawn() -> dict[str, Tensor]:
+        batch = draw_batch(vlm, VALIDATION_SEED, "validation", np.arange(VALIDATION_IMAGES))
+        return {name: value.to(vlm.device) for name, value in batch.items()}
+
+    @functools.cache
+    def controls(learner: PrunerLearner) -> Metrics:
+        """What does not change while the LPM learns."""
+        batch, features = drawn(), learner.features(drawn())
+        everything = features.new_ones(features.shape[:2])
+        noise = np.stack(
+            [seeded_generator(VALIDATION_SEED, str(i)).random(len(row)) for i, row in enumerate(everything)]
+        )
+        scores = torch.from_numpy(noise).to(everything)
+        return {
+            "validation_loss_random": float(learner.answer_loss(batch, features, best_tokens(scores, learner.keep))),
+            "validation_loss_all": float(learner.answer_loss(batch, features, everything)),
+        }
+
+    @torch.no_grad()
+    def evaluate(learner: PrunerLearner) -> Metrics:
+        batch, features = drawn(), learner.features(drawn())
+        logit = learner.lpm.keep_logit(features)
+        return {
+            "validation_loss_lpm": float(learner.answer_loss(batch, features, best_tokens(logit, learner.keep))),
+            "validation_argmax_share": float((logit > 0).float().mean()),
+            **controls(learner),
+        }
+
+    return evaluate
