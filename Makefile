@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test lint plan dashboard track testbed pruner clean
+.PHONY: setup repro test lint plan dashboard track testbed pruner clean profile experiment
 
 setup: $(READY)
 
@@ -46,6 +46,15 @@ testbed: $(READY)
 # Retrain LearnPruner's module on the model there is: about two minutes on two cores.
 pruner: $(READY)
 	$(RUN) dvc repro --force --single-item pruner
+
+# Time methods on this machine: data/profile.csv, which the report shows.
+profile: $(READY)
+	$(RUN) dvc repro --force --single-item profile
+
+# Put experiments/$(PRESET).yaml into params.yaml and run it; README says where its tables belong.
+experiment: $(READY)
+	$(RUN) python -m stages.experiment "$(PRESET)"
+	$(RUN) dvc repro
 
 # Cached features and results, not the environment.
 clean:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nuwa import UNPRUNED
 from nuwa.methods import RECIPES
 from nuwa.positions import PositionStrategy
 from pipelines.tables import BenchmarkName, hub_address
@@ -190,6 +191,35 @@ class EvaluateSettings(Section):
     seed: Seed
 
 
+class ProfileSettings(Section):
+    """What the ``profile`` stage times: every method at every share of the image's tokens, per batch and kernel.
+
+    ``models``: folders or hub ids, whose weights are not needed. ``image_size``: width and height in pixels.
+    """
+
+    models: Annotated[list[str], Field(min_length=1)]
+    methods: Annotated[list[str], Field(min_length=1)]
+    shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    batch: Annotated[list[Positive], Field(min_length=1)]
+    attention: Annotated[list[Literal["sdpa", "eager", "flash_attention_2"]], Field(min_length=1)]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device: Literal["cpu", "cuda"]
+    threads: Positive
+    image_size: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    text_before: Positive
+    text_after: Positive
+    output_tokens: Annotated[int, Field(ge=2)]
+    repeats: Positive
+
+    @model_validator(mode="after")
+    def _methods_exist(self) -> ProfileSettings:
+        for method in self.methods:
+            if method not in RECIPES or method == UNPRUNED:
+                known = ", ".join(sorted(set(RECIPES) - {UNPRUNED}))
+                raise ValueError(f"methods: {method!r} is unknown; allowed: {known} (unpruned is always timed)")
+        return self
+
+
 class ReportSettings(Section):
     headline_budget: Budget
 
@@ -214,6 +244,7 @@ class Settings(Section):
     cluster: ClusterSettings
     sweep: SweepSettings
     evaluate: EvaluateSettings
+    profile: ProfileSettings
     report: ReportSettings
     tracking: TrackingSettings
 
@@ -278,13 +309,18 @@ def load_settings(path: Path = PARAMS_FILE) -> Settings:
     """Read and validate ``path``; raises :class:`SettingsError` with one line that names the first fault."""
     if not path.exists():
         raise SettingsError(f"{path}: no such file; run from the repository's top folder")
+    return parse_settings(path.read_text(), str(path))
+
+
+def parse_settings(text: str, source: str) -> Settings:
+    """Validate the text of a ``params.yaml``; ``source`` names it in the error."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise SettingsError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise SettingsError(f"{path}: must hold a mapping of sections: {', '.join(Settings.model_fields)}")
+        raise SettingsError(f"{source}: must hold a mapping of sections: {', '.join(Settings.model_fields)}")
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(f"{path}: {_line(error.errors()[0])}") from None
+        raise SettingsError(f"{source}: {_line(error.errors()[0])}") from None

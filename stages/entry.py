@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from nuwa.benchmarks import RecordError, SchemaError
 from nuwa.grid import PatchGrid
 from nuwa.stage1.learnpruner import WeightsError
+from nuwa.vlm.shapes import model_shape
 from pipelines.evidence import IncompleteTrials
 from pipelines.executor import ClusterUnavailable, UnitsFailed
 from pipelines.features import MissingFeatures
@@ -34,6 +33,7 @@ SWEEP = DATA / "sweep.json"
 SCORES = DATA / "scores.parquet"
 METRICS = DATA / "metrics.json"
 PLOTS = DATA / "plots"
+PROFILE = DATA / "profile.csv"
 REPORT = Path("report")
 FEATURE_STORE = CACHE / "features"
 RESULT_STORE = CACHE / "results"
@@ -68,7 +68,7 @@ def planned_trials(settings: Settings) -> list[Trial]:
     """All trials the settings mean on their model, whose shape is read without its weights."""
     path = settings.model.path
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = model_shape(path)
         side = config.vision_config.image_size // config.vision_config.patch_size
         layers = config.text_config.num_hidden_layers
     except (OSError, ValueError, AttributeError) as error:

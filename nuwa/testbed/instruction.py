@@ -49,9 +49,15 @@ STRUCTURE_WEIGHT = 0.1
 # training questions starts at a random position, down to where it would stand behind a handful of image tokens.
 ROAMING_SHARE = 0.5
 ROAMING_RANGE = (8 - IMAGE_TOKENS, 16)
+# Large models look at an object through far more tokens than they need; this one is taught to: from this share of the
+# phase on, half of the images lose a random part of their patches. The others keep their position ids.
+DROPOUT_FROM = 0.6
+DROPOUT_SHARE = 0.5
+DROPOUT_KEEPS = (0.2, 1.0)  # of an image's patches
 # (share of the phase done, most objects in a scene)
 CURRICULUM = ((0.0, 2), (0.10, 3), (0.28, 4), (0.45, 5))
 IGNORE = -100
+DROPPED = -2  # block of a patch that nothing else sees
 
 
 def question_words(question: Question) -> tuple[str, str]:
@@ -149,8 +155,11 @@ def draw_language_batch(
     asked = [draw_questions(rng, scene, QUESTIONS_PER_IMAGE) for scene in scenes]
     packed = [pack(tokenizer, questions, roam=rng) for questions in asked]
     labels = patch_labels([scene.objects for scene in scenes])
+    columns = collate(packed, tokenizer.pad_token_id)
+    if progress >= DROPOUT_FROM:
+        drop_patches(rng, columns, tokenizer.convert_tokens_to_ids("<image>"))
     return {
-        **collate(packed, tokenizer.pad_token_id),
+        **columns,
         "pixels": normalize(np.stack([scene.image for scene in scenes])),
         "shifts": torch.from_numpy(rng.integers(0, GRID, size=(size, 2))),
         "digit": labels.digit,
@@ -159,6 +168,15 @@ def draw_language_batch(
         "evidence": torch.from_numpy(np.stack([evidence_patches(questions) for questions in asked])),
         "focus": torch.full((size,), float(progress >= ANSWER_FOCUS_FROM)),
     }
+
+
+def drop_patches(rng: np.random.Generator, batch: dict[str, Tensor], image_id: int) -> None:
+    """Hide a random part of the patches of ``DROPOUT_SHARE`` of the images from all other tokens, in place."""
+    first = int((batch["input_ids"][0] == image_id).nonzero()[0])
+    for blocks in batch["blocks"]:
+        if rng.random() < DROPOUT_SHARE:
+            hidden = rng.random(IMAGE_TOKENS) >= rng.uniform(*DROPOUT_KEEPS)
+            blocks[first : first + IMAGE_TOKENS][torch.from_numpy(hidden)] = DROPPED
 
 
 def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -334,7 +352,7 @@ def _keep_patches(batch: dict[str, Tensor], kept: Tensor, compress: bool, image_
     hidden = torch.ones(IMAGE_TOKENS, dtype=torch.bool)
     hidden[kept] = False
     blocks, positions = batch["blocks"].clone(), batch["position_ids"].clone()
-    blocks[:, first : first + IMAGE_TOKENS][:, hidden] = -2
+    blocks[:, first : first + IMAGE_TOKENS][:, hidden] = DROPPED
     if compress:
         positions[:, first + kept] = first + torch.arange(len(kept))
         after = torch.arange(positions.shape[1]) >= first + IMAGE_TOKENS

@@ -1,0 +1,237 @@
+"""How long answers take and what they hold: encoder, selection, prefill and decoding of every method, by the clock.
+
+Latency depends on shapes and not on the values of weights, so models of true size are timed with random weights. Every
+figure is the median of repeated runs after one warm-up; on a GPU the clock is a pair of CUDA events.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from nuwa import UNPRUNED
+from nuwa.cost import LlmShape, kv_cache_bytes
+from nuwa.decoder import Answer, Trunk
+from nuwa.generation import LayoutPlan, plan, select
+from nuwa.layout import VisualLayout
+from nuwa.methods import MethodSpec, specify
+from nuwa.selection import Selection
+from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, adapt
+from nuwa.vlm.shapes import model_shape
+from pipelines.settings import ProfileSettings
+
+PREFILL_TOKENS = 1
+STOCK = "stock generate"  # the model's own generate, pixels to tokens
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked: ``batch`` images of ``image_size`` pixels (width, height), one question each.
+
+    ``text_before``, ``text_after``: tokens before and behind the image. ``output_tokens``: all of them are generated.
+    """
+
+    batch: int
+    image_size: tuple[int, int]
+    text_before: int
+    text_after: int
+    output_tokens: int
+
+
+class Clock:
+    """Milliseconds of a call, by CUDA events where the work runs on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, work: Callable[[], Any]) -> float:
+        if not self.cuda:
+            began = time.perf_counter()
+            work()
+            return 1000 * (time.perf_counter() - began)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        work()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last)
+
+
+def random_model(path: str, device: str, dtype: torch.dtype, attention: str) -> Adapter:
+    """The architecture of ``path`` with random weights and its family's own image processor; nothing is downloaded."""
+    config = model_shape(path)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+    adapter = adapt(model.eval().requires_grad_(False), SimpleNamespace(image_processor=_image_processor(config)))
+    adapter.end_tokens = ()  # every answer has its full length
+    return adapter
+
+
+def _image_processor(config: Any) -> Any:
+    if config.model_type == "qwen2_5_vl":
+        return Qwen2VLImageProcessorPil(
+            patch_size=config.vision_config.patch_size, merge_size=config.vision_config.spatial_merge_size
+        )
+    side = config.vision_config.image_size
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if config.model_type == "llava_next":
+        return LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=config.image_grid_pinpoints)
+    return CLIPImageProcessorPil(**sizes)
+
+
+class Bench:
+    """One model and one workload, encoded once; times each method on it."""
+
+    def __init__(self, adapter: Adapter, workload: Workload, repeats: int) -> None:
+        self.adapter, self.workload, self.repeats = adapter, workload, repeats
+        self.clock = Clock(adapter.device)
+        rng = np.random.default_rng(0)
+        width, height = workload.image_size
+        self.images = [
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(workload.batch)
+        ]
+        self.names = tuple(f"image {number}" for number in range(workload.batch))
+        words = np.delete(np.arange(adapter.model.config.text_config.vocab_size), adapter.image_token)
+        words = rng.choice(words, workload.text_before + workload.text_after).tolist()
+        prompt = EncodedPrompt(tuple(words[: workload.text_before]), tuple(words[workload.text_before :]))
+        self.prompts = [[prompt] for _ in range(workload.batch)]
+        self.encoded: list[EncodedImage] = []
+        self.encode_ms = self.median(self._encode)
+
+    @property
+    def layout(self) -> VisualLayout:
+        return self.encoded[0].layout
+
+    def median(self, work: Callable[[], Any]) -> float:
+        work()
+        return statistics.median(self.clock(work) for _ in range(self.repeats))
+
+    def _encode(self) -> None:
+        self.encoded = self.adapter.encode_images(self.images)
+
+    @torch.inference_mode()
+    def answer(self, selection: Selection, planned: LayoutPlan, tokens: int) -> list[Answer]:
+        """Prefill of all layers, stage 2 among them, and ``tokens`` tokens of every answer."""
+        spec, schedule = planned.spec, planned.schedule
+        trunk = Trunk(self.adapter, selection, self.prompts, spec.position, self.names, self.layout)
+        limits = [tokens] * len(self.prompts)
+        if not schedule.cuts:
+            return trunk.finish(limits)
+        first = schedule.cuts[0][0]
+        trunk.advance(first, frozenset({first - 1}))
+        return trunk.fork(spec.cuts(schedule), limits, spec.seed)
+
+    @torch.inference_mode()
+    def time_method(self, spec: MethodSpec) -> dict[str, Any]:
+        """Milliseconds of one method, for the whole batch. Raises ``ValueError`` as :func:`nuwa.generation.plan`."""
+        planned = plan(self.adapter, spec, self.layout)
+        selection = select(planned, self.layout, self.encoded, self.names)
+        selection_ms = self.median(lambda: select(planned, self.layout, self.encoded, self.names))
+        prefill_ms = self.median(lambda: self.answer(selection, planned, PREFILL_TOKENS))
+        self._reset_memory()
+        whole_ms = self.median(lambda: self.answer(selection, planned, self.workload.output_tokens))
+        return self._row(
+            planned,
+            selection_ms=0.0 if spec.stage1 == UNPRUNED else selection_ms,
+            prefill_ms=prefill_ms,
+            decode_ms=max(whole_ms - prefill_ms, 0.0),
+        )
+
+    @torch.inference_mode()
+    def time_stock(self) -> dict[str, Any]:
+        """The model's own ``generate``, which encodes and prefills in one: its prefill is timed with the encoder and
+        stated without it."""
+        inputs = self.adapter.processor.image_processor(self.images, return_tensors="pt").to(self.adapter.device)
+        dtype = self.adapter.language.embed_tokens.weight.dtype
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        (prompt,) = self.prompts[0]
+        ids = [*prompt.before, *[self.adapter.image_token] * self.layout.tokens, *prompt.after]
+        tokens = torch.tensor([ids] * self.workload.batch, device=self.adapter.device)
+
+        def generate(count: int) -> Any:
+            return self.adapter.model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                **inputs,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+            )
+
+        prefill_ms = self.median(lambda: generate(PREFILL_TOKENS))
+        self._reset_memory()
+        whole_ms = self.median(lambda: generate(self.workload.output_tokens))
+        unpruned = plan(self.adapter, specify(UNPRUNED), self.layout)
+        row = self._row(
+            unpruned,
+            selection_ms=0.0,
+            prefill_ms=max(prefill_ms - self.encode_ms, 0.0),
+            decode_ms=max(whole_ms - prefill_ms, 0.0),
+        )
+        return row | {"method": STOCK}
+
+    def _reset_memory(self) -> None:
+        if self.clock.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def _row(self, planned: LayoutPlan, **times: float) -> dict[str, Any]:
+        schedule, config = planned.schedule, self.adapter.model.config
+        text = self.workload.text_before + self.workload.text_after + self.workload.output_tokens
+        kept = kv_cache_bytes(schedule, LlmShape.from_config(config), self.adapter.model.dtype.itemsize, text)
+        return {
+            "method": planned.spec.method,
+            "average_tokens": schedule.average_tokens,
+            "image_tokens": schedule.tokens,
+            "encode_ms": self.encode_ms,
+            **times,
+            "total_ms": self.encode_ms + sum(times.values()),
+            "kv_bytes": self.workload.batch * kept,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if self.clock.cuda else None,
+        }
+
+
+def profile_model(settings: ProfileSettings, device: str, on_row: Callable[[dict[str, Any]], None]) -> None:
+    """Time every method × budget × batch × attention kernel of ``settings``; ``on_row`` gets each finished row.
+
+    A kernel or method the model cannot have is refused before anything is timed.
+    """
+    dtype = getattr(torch, settings.dtype)
+    for path in settings.models:
+        for attention in settings.attention:
+            adapter = random_model(path, device, dtype, attention)
+            for batch in settings.batch:
+                bench = Bench(adapter, _workload(settings, batch), settings.repeats)
+                fixed = {"model": path, "attention": attention, "dtype": settings.dtype, "batch": batch}
+                fixed |= {"output_tokens": settings.output_tokens, "device": device_name(device)}
+                on_row(fixed | bench.time_stock())
+                on_row(fixed | bench.time_method(specify(UNPRUNED)))
+                for method in settings.methods:
+                    for share in settings.shares:
+                        budget = share * bench.layout.tokens
+                        on_row(fixed | bench.time_method(specify(method, budget=budget)))
+            del adapter
+
+
+def _workload(settings: ProfileSettings, batch: int) -> Workload:
+    width, height = settings.image_size
+    return Workload(batch, (width, height), settings.text_before, settings.text_after, settings.output_tokens)
+
+
+def device_name(device: str) -> str:
+    """What the figures were measured on, in words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,29 @@
+"""``python -m stages.experiment NAME``: put an overlay of ``experiments/`` into ``params.yaml``, whole or not at all."""
+
+from __future__ import annotations
+
+import sys
+
+from pipelines.atomic import atomic_path
+from pipelines.presets import compose, preset_path, refuse_to_overwrite
+from pipelines.settings import PARAMS_FILE, SettingsError, parse_settings
+from stages.entry import BAD_INPUT, planned_trials
+
+
+def experiment(name: str) -> str:
+    """The composed parameters, validated with every trial they mean; raises :class:`SettingsError`."""
+    path = preset_path(name)
+    text = compose(PARAMS_FILE.read_text(), path.read_text())
+    planned_trials(parse_settings(text, f"{PARAMS_FILE} with {path}"))
+    return text
+
+
+if __name__ == "__main__":
+    try:
+        composed = experiment(sys.argv[1] if len(sys.argv) == 2 else "")
+        refuse_to_overwrite(PARAMS_FILE, composed)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    with atomic_path(PARAMS_FILE) as fresh:
+        fresh.write_text(composed)

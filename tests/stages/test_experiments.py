@@ -1,0 +1,91 @@
+"""Experiments: every overlay is valid on its model, composing keeps what it does not name, nothing of a user is lost."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.presets import compose
+from pipelines.settings import parse_settings
+from stages.entry import planned_trials
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = sorted((ROOT / "experiments").glob("*.yaml"))
+PARAMS = (ROOT / "params.yaml").read_text()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_is_valid_and_plans_trials_on_the_published_shape(overlay):
+    text = compose(PARAMS, overlay.read_text())
+    settings = parse_settings(text, overlay.name)
+    trials = planned_trials(settings)
+    assert len(trials) > 3
+    for trial in trials[1:]:
+        assert trial.schedule.average_tokens <= max(settings.sweep.budgets) * 1.01
+    assert set(settings.prepare.names) == set(settings.sweep.benchmarks)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_composing_keeps_the_rest_and_is_idempotent(overlay):
+    text = compose(PARAMS, overlay.read_text())
+    before, over, after = yaml.safe_load(PARAMS), yaml.safe_load(overlay.read_text()), yaml.safe_load(text)
+    for section, values in before.items():
+        for key, value in values.items():
+            assert after[section][key] == over.get(section, {}).get(key, value)
+    assert compose(text, overlay.read_text()) == text
+    assert "# Everything a run depends on." in text
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A git repository with the parameters and overlays of this one."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.experiment", *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_command_composes_once_and_refuses_to_lose_changes(checkout):
+    done = run(checkout, "nuwa_table7")
+    assert done.returncode == 0, done.stderr
+    composed = (checkout / "params.yaml").read_text()
+    assert yaml.safe_load(composed)["tracking"]["experiment"] == "nuwa-table-7"
+    assert run(checkout, "nuwa_table7").returncode == 0
+    assert (checkout / "params.yaml").read_text() == composed
+    refused = run(checkout, "nuwa_table8")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: params.yaml has changes that are not committed; commit or stash them, "
+        "the experiment would replace them\n"
+    )
+    assert (checkout / "params.yaml").read_text() == composed
+
+
+def test_an_unknown_or_wrong_overlay_changes_nothing(checkout):
+    before = (checkout / "params.yaml").read_bytes()
+    unknown = run(checkout, "nuwa_table99")
+    known = ", ".join(path.stem for path in OVERLAYS)
+    assert (unknown.returncode, unknown.stderr) == (
+        2,
+        f"error: experiment 'nuwa_table99' is unknown; allowed: {known}\n",
+    )
+    overlay = checkout / "experiments" / "nuwa_table7.yaml"
+    overlay.write_text(
+        overlay.read_text().replace("budgets: [64]", "budgets: [900]").replace("budget: 64", "budget: 900")
+    )
+    wrong = run(checkout, "nuwa_table7")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: sweep.grids.0 (distance threshold), method nuwa: budget 900 is out of reach")
+    assert (checkout / "params.yaml").read_bytes() == before
