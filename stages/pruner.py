@@ -24,7 +24,8 @@ from pipelines.tracking import training_log
 from stages.entry import CACHE, run_stage
 
 TRAINING = ("pruner", "training", "stage1/learnpruner", "testbed", "vlm")  # the code that decides the weights
-WARMUP, LOG_EVERY, EVALUATE_EVERY, CHECKPOINT_EVERY = 10, 10, 30, 30
+WARMUP, DECAY_SHARE = 10, 0.5
+LOG_EVERY, EVALUATE_EVERY, CHECKPOINT_EVERY = 10, 30, 30
 
 
 def pruner(settings: Settings) -> None:
@@ -52,6 +53,7 @@ def pruner(settings: Settings) -> None:
                 recipe.batch_size,
                 recipe.learning_rate,
                 warmup=WARMUP,
+                decay_share=DECAY_SHARE,
                 weight_decay=0.0,
                 checkpoint_every=CHECKPOINT_EVERY,
                 evaluate_every=EVALUATE_EVERY,

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import learnpruner as oracle
 from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
+from PIL import Image
 
+from nuwa.generation import plan
 from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.signals import VisionSignals
@@ -283,3 +285,19 @@ def test_the_recipe_has_the_papers_schedule(average, first, second):
     assert schedule.cuts[0][0] == 12
     assert abs(schedule.average_tokens - average) <= 0.5
     assert abs(schedule.stage1_keep - first) <= 1 and abs(schedule.cuts[0][1] - second) <= 1
+
+
+def test_signals_of_an_unknown_encoder_are_taken_as_they_are(weights):
+    signals = signals_of(draw_picture(1, 3, 3, dim=DIM))
+    unknown = dataclasses.replace(signals, encoder=None)
+    config = LearnPruner(str(weights))
+    assert torch.equal(select(unknown, 3, config).indices, select(signals, 3, config).indices)
+
+
+def test_signals_of_an_adapter_name_its_encoder_and_generation_refuses_foreign_weights(weights, tiny_vlm, scenes):
+    images = [Image.fromarray(scenes[0].image)]
+    signals = tiny_vlm.signals(tiny_vlm.encode(tiny_vlm.pixels(images)), ("scene",))
+    assert signals.encoder == signals[:1].encoder == tiny_vlm.encoder_fingerprint()
+    spec = specify("learnpruner", budget=16, parameters={"weights": str(weights)})
+    with pytest.raises(WeightsError, match="were trained on encoder aaaaaaaaaaaa"):
+        plan(tiny_vlm, spec, tiny_vlm.layout)
