@@ -59,6 +59,7 @@ def _trial(number: int) -> dict[str, object]:
         "stage2_cuts": f"4:{int(budget / 2)}",
         "stage2_scorer": "attention",
         "seed": number,
+        "stage2_recycling": False,
         "flops": budget * 1e8,
         "flops_convention": "FLOP",
         "kv_bytes": budget * 1e4,

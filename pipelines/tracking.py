@@ -64,7 +64,8 @@ _CLIENT_ENVIRONMENT = {
 }
 
 _TRIAL_PARAMS = ("method", "preset", "position", "budget", "image_tokens", "stage1_keep")
-_TRIAL_PARAMS += ("stage2_layer", "stage2_keep", "stage2_cuts", "stage2_scorer", "seed", "flops_convention")
+_TRIAL_PARAMS += ("stage2_layer", "stage2_keep", "stage2_cuts", "stage2_scorer", "stage2_recycling", "seed")
+_TRIAL_PARAMS += ("flops_convention",)
 _TRIAL_METRICS = ("average_tokens", "flops", "kv_bytes")
 
 

@@ -14,8 +14,8 @@ REMEDY = "run `dvc repro evaluate` to make it"
 COLUMNS: dict[str, tuple[str, ...]] = {
     "trials": (
         "trial_id", "label", "grids", "method", "preset", "position", "budget", "budgets", "average_tokens",
-        "image_tokens", "stage1_keep", "stage2_layer", "stage2_keep", "stage2_cuts", "stage2_scorer", "seed", "params",
-        "flops", "flops_convention",
+        "image_tokens", "stage1_keep", "stage2_layer", "stage2_keep", "stage2_cuts", "stage2_scorer",
+        "stage2_recycling", "seed", "params", "flops", "flops_convention",
     ),
     "scores": (
         "trial_id", "benchmark", "family", "metric", "score", "low", "high", "n", "headline",

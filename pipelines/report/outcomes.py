@@ -23,7 +23,7 @@ from pipelines.report.style import (
 )
 
 COMPARED = ("method", "preset", "position", "budget")  # what the main grids may vary
-STAGE2 = ("stage2_layer", "stage2_scorer")
+STAGE2 = ("stage2_layer", "stage2_scorer", "stage2_recycling")
 DERIVED = ("seed", "stage1_keep")  # of interest only where nothing else explains them (K1: the ratio K2 / K1)
 FAMILIES = ("grounding", "vqa")
 MEAN = "mean"  # stands for a benchmark in the rows of a family's mean retention
@@ -62,6 +62,7 @@ class Trial:
     stage2_keep: int | None
     cuts: tuple[tuple[int, int], ...]
     stage2_scorer: str | None
+    stage2_recycling: bool
     flops: float
     flops_convention: str
     seed: int
@@ -189,6 +190,7 @@ def _trial(row: dict[str, Any]) -> Trial:
         stage2_keep=number("stage2_keep", int),
         cuts=tuple(tuple(map(int, cut.split(":"))) for cut in (number("stage2_cuts", str) or "").split()),
         stage2_scorer=number("stage2_scorer", str),
+        stage2_recycling=bool(row["stage2_recycling"]),
         flops=float(row["flops"]),
         flops_convention=row["flops_convention"],
         seed=int(row["seed"]),

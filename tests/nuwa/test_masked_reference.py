@@ -182,6 +182,19 @@ def test_whole_methods_of_several_cuts_equal_blocked_attention(tiny_vlm, twin, i
 
 
 @pytest.mark.parametrize("strategy", ["perc", "pesp", "rpme"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm"])
+def test_the_full_budget_answers_as_the_unpruned_model(tiny_vlm, images, method, strategy):
+    signals = encode(tiny_vlm, images[:2])
+    everything = stage1(signals, "unpruned", keep=144)
+    spec = specify(method, budget=144, position=strategy)
+    cuts = [(*cut[:2], cut.scorer.name, cut.recycling) for cut in spec.cuts(spec.schedule(tiny_vlm.grid, 8))]
+    assert cuts and all(keep == 144 for _, keep, *_ in cuts)
+    assert answers(tiny_vlm, signals, everything, ASKED, cuts, strategy) == answers(
+        tiny_vlm, signals, everything, ASKED, []
+    )
+
+
+@pytest.mark.parametrize("strategy", ["perc", "pesp", "rpme"])
 def test_stage_1_alone_equals_blocked_attention(tiny_vlm, twin, images, strategy):
     signals = encode(tiny_vlm, images[:2])
     selection = stage1(signals, "nuwa", aggregation=False)

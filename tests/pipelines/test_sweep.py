@@ -30,12 +30,14 @@ BENCHMARKS = ["refcoco", "pope", "gqa"]
 GRIDS = [
     {"name": "methods", "method": ["nuwa", "visionzip", "random"], "position": ["perc", "pesp"]},
     {"name": "cuts", "method": "nuwa", "stage2_layer": [2, 6], "stage2_scorer": ["attention_last_token", "random"]},
+    {"name": "several", "method": "sparsevlm", "budget": 48},
+    {"name": "several", "method": "pyramiddrop", "budget": 48, "stage2_layer": [[1, 3, 6]]},
 ]
 
 
 @dataclass
 class Bench:
-    """A prepared sweep on a random model: twelve images, eleven trials."""
+    """A prepared sweep on a random model: twelve images, thirteen trials."""
 
     model: str
     root: Path
@@ -100,7 +102,7 @@ def same(one, other):
 
 
 def test_every_trial_answers_every_question_once(bench, undisturbed):
-    assert len(bench.trials) == 11
+    assert len(bench.trials) == 13
     assert undisturbed.predictions.num_rows == len(bench.trials) * len(bench.questions.examples)
     assert undisturbed.kept.num_rows == len(bench.trials) * 12
     frame = undisturbed.predictions.to_pandas()

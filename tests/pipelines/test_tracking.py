@@ -120,6 +120,7 @@ def _search(uri: str, filter_string: str) -> list[Run]:
 def tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Two trials, unpruned and Nüwa at 16 tokens; two benchmarks, one of them with a detail metric."""
     shared = {"preset": "released", "image_tokens": 144, "seed": 0, "flops_convention": "FLOP, all counted"}
+    shared |= {"stage2_recycling": False}
     unpruned = {"trial_id": "u", "label": "unpruned", "grids": ["main"], "method": "unpruned", "position": "pesp"}
     unpruned |= {"budget": None, "average_tokens": 144.0, "stage1_keep": 144, "stage2_layer": None}
     unpruned |= {"stage2_keep": None, "stage2_cuts": None, "stage2_scorer": None, "params": "{}"}
@@ -148,6 +149,7 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 
 def test_tables_become_runs_with_params_and_headline_metrics_only() -> None:
     shared = {"preset": "released", "image_tokens": "144", "seed": "0", "flops_convention": "FLOP, all counted"}
+    shared |= {"stage2_recycling": "false"}
     assert trial_runs(*tables(), tags={"dvc_lock": "d1"}) == [
         TrialRun(
             "u",
