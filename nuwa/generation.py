@@ -25,7 +25,6 @@ from nuwa.positions import visual_positions
 from nuwa.schedule import TokenSchedule
 from nuwa.selection import Selection
 from nuwa.stage1 import get_method
-from nuwa.stage2 import get_scorer
 from nuwa.vlm import Adapter, EncodedImage, adapt, view_signals
 
 PILLAR, COLLECTOR, NEWLINE = "pillar", "collector", "newline"
@@ -216,10 +215,9 @@ def _answer_layout(
     trunk = Trunk(vlm, selection, prompts, spec.position, image_ids, layout)
     limits = [max_new_tokens] * sum(map(len, questions))
     if schedule.cuts:
-        scorer = get_scorer(spec.stage2.scorer)
         layer = schedule.cuts[0][0]
         trunk.advance(layer, frozenset({layer - 1}))
-        answers = trunk.fork([(layer, keep, scorer) for layer, keep in schedule.cuts], limits, spec.seed)
+        answers = trunk.fork(spec.cuts(schedule), limits, spec.seed)
     else:
         answers = trunk.finish(limits)
     timings = {"select": selected, "answer": _seconds(vlm, began)}

@@ -14,7 +14,6 @@ import nuwa
 from nuwa.decoder import Trunk
 from nuwa.generation import plan, select
 from nuwa.methods import specify
-from nuwa.stage2 import get_scorer
 from nuwa.vlm import LlavaAdapter, adapt
 
 torch.set_num_threads(1)
@@ -86,10 +85,10 @@ def run(vlm, spec, images, asked):
     heard: list[torch.Tensor] = []
     listener = vlm.model.lm_head.register_forward_hook(lambda _module, _inputs, out: heard.append(out.clone()))
     limits = [MAX_NEW] * sum(map(len, asked))
-    cuts = [(layer, keep, get_scorer(spec.stage2.scorer)) for layer, keep in planned.schedule.cuts]
+    cuts = spec.cuts(planned.schedule)
     try:
         if cuts:
-            trunk.advance(cuts[0][0], frozenset({cuts[0][0] - 1}))
+            trunk.advance(cuts[0].layer, frozenset({cuts[0].layer - 1}))
             answers = trunk.fork(cuts, limits, spec.seed)
         else:
             answers = trunk.finish(limits)
@@ -141,8 +140,9 @@ SPECS = {
     ),
     "a cut by cosine, spread": ("nuwa", {"position": "rpme", "preset": "paper"}),
     "in the language model only": ("fastv", {}),
+    "three cuts, renumbered": ("pyramiddrop", {"position": "perc", "stage2": {"layer": [1, 3, 5]}}),
 }
-SHARE = {"nuwa": 0.4, "fastv": 0.6, "random": 0.4, "uniform": 0.4}
+SHARE = {"nuwa": 0.4, "fastv": 0.6, "random": 0.4, "uniform": 0.4, "pyramiddrop": 0.6}
 
 
 @pytest.mark.parametrize("case", SPECS)
