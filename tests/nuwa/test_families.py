@@ -127,7 +127,8 @@ def assert_blocked(vlm, twin, spec, images, asked) -> None:
         for step, expected in enumerate(logits):
             active = [at for at, answer in enumerate(answers) if len(answer.tokens) >= step]
             found = heard[step][active.index(number)]
-            assert torch.allclose(found, expected, atol=1e-4, rtol=0), f"question {number}, step {step}"
+            # 1e-4, and what float32 cannot tell apart in large logits.
+            assert torch.allclose(found, expected, atol=1e-4, rtol=1e-5), f"question {number}, step {step}"
 
 
 SPECS = {
