@@ -215,8 +215,8 @@ def _answer_layout(
     trunk = Trunk(vlm, selection, prompts, spec.position, image_ids, layout)
     limits = [max_new_tokens] * sum(map(len, questions))
     if schedule.cuts:
-        first = schedule.cuts[0][0]
-        trunk.advance(first, frozenset({first - 1}))
+        layer = schedule.cuts[0][0]
+        trunk.advance(layer, frozenset({layer - 1}))
         answers = trunk.fork(spec.cuts(schedule), limits, spec.seed)
     else:
         answers = trunk.finish(limits)

@@ -21,7 +21,8 @@ class VisionSignals:
     Images of other grids go into batches of their own: a result never depends on who else is in the batch.
 
     ``features``: what the projector consumes (LLaVA: hidden states of layer -2), ``(batch, tokens, dim)``.
-    ``cls_attention``: attention from CLS to each patch at that layer, mean over heads, ``(batch, tokens)``.
+    ``cls_attention``: attention from CLS to each patch at that layer, mean over heads, ``(batch, tokens)``. Of an
+    encoder without CLS: the attention a token receives, mean over heads and queries.
     ``keys``: key vectors of that layer before they are split into heads, ``(batch, tokens, key_dim)``.
     ``similarity``: mean of late hidden states, used only for cosine similarity (Nüwa's S̄), ``(batch, tokens, dim)``.
     ``image_ids``: content digests; they seed what is random, so that no result depends on batch or order.

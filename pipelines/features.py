@@ -23,12 +23,17 @@ from PIL import Image
 from torch import Tensor
 
 from nuwa.source import code_fingerprint
-from nuwa.vlm import SIGNAL_NAMES, LlavaAdapter
+from nuwa.vlm import SIGNAL_NAMES, LlavaAdapter, load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.settings import ClusterSettings, FeatureSettings
 
 ENCODING = ("grid", "layout", "signals", "vlm")  # the code that decides what is stored
+
+DYNAMIC_GRIDS = (
+    "its images have grids of their own, and the pipeline holds one grid for all images; "
+    "ask this model with nuwa.generate, or name one of model type llava"
+)
 
 
 class MissingFeatures(LookupError):
@@ -141,10 +146,16 @@ class FeatureStore:
         return out
 
 
-@cache
-def load_model(path: str, device: str) -> LlavaAdapter:
-    """One model a process, however many workers it hosts in turn."""
-    return LlavaAdapter.load(path, device)
+def load_fixed_grid(path: str, device: str = "cpu") -> LlavaAdapter:
+    """A model all of whose images have one grid; other kinds are refused with one line."""
+    vlm = load_adapter(path, device)
+    if not isinstance(vlm, LlavaAdapter):
+        raise ValueError(f"{path}: {DYNAMIC_GRIDS}")
+    return vlm
+
+
+# One model a process, however many workers it hosts in turn.
+load_model = cache(load_fixed_grid)
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,7 @@ def encode_missing(
 
     Damaged shards are discarded first and encoded again.
     """
-    identity = store_identity(LlavaAdapter.load(model).encoder_fingerprint(), settings.dtype)
+    identity = store_identity(load_fixed_grid(model).encoder_fingerprint(), settings.dtype)
     store = FeatureStore(root, identity)
     store.discard_damaged()
     wanted = pq.read_table(images_path, columns=["image"])["image"].to_pylist()

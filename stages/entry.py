@@ -10,10 +10,11 @@ from pathlib import Path
 from nuwa.benchmarks import RecordError, SchemaError
 from nuwa.grid import PatchGrid
 from nuwa.stage1.learnpruner import WeightsError
+from nuwa.vlm import LlavaAdapter, adapter_class
 from nuwa.vlm.shapes import model_shape
 from pipelines.evidence import IncompleteTrials
 from pipelines.executor import ClusterUnavailable, UnitsFailed
-from pipelines.features import MissingFeatures
+from pipelines.features import DYNAMIC_GRIDS, MissingFeatures
 from pipelines.grid import Trial, expand
 from pipelines.lock import WorkDirectoryBusy
 from pipelines.results import DamagedUnit
@@ -69,8 +70,12 @@ def planned_trials(settings: Settings) -> list[Trial]:
     path = settings.model.path
     try:
         config = model_shape(path)
+        if adapter_class(config.model_type) is not LlavaAdapter:
+            raise SettingsError(f"model.path = {path!r}: {DYNAMIC_GRIDS}")
         side = config.vision_config.image_size // config.vision_config.patch_size
         layers = config.text_config.num_hidden_layers
+    except SettingsError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SettingsError(

@@ -21,7 +21,7 @@ from nuwa.vlm import LlavaAdapter
 from pipelines.atomic import atomic_path
 from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed
-from pipelines.features import encode_missing
+from pipelines.features import encode_missing, load_fixed_grid
 from pipelines.grid import Trial, expand
 from pipelines.lock import exclusive
 from pipelines.progress import SweepProgress
@@ -49,7 +49,7 @@ def sweep(settings: Settings) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = settings.sweep
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    vlm = LlavaAdapter.load(settings.model.path)
+    vlm = load_fixed_grid(settings.model.path)
     trials = expand(plan, vlm.grid, vlm.layers)
     for trial in trials:
         if (check := get_method(trial.spec.stage1).check) is not None:

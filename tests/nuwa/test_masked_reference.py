@@ -128,7 +128,8 @@ def assert_equals_masked_model(vlm, twin, images, selection, asked, cuts, ours, 
         heard = ours.logits_of(number)
         assert len(heard) == len(logits)
         for step, (one, other) in enumerate(zip(heard, logits, strict=True)):
-            assert torch.allclose(one, other, atol=1e-4, rtol=0), f"question {number}, step {step}"
+            # 1e-4, and what float32 cannot tell apart in this model's large logits.
+            assert torch.allclose(one, other, atol=1e-4, rtol=1e-5), f"question {number}, step {step}"
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
