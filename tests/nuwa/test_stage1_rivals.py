@@ -97,7 +97,7 @@ def test_of_more_outliers_than_fit_the_most_attended_are_kept():
     picture = draw_picture(3, 6, 6, "outliers")
     found = prumerge_oracle.outliers(picture, 1.5)
     best = sorted(found, key=lambda token: -picture.attention[token])[:3]
-    assert len(found) == 5 and select("prumerge", picture, 3).indices.tolist() == [sorted(best)]
+    assert len(found) > 3 and select("prumerge", picture, 3).indices.tolist() == [sorted(best)]
 
 
 def test_prumerge_by_hand():
@@ -166,7 +166,7 @@ def test_divprune_ignores_length_and_never_repeats_a_token():
     ]
 
 
-@quickly
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(picture=pictures())
 def test_divprune_adds_to_what_it_chose_for_less(picture):
     before: set[int] = set()
@@ -194,10 +194,10 @@ def test_vispruner_matches_its_description_whatever_its_hyper_parameters(case, c
 
 
 def test_vispruner_by_hand():
-    # Attention falls from left to right. Kept 3: one by attention, two of the five others, which are dealt 1, 3, 5 and
-    # 2, 4. Token 1 is a twin of 2 and goes; token 5 equals 4 nearly and goes with it in a round of two.
+    # Attention falls from left to right. One is kept by attention; the others are dealt 1, 3, 5 and 2, 4.
+    # Token 1 points where 2 does and goes first; token 5 is nearly 4 and goes with it in a round of two.
     picture = line([[1, 1], [1, 0], [2, 0], [1, -3], [0, 1], [0.1, 1]], [0.3, 0.25, 0.2, 0.15, 0.06, 0.04])
-    one = VisPruner(important_share=0.4, drop_per_round=1)
+    one = VisPruner(important_share=0.25, drop_per_round=1)
     two = replace(one, drop_per_round=2)
     assert select("vispruner", picture, 5, one).indices.tolist() == [[0, 2, 3, 4, 5]]
     assert select("vispruner", picture, 4, two).indices.tolist() == [[0, 2, 3, 4]]
