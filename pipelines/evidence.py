@@ -3,6 +3,9 @@
 Intervals are percentile bootstraps over *images*: questions of one image are not independent. Every trial is
 resampled with the same draws, so a retention is a paired ratio. An aggregate interval (mean retention of a family)
 comes from the same draws again.
+
+Answers repeat between trials, so each distinct (example, answer) is scored once; trials are taken in blocks, so memory
+follows the table, not the number of trials.
 """
 
 from __future__ import annotations
@@ -10,15 +13,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import pandas as pd
 
 from nuwa import UNPRUNED
-from nuwa.benchmarks import Benchmark
+from nuwa.benchmarks import Benchmark, Sums
 from pipelines.datasets import parse_name
 
 LEVEL = 0.95
+TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
+BLOCK_BYTES = 64 * 1024**2  # what the resamples of one block of trials may take
+IMAGE_BLOCK = 4096  # images whose draws are multiplied at once
 COLUMNS = {
     "trial_id": "str",
     "benchmark": "str",
@@ -50,95 +57,120 @@ class Resamples:
     def draw(cls, images: list[str], count: int, seed: int) -> Resamples:
         rng = np.random.default_rng(seed)
         share = np.full(len(images), 1 / len(images))
-        return cls(tuple(images), rng.multinomial(len(images), share, size=count).astype(np.float64))
+        weights = np.empty((count, len(images)), np.uint16)
+        for row in weights:
+            row[:] = rng.multinomial(len(images), share)
+        return cls(tuple(images), weights)
 
     def sums(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Weighted sums ``(resamples, columns)`` of ``values`` ``(examples, columns)``; ``rows``: each one's image."""
-        per_image = np.zeros((len(self.images), values.shape[1]))
-        np.add.at(per_image, rows, values)
-        return self.weights @ per_image
+        """Weighted sums ``(trials, resamples, columns)`` of ``values`` ``(trials, examples, columns)``.
+
+        ``rows`` ``(examples,)``: each example's image. One trial's sums do not depend on which others are asked for.
+        """
+        order = np.argsort(rows, kind="stable")
+        present, starts = np.unique(rows[order], return_index=True)
+        per_image = np.add.reduceat(values[:, order], starts, axis=1)
+        total = np.zeros((len(values), len(self.weights), values.shape[2]))
+        for start in range(0, len(present), IMAGE_BLOCK):
+            block = slice(start, start + IMAGE_BLOCK)
+            total += np.matmul(self.weights[:, present[block]].astype(np.float64), per_image[:, block])
+        return total
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = np.nanpercentile(draws, [tail, 100 - tail])
-    return float(low), float(high)
+def intervals(draws: np.ndarray) -> np.ndarray:
+    """Percentile intervals ``(2, ...)`` of ``draws`` ``(..., resamples)``; undefined draws do not count, and where all
+    are undefined so is the interval."""
+    whole = np.isfinite(draws).all(axis=-1)
+    out = np.full((2, *draws.shape[:-1]), np.nan)
+    out[:, whole] = np.percentile(draws[whole], TAILS, axis=-1)
+    for place in zip(*np.nonzero(~whole & np.isfinite(draws).any(axis=-1)), strict=True):
+        out[(slice(None), *place)] = np.nanpercentile(draws[place], TAILS)
+    return out
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
 
 
-def score_benchmark(
-    benchmark: Benchmark, name: str, examples: pd.DataFrame, predictions: Mapping[str, list[str]], resamples: Resamples
-) -> tuple[pd.DataFrame, dict[str, np.ndarray], dict[str, float]]:
-    """Score every trial on one benchmark.
+@dataclass(frozen=True)
+class ScoredBenchmark:
+    """Every trial's answers to one benchmark, scored.
 
-    ``predictions``: per trial, aligned with ``examples``. Returns tidy rows, and per trial the headline metric of
-    every resample and of the sample itself.
+    ``values`` ``(distinct answers, columns)``; ``taken`` ``(examples, trials)``: the row of each answer in it.
     """
-    truths = [json.loads(truth) for truth in examples["truth"]]
-    categories = examples["category"].tolist()
-    place = {image: row for row, image in enumerate(resamples.images)}
-    image_rows = examples["image"].map(place).to_numpy()
-    rows, draws, points = [], {}, {}
-    for trial, answers in predictions.items():
-        table = benchmark.score_table(answers, truths, categories)
-        metrics = benchmark.aggregate(table)
-        if benchmark.headline not in metrics:
-            raise ValueError(f"{name} has no {benchmark.headline!r} without a judge; leave it out of sweep.benchmarks")
-        numeric = table.select_dtypes("number").astype(float)
-        sums = resamples.sums(np.column_stack([numeric.to_numpy(), np.ones(len(table))]), image_rows)
-        by_name = dict(zip([*numeric.columns, "n"], sums.T, strict=True))
-        means = {metric: _ratio(by_name[metric], by_name["n"]) for metric in metrics if metric in numeric.columns}
-        draws[trial] = _headline_draws(benchmark, table, by_name, means, resamples, image_rows)
-        points[trial] = metrics[benchmark.headline]
-        means[benchmark.headline] = draws[trial]
-        for metric, score in metrics.items():
-            low, high = interval(means[metric]) if metric in means else (np.nan, np.nan)
-            rows.append(
-                {
-                    "trial_id": trial,
-                    "benchmark": name,
-                    "family": benchmark.family,
-                    "metric": metric,
-                    "score": score,
-                    "low": low,
-                    "high": high,
-                    "n": len(table),
-                    "headline": metric == benchmark.headline,
-                }
-            )
-    return pd.DataFrame(rows), draws, points
+
+    benchmark: Benchmark
+    name: str
+    columns: tuple[str, ...]
+    values: np.ndarray
+    taken: np.ndarray
+    labels: pd.DataFrame  # what aggregates read beside numbers: category and group
+    image_rows: np.ndarray
+    resamples: Resamples
+
+    @property
+    def examples(self) -> int:
+        return len(self.taken)
+
+    def metrics(self, trials: slice) -> tuple[Sums, Sums]:
+        """Metric → its value in the sample ``(trials,)`` and in every resample ``(trials, resamples)``."""
+        values, columns = self.values[self.taken[:, trials].T], self.columns
+        if self.benchmark.summands is not None:
+            further = self._summands(values)
+            values = np.concatenate([values, further.to_numpy(np.float64).reshape(*values.shape[:2], -1)], axis=2)
+            columns = (*columns, *further.columns)
+        count = self.resamples.sums(np.ones((1, self.examples, 1)), self.image_rows)[..., 0]
+        drawn = self.resamples.sums(values, self.image_rows)
+        count = np.broadcast_to(count, drawn.shape[:2])
+        whole = values.sum(axis=1)
+        points = self._named(whole, columns, np.full(len(whole), float(self.examples)))
+        draws = self._named(drawn, columns, count)
+        return points, {name: np.where(count > 0, draw, np.nan) for name, draw in draws.items()}
+
+    def _named(self, sums: np.ndarray, columns: tuple[str, ...], count: np.ndarray) -> Sums:
+        return self.benchmark.metrics(dict(zip(columns, np.moveaxis(sums, -1, 0), strict=True)) | {"n": count})
+
+    def _summands(self, values: np.ndarray) -> pd.DataFrame:
+        """Further columns of ``values`` ``(trials, examples, columns)``, trials one below the other."""
+        trials = len(values)
+        table = pd.DataFrame(values.reshape(-1, len(self.columns)), columns=list(self.columns))
+        table["category"] = np.tile(self.labels["category"].to_numpy(object), trials)
+        groups = self.labels["group"].tolist()
+        table["group"] = [f"{group} #{trial}" for trial in range(trials) for group in groups]
+        return self.benchmark.summands(table)
 
 
-def _headline_draws(
+def score_benchmark(
     benchmark: Benchmark,
-    table: pd.DataFrame,
-    sums: Mapping[str, np.ndarray],
-    means: Mapping[str, np.ndarray],
+    name: str,
+    examples: pd.DataFrame,
+    answers: np.ndarray,
+    texts: np.ndarray,
     resamples: Resamples,
-    image_rows: np.ndarray,
-) -> np.ndarray:
-    """The headline metric of every resample: from sums where the benchmark can, else by scoring each resample."""
-    if benchmark.headline_of_sums is not None:
-        return benchmark.headline_of_sums(sums)
-    if benchmark.headline in means:
-        return means[benchmark.headline]
-    members = pd.Series(np.arange(len(table))).groupby(image_rows).indices
-    values = np.empty(len(resamples.weights))
-    for number, weights in enumerate(resamples.weights):
-        taken = [
-            (image, copy)
-            for image in np.flatnonzero(weights)
-            for copy in range(int(weights[image]))
-            if image in members
-        ]
-        parts = [table.iloc[members[image]].assign(copy=copy) for image, copy in taken]
-        drawn = pd.concat(parts, ignore_index=True)
-        drawn["group"] = drawn["group"] + "#" + drawn.pop("copy").astype(str)
-        values[number] = benchmark.aggregate(drawn)[benchmark.headline]
-    return values
+) -> ScoredBenchmark:
+    """Score each distinct answer once. ``answers`` ``(examples, trials)``: place of each answer in ``texts``."""
+    keys = answers.astype(np.int64) + np.arange(len(examples))[:, None] * len(texts)
+    distinct, taken = np.unique(keys, return_inverse=True)
+    truths = [json.loads(truth) for truth in examples["truth"]]
+    score, values, columns = benchmark.score, None, ()
+    for row, key in enumerate(distinct.tolist()):
+        example, text = divmod(key, len(texts))
+        scores = score(texts[text], truths[example])
+        if values is None:
+            columns = tuple(scores)
+            values = np.empty((len(distinct), len(columns)))
+            take = itemgetter(*columns)
+        values[row] = take(scores)
+    labels = pd.DataFrame(
+        {
+            "category": examples["category"].tolist(),
+            "group": [str(truth.get("group", f"row {number}")) for number, truth in enumerate(truths)],
+        }
+    )
+    place = {image: row for row, image in enumerate(resamples.images)}
+    image_rows = np.array([place[image] for image in examples["image"]])
+    shaped = taken.reshape(answers.shape).astype(np.int32)
+    return ScoredBenchmark(benchmark, name, columns, values, shaped, labels, image_rows, resamples)
 
 
 def evaluate(
@@ -146,75 +178,113 @@ def evaluate(
 ) -> pd.DataFrame:
     """The tidy table of scores: see docs/results.md for its columns.
 
-    Raises :class:`IncompleteTrials` when a trial lacks an answer to one of ``examples``.
+    ``predictions``: ``trial_id``, ``example_id`` and ``prediction``, plain or categorical, in any order.
+    Raises :class:`IncompleteTrials` when a trial lacks an answer to one of ``examples``, and ``ValueError`` when it
+    has two.
     """
-    reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
+    trial_ids = trials["trial_id"].tolist()
+    reference = trial_ids.index(trials.loc[trials["method"] == UNPRUNED, "trial_id"].item())
+    examples = examples.reset_index(drop=True)
+    answers, texts = _answer_matrix(trial_ids, examples, predictions)
     draws_of = Resamples.draw(sorted(set(examples["image"])), resamples, seed)
-    answers = predictions.pivot(index="example_id", columns="trial_id", values="prediction")
-    _check_complete(answers, trials, examples)
-    tables, retentions, families = [], {}, {}
-    for name, mine in examples.groupby("benchmark", sort=True):
-        benchmark = parse_name(name)
-        aligned = answers.loc[mine["example_id"]]
-        by_trial = {trial: aligned[trial].tolist() for trial in trials["trial_id"]}
-        rows, draws, points = score_benchmark(benchmark, name, mine, by_trial, draws_of)
-        kept = {trial: _ratio(draw, draws[reference]) for trial, draw in draws.items()}
-        shares = {
-            trial: point / points[reference] if points[reference] > 0 else np.nan for trial, point in points.items()
-        }
-        for trial in kept:
-            retentions[trial, name] = (shares[trial], kept[trial])
-        families.setdefault(benchmark.family, []).append((name, len(mine)))
-        spans = {trial: interval(draw) if np.isfinite(draw).any() else (np.nan, np.nan) for trial, draw in kept.items()}
-        head = rows["headline"]
-        rows.loc[head, "retention"] = rows.loc[head, "trial_id"].map(shares)
-        for side, column in enumerate(("retention_low", "retention_high")):
-            rows.loc[head, column] = rows.loc[head, "trial_id"].map(lambda trial: spans[trial][side])  # noqa: B023
-        tables.append(rows)
-    tables.append(_family_rows(trials["trial_id"].tolist(), families, retentions))
+    scored = [
+        score_benchmark(parse_name(name), name, mine, answers[mine.index], texts, draws_of)
+        for name, mine in examples.groupby("benchmark", sort=True)
+    ]
+    del answers
+    one = slice(reference, reference + 1)
+    whole = {}
+    for part in scored:
+        points, draws = part.metrics(one)
+        headline = part.benchmark.headline
+        if headline not in points:
+            raise ValueError(f"{part.name} has no {headline!r} without a judge; leave it out of sweep.benchmarks")
+        whole[part.name] = (points[headline][0], draws[headline][0])
+    widest = max((len(part.columns) + 1) * max(resamples, part.examples) for part in scored)
+    block = max(1, BLOCK_BYTES // (8 * widest))
+    tables = [
+        table
+        for start in range(0, len(trial_ids), block)
+        for table in _score_block(scored, whole, trial_ids, slice(start, start + block))
+    ]
     scores = pd.concat(tables, ignore_index=True).sort_values(
         ["trial_id", "benchmark", "family", "metric"], ignore_index=True
     )
     return scores.astype(COLUMNS)[list(COLUMNS)]
 
 
-def _family_rows(
-    trials: list[str],
-    families: Mapping[str, list[tuple[str, int]]],
-    retentions: Mapping[tuple[str, str], tuple[float, np.ndarray]],
-) -> pd.DataFrame:
+def _score_block(
+    scored: list[ScoredBenchmark],
+    whole: Mapping[str, tuple[float, np.ndarray]],
+    trial_ids: list[str],
+    block: slice,
+) -> list[pd.DataFrame]:
+    """Rows of the trials of ``block``: every metric of every benchmark, then each family's mean retention.
+
+    ``whole``: the unpruned model's headline per benchmark, in the sample and in every resample.
+    """
+    mine, tables = trial_ids[block], []
+    families: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    for part in scored:
+        benchmark = part.benchmark
+        metrics, draws = part.metrics(block)
+        point, reference_draws = whole[part.name]
+        kept = _ratio(draws[benchmark.headline], reference_draws)
+        share = _ratio(metrics[benchmark.headline], np.array(point))
+        spans = intervals(kept)
+        families.setdefault(benchmark.family, []).append((part.examples, share, kept))
+        for metric, values in metrics.items():
+            low, high = intervals(draws[metric])
+            rows = {"trial_id": mine, "metric": metric, "score": values, "low": low, "high": high}
+            rows |= {"benchmark": part.name, "family": benchmark.family, "n": part.examples}
+            headline = metric == benchmark.headline
+            rows |= {"headline": headline, "retention": share if headline else np.nan}
+            rows |= {"retention_low": spans[0] if headline else np.nan}
+            rows |= {"retention_high": spans[1] if headline else np.nan}
+            tables.append(pd.DataFrame(rows))
+    return [*tables, *(_family_rows(mine, family, members) for family, members in families.items())]
+
+
+def _family_rows(trials: list[str], family: str, members: list[tuple[int, np.ndarray, np.ndarray]]) -> pd.DataFrame:
     """Unweighted mean retention over a family's benchmarks, as the papers average."""
-    rows = []
-    for family, members in families.items():
-        for trial in trials:
-            points, draws = zip(*(retentions[trial, name] for name, _ in members), strict=True)
-            low, high = interval(np.mean(draws, axis=0))
-            mean = float(np.mean(points))
-            rows.append(
-                {
-                    "trial_id": trial,
-                    "benchmark": "mean",
-                    "family": family,
-                    "metric": "retention",
-                    "score": mean,
-                    "low": low,
-                    "high": high,
-                    "n": sum(count for _, count in members),
-                    "headline": True,
-                    "retention": mean,
-                    "retention_low": low,
-                    "retention_high": high,
-                }
-            )
-    return pd.DataFrame(rows)
+    counts, points, draws = zip(*members, strict=True)
+    mean = np.mean(points, axis=0)
+    low, high = intervals(np.mean(draws, axis=0))
+    rows = {"trial_id": trials, "benchmark": "mean", "family": family, "metric": "retention", "n": sum(counts)}
+    rows |= {"score": mean, "low": low, "high": high, "headline": True}
+    return pd.DataFrame(rows | {"retention": mean, "retention_low": low, "retention_high": high})
 
 
-def _check_complete(answers: pd.DataFrame, trials: pd.DataFrame, examples: pd.DataFrame) -> None:
-    for trial in trials["trial_id"]:
-        if trial not in answers.columns:
-            raise IncompleteTrials(f"trial {trial} has no predictions; `dvc repro sweep` computes them")
-        lacking = answers[trial].reindex(examples["example_id"]).isna().sum()
-        if lacking:
-            raise IncompleteTrials(
-                f"trial {trial} lacks {lacking} of {len(examples)} predictions; `dvc repro sweep` computes them"
-            )
+def _answer_matrix(
+    trial_ids: list[str], examples: pd.DataFrame, predictions: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(examples, trials)`` places in the texts, and the distinct texts."""
+    trial, known_trials = _codes(predictions["trial_id"], trial_ids)
+    example, _ = _codes(predictions["example_id"], examples["example_id"].tolist())
+    text = predictions["prediction"].astype("category").cat
+    given = text.codes.to_numpy()
+    rows = np.flatnonzero((trial >= 0) & (example >= 0) & (given >= 0))
+    answers = np.full((len(examples), len(trial_ids)), -1, np.int32)
+    answers[example[rows], trial[rows]] = given[rows]
+    lacking = (answers < 0).sum(axis=0)
+    for number in np.flatnonzero(lacking):
+        name = trial_ids[number]
+        if not known_trials[number]:
+            raise IncompleteTrials(f"trial {name} has no predictions; `dvc repro sweep` computes them")
+        raise IncompleteTrials(
+            f"trial {name} lacks {lacking[number]} of {len(examples)} predictions; `dvc repro sweep` computes them"
+        )
+    if len(rows) > answers.size:
+        raise ValueError(f"predictions hold {len(rows) - answers.size} answers twice; `dvc repro -f sweep` mends it")
+    return answers, text.categories.to_numpy(object)
+
+
+def _codes(column: pd.Series, wanted: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Each value's place in ``wanted`` (-1: not there), and which of ``wanted`` occur."""
+    values = column.astype("category").cat
+    place = pd.Index(values.categories).map({name: number for number, name in enumerate(wanted)})
+    table = np.append(pd.array(place, "Int64").to_numpy(np.int64, na_value=-1), -1)
+    codes = table[values.codes.to_numpy()]
+    occur = np.zeros(len(wanted), bool)
+    occur[np.unique(codes[codes >= 0])] = True
+    return codes, occur

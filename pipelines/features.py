@@ -1,8 +1,12 @@
 """The feature store: what the vision encoder says of an image, encoded once, addressed by content.
 
-A store is a folder per encoder identity (weights, layers read, preprocessing, dtype). A shard is one Arrow IPC file,
-memory-mapped by readers, beside a small JSON manifest that is written last: size, digest and the images it holds.
-A shard without a manifest, or that does not match it, is never read; it is encoded again.
+A store is a folder per encoder identity (weights, layers read, preprocessing, dtype), local or behind a storage URI. A
+shard is one Arrow IPC file beside a small JSON manifest that is written last: size, the images it holds and a checksum
+of each. A shard without a manifest, or that does not match it, is never used; it is encoded again.
+
+Readers map shards and hand out what is mapped, without a copy where the images stand side by side. An image's checksum
+is compared the first time a process reads it, so a worker starts without reading a store through, and no damaged byte
+is ever used. Shards of a remote store are fetched once per machine.
 """
 
 from __future__ import annotations
@@ -10,10 +14,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
+import shutil
+import tempfile
+import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +37,11 @@ from nuwa.vlm import SIGNAL_NAMES, LlavaAdapter, load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.settings import ClusterSettings, FeatureSettings
+from pipelines.storage import Folder, is_uri
 
 ENCODING = ("grid", "layout", "signals", "vlm")  # the code that decides what is stored
+CACHE_BYTES = 1024**3  # what a worker keeps of what it read
+SHARD_CACHE = Path(tempfile.gettempdir()) / "nuwa-features"  # shards of remote stores, on each machine
 
 DYNAMIC_GRIDS = (
     "its images have grids of their own, and the pipeline holds one grid for all images; "
@@ -46,104 +59,251 @@ def store_identity(encoder_fingerprint: str, dtype: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+class NoRoom(UnitsFailed):
+    """The features of all images do not fit where they are stored."""
+
+
+def signal_bytes(config: Any, dtype: str) -> int:
+    """Bytes the store takes for one image, from the configuration of a LLaVA-style model."""
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    numbers = tokens * (3 * vision.hidden_size + 1)  # features, keys and similarity; CLS attention
+    return numbers * np.dtype(dtype).itemsize
+
+
 @dataclass(frozen=True)
 class Shard:
-    path: Path
+    """What a manifest says: the Arrow file's name and bytes, its images and the CRC-32 of each one's signals."""
+
+    name: str
     size: int
-    sha256: str
     images: tuple[str, ...]
+    checksums: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, manifest: str, content: bytes) -> Shard | None:
+        """``None`` for a manifest that is none."""
+        try:
+            held = json.loads(content)
+            images, sums = tuple(held["images"]), tuple(held["checksums"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        whole = len(images) == len(sums) and isinstance(held["size"], int)
+        return cls(f"{Path(manifest).stem}.arrow", held["size"], images, sums) if whole else None
 
     @property
-    def manifest(self) -> Path:
-        return self.path.with_suffix(".json")
+    def manifest(self) -> str:
+        return f"{Path(self.name).stem}.json"
 
-    def intact(self) -> bool:
-        """Whether the file is exactly what its manifest says."""
-        if not self.path.exists() or self.path.stat().st_size != self.size:
-            return False
-        with open(self.path, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest() == self.sha256
+
+class MappedShard:
+    """The signals of a shard as arrays ``(images, ...)`` over its mapped file.
+
+    The mapping is private: the arrays can be written to, as torch wants, and the file never changes.
+    """
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        """Raises ``OSError`` or ``pa.ArrowInvalid`` for a file that is not what ``shard`` says."""
+        if path.stat().st_size != shard.size:
+            raise OSError(f"{path.stat().st_size} bytes, not {shard.size}")
+        with open(path, "rb") as content:
+            mapped = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_COPY)
+        whole = pa.py_buffer(mapped)
+        batch = pa.ipc.open_file(whole).get_batch(0)
+        if batch.num_rows != len(shard.images):
+            raise OSError(f"{batch.num_rows} images, not {len(shard.images)}")
+        self.signals: dict[str, np.ndarray] = {}
+        for key in SIGNAL_NAMES:
+            stored = batch.column(key).to_numpy_ndarray()
+            offset = stored.__array_interface__["data"][0] - whole.address
+            self.signals[key] = np.ndarray(stored.shape, stored.dtype, mapped, offset)
+        self.shard, self.checked = shard, np.zeros(batch.num_rows, bool)
+
+    def matches(self, row: int) -> bool:
+        """Whether the image in ``row`` is what was written; looked at once."""
+        if not self.checked[row]:
+            found = checksum([values[row] for values in self.signals.values()])
+            self.checked[row] = found == self.shard.checksums[row]
+        return bool(self.checked[row])
+
+
+def checksum(signals: Sequence[np.ndarray]) -> int:
+    """CRC-32 of one image's signals, in the order of ``SIGNAL_NAMES``."""
+    value = 0
+    for array in signals:
+        value = zlib.crc32(memoryview(np.ascontiguousarray(array)).cast("B"), value)
+    return value
 
 
 class FeatureStore:
-    """Reads and writes the shards of one encoder identity under ``root``."""
+    """Reads and writes the shards of one encoder identity under ``root``, a folder or a storage URI.
 
-    def __init__(self, root: Path, identity: str) -> None:
-        self.folder = root / identity
+    ``cache_bytes``: how much of what was read this process keeps, so that a worker reads an image from disk once
+    however many trials use it; 0 hands out the mapped file.
+    """
+
+    def __init__(self, root: Path | str, identity: str, cache_bytes: int = CACHE_BYTES) -> None:
+        self.storage = Folder.at(root, identity)
         self.identity = identity
-        self._tables: dict[Path, pa.RecordBatch] = {}
+        self.folder = self.storage.local or SHARD_CACHE / identity
+        self.cache_bytes = cache_bytes
+        self._held: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
+        self._held_bytes = 0
+        self._mapped: dict[str, MappedShard] = {}
         self._index: dict[str, tuple[Shard, int]] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Read all manifests; unreadable ones count as absent."""
         self._index = {}
-        for manifest in sorted(self.folder.glob("*.json")):
-            try:
-                held = json.loads(manifest.read_text())
-                shard = Shard(manifest.with_suffix(".arrow"), held["size"], held["sha256"], tuple(held["images"]))
-            except (ValueError, KeyError, TypeError):
-                continue
-            self._index.update({image: (shard, row) for row, image in enumerate(shard.images)})
+        for manifest in self.storage.sizes(".json"):
+            shard = Shard.parse(manifest, self.storage.read(manifest))
+            if shard is not None:
+                self._index.update({image: (shard, row) for row, image in enumerate(shard.images)})
 
-    def discard_damaged(self) -> list[Path]:
-        """Remove shards that do not match their manifests, and leftovers of interrupted writes; return their paths."""
-        shards = {shard.path: shard for shard, _ in self._index.values()}
-        damaged = [path for path, shard in shards.items() if not shard.intact()]
-        damaged += [path for path in self.folder.glob("*.arrow") if path not in shards]
-        for path in damaged:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".json").unlink(missing_ok=True)
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+    def discard_damaged(self) -> list[str]:
+        """Remove shards that do not match their manifests, and leftovers of interrupted writes; return their names.
+
+        Sizes are always compared. A local file that changed after its manifest was written is read through as well;
+        what no time stamp shows is found by the checksum of the first reader.
+        """
+        shards = {shard.name: shard for shard, _ in self._index.values()}
+        sizes = self.storage.sizes(".arrow")
+        damaged = [name for name, shard in shards.items() if sizes.get(name) != shard.size or not self._intact(shard)]
+        damaged += [name for name in sizes if name not in shards]
+        for name in damaged:
+            self._remove(name)
+        if self.storage.local is not None:
+            for leftover in self.folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
         self.refresh()
         return damaged
+
+    def _intact(self, shard: Shard) -> bool:
+        if self.storage.local is None:
+            return True
+        path = self.folder / shard.name
+        if path.stat().st_mtime_ns <= (self.folder / shard.manifest).stat().st_mtime_ns:
+            return True
+        try:
+            mapped = MappedShard(path, shard)
+        except (OSError, pa.ArrowException, KeyError):
+            return False
+        return all(mapped.matches(row) for row in range(len(shard.images)))
+
+    def _remove(self, name: str) -> None:
+        """The manifest goes first, so that no one takes what is left for a shard."""
+        self._mapped.pop(name, None)
+        for gone in (f"{Path(name).stem}.json", name):
+            self.storage.remove(gone)
+            (self.folder / gone).unlink(missing_ok=True)
 
     def missing(self, images: Sequence[str]) -> list[str]:
         return [image for image in images if image not in self._index]
 
-    def write(self, images: Sequence[str], signals: dict[str, Tensor]) -> Path:
-        """Store ``signals`` (each ``(images, ...)``) as one shard; visible only when whole."""
+    def write(self, images: Sequence[str], signals: dict[str, Tensor]) -> str:
+        """Store ``signals`` (each ``(images, ...)``) as one shard, visible only when whole; returns its name."""
         name = hashlib.sha256("".join(images).encode()).hexdigest()[:24]
-        path = self.folder / f"{name}.arrow"
         columns, fields = [pa.array(list(images), pa.string())], [pa.field("image", pa.string())]
-        for key in SIGNAL_NAMES:
-            column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(signals[key].numpy()))
+        arrays = [np.ascontiguousarray(signals[key].numpy()) for key in SIGNAL_NAMES]
+        for key, array in zip(SIGNAL_NAMES, arrays, strict=True):
+            column = pa.FixedShapeTensorArray.from_numpy_ndarray(array)
             columns.append(column)
             fields.append(pa.field(key, column.type))
         batch = pa.record_batch(columns, schema=pa.schema(fields))
+        path = self.folder / f"{name}.arrow"
         with atomic_path(path) as fresh:
             with pa.OSFile(str(fresh), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
                 writer.write_batch(batch)
-            with open(fresh, "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
             size = fresh.stat().st_size
-        with atomic_path(path.with_suffix(".json")) as fresh:
-            fresh.write_text(json.dumps({"size": size, "sha256": digest, "images": list(images)}))
-        return path
+        if self.storage.local is None:
+            self.storage.publish(path, path.name)
+        sums = [checksum([array[row] for array in arrays]) for row in range(len(images))]
+        manifest = {"size": size, "images": list(images), "checksums": sums}
+        self.storage.write(f"{name}.json", json.dumps(manifest).encode())
+        return path.name
 
-    def _open(self, shard: Shard) -> pa.RecordBatch:
-        """Map a shard; its digest is checked the first time this process touches it."""
-        if shard.path not in self._tables:
-            if not shard.intact():
-                raise MissingFeatures(f"{shard.path} is damaged or gone; `dvc repro -f features` encodes it again")
-            self._tables[shard.path] = pa.ipc.open_file(pa.memory_map(str(shard.path))).get_batch(0)
-        return self._tables[shard.path]
+    def _open(self, shard: Shard) -> MappedShard:
+        """Map a shard; one of a remote store is fetched to this machine first."""
+        if shard.name not in self._mapped:
+            path = self.folder / shard.name
+            try:
+                if self.storage.local is None and not (path.exists() and path.stat().st_size == shard.size):
+                    self.storage.fetch(shard.name, path)
+                self._mapped[shard.name] = MappedShard(path, shard)
+            except (FileNotFoundError, OSError, pa.ArrowException, KeyError) as error:
+                raise self._damaged(shard, str(error)) from None
+        return self._mapped[shard.name]
+
+    def _damaged(self, shard: Shard, fault: str) -> MissingFeatures:
+        """Remove the shard, so that the next run encodes it again."""
+        self._remove(shard.name)
+        return MissingFeatures(
+            f"{self.storage.place}/{shard.name} is damaged or gone ({fault}) and is removed; "
+            "`dvc repro -f features` encodes it again"
+        )
 
     def read(self, images: Sequence[str]) -> dict[str, Tensor]:
         """Signals of ``images`` in their order, in the stored dtype; raises :class:`MissingFeatures`."""
         absent = self.missing(images)
         if absent:
             raise MissingFeatures(
-                f"{len(absent)} of {len(images)} images are not in {self.folder}, first {absent[0][:12]}; "
+                f"{len(absent)} of {len(images)} images are not in {self.storage.place}, first {absent[0][:12]}; "
                 "`dvc repro -f features` encodes them"
             )
-        places = [self._index[image] for image in images]
-        out = {}
-        for key in SIGNAL_NAMES:
-            rows = [self._open(shard).column(key).to_numpy_ndarray()[row] for shard, row in places]
-            out[key] = torch.from_numpy(np.stack(rows))
-        return out
+        if self.cache_bytes:
+            rows = [self._held_row(image) for image in images]
+            return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in SIGNAL_NAMES}
+        return self._mapped_rows([self._find(image) for image in images])
+
+    def _find(self, image: str) -> tuple[MappedShard, int]:
+        """Where ``image`` is mapped, its checksum compared."""
+        shard, row = self._index[image]
+        mapped = self._open(shard)
+        if not mapped.matches(row):
+            raise self._damaged(shard, f"image {image[:12]} fails its checksum")
+        return mapped, row
+
+    def _held_row(self, image: str) -> dict[str, np.ndarray]:
+        """The signals of one image, kept while there is room; what was used longest ago goes first."""
+        if image in self._held:
+            self._held.move_to_end(image)
+            return self._held[image]
+        mapped, row = self._find(image)
+        found = {key: values[row].copy() for key, values in mapped.signals.items()}
+        size = sum(array.nbytes for array in found.values())
+        while self._held and self._held_bytes + size > self.cache_bytes:
+            _, oldest = self._held.popitem(last=False)
+            self._held_bytes -= sum(array.nbytes for array in oldest.values())
+        if size <= self.cache_bytes:
+            self._held[image] = found
+            self._held_bytes += size
+        return found
+
+    @staticmethod
+    def _mapped_rows(places: Sequence[tuple[MappedShard, int]]) -> dict[str, Tensor]:
+        """Rows of mapped shards; where they stand side by side, without a copy."""
+        shard, start = places[0]
+        if all(mapped is shard and row == start + step for step, (mapped, row) in enumerate(places)):
+            run = slice(start, start + len(places))
+            return {key: torch.from_numpy(values[run]) for key, values in shard.signals.items()}
+        return {
+            key: torch.from_numpy(np.stack([mapped.signals[key][row] for mapped, row in places]))
+            for key in SIGNAL_NAMES
+        }
+
+
+def _check_room(store: FeatureStore, images: int, image_bytes: int) -> None:
+    """Refuse before anything is encoded; of remote storage the room is not known."""
+    if store.storage.local is None or not images:
+        return
+    store.folder.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(store.folder).free, images * image_bytes
+    if needed > free:
+        raise NoRoom(
+            f"features of {images} images need {needed / 1e9:.1f} GB in {store.folder}, which has {free / 1e9:.1f} GB "
+            "free; make room, set features.dtype: float16, or name another place in features.store"
+        )
 
 
 def load_fixed_grid(path: str, device: str = "cpu") -> LlavaAdapter:
@@ -179,9 +339,9 @@ class EncodeSpec:
 class EncodeWorker:
     def __init__(self, spec: EncodeSpec) -> None:
         self.spec, self.vlm = spec, load_model(spec.model, spec.device)
-        self.store = FeatureStore(Path(spec.root), spec.identity)
+        self.store = FeatureStore(spec.root, spec.identity)
 
-    def run(self, images: Sequence[str]) -> int:
+    def run(self, images: Sequence[str], _upcoming: Sequence[str] | None = None) -> int:
         """Encode one shard's ``images``; returns how many."""
         content = read_images(Path(self.spec.images), images)
         parts: dict[str, list[Tensor]] = {key: [] for key in SIGNAL_NAMES}
@@ -203,7 +363,7 @@ def read_images(path: Path, images: Sequence[str]) -> dict[str, Image.Image]:
 def encode_missing(
     model: str,
     images_path: Path,
-    root: Path,
+    root: Path | str,
     settings: FeatureSettings,
     cluster: ClusterSettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -214,16 +374,18 @@ def encode_missing(
 
     Damaged shards are discarded first and encoded again.
     """
-    identity = store_identity(load_fixed_grid(model).encoder_fingerprint(), settings.dtype)
+    vlm = load_fixed_grid(model)
+    identity = store_identity(vlm.encoder_fingerprint(), settings.dtype)
     store = FeatureStore(root, identity)
     store.discard_damaged()
     wanted = pq.read_table(images_path, columns=["image"])["image"].to_pylist()
     missing = sorted(store.missing(wanted))
+    _check_room(store, len(missing), signal_bytes(vlm.model.config, settings.dtype))
     shards = [missing[i : i + settings.shard_images] for i in range(0, len(missing), settings.shard_images)]
     spec = EncodeSpec(
         model,
         str(images_path.resolve()),
-        str(root.resolve()),
+        str(root if is_uri(root) else Path(root).resolve()),
         identity,
         settings.dtype,
         settings.batch_size,

@@ -90,11 +90,15 @@ class PrunerSettings(Section):
 
 
 class FeatureSettings(Section):
-    """``dtype`` of cached signals, images in a shard, and Ray actors that encode."""
+    """``dtype`` of cached signals, images in a shard, images in a forward pass.
+
+    ``store``: where features are kept, a folder or a storage URI such as ``s3://bucket/features``; null: ``cache/``.
+    """
 
     dtype: Literal["float16", "float32"]
     shard_images: Positive
     batch_size: Positive
+    store: Annotated[str, Field(min_length=1)] | None = None
 
 
 class ClusterSettings(Section):

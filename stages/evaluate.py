@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
@@ -17,15 +18,24 @@ from stages.entry import EXAMPLES, METRICS, PLOTS, PREDICTIONS, SCORES, TRIALS, 
 from stages.track import track
 
 
+def score_tables(trials: Path, examples: pd.DataFrame, predictions: Path, resamples: int, seed: int) -> pd.DataFrame:
+    """The table of scores from files of trials and predictions; of predictions only what scoring needs is read."""
+    columns = ["trial_id", "example_id", "prediction"]
+    answers = pq.read_table(predictions, columns=columns, read_dictionary=columns).unify_dictionaries()
+    return score(pd.read_parquet(trials), examples, answers.to_pandas(), resamples, seed)
+
+
+def write_scores(scores: pd.DataFrame, target: Path) -> None:
+    with atomic_path(target) as path:
+        pq.write_table(pa.Table.from_pandas(scores, preserve_index=False), path)
+
+
 def evaluate(settings: Settings) -> None:
     plan = settings.sweep
-    trials = pd.read_parquet(TRIALS)
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    scores = score(
-        trials, questions.examples, pd.read_parquet(PREDICTIONS), settings.evaluate.resamples, settings.evaluate.seed
-    )
-    with atomic_path(SCORES) as path:
-        pq.write_table(pa.Table.from_pandas(scores, preserve_index=False), path)
+    scores = score_tables(TRIALS, questions.examples, PREDICTIONS, settings.evaluate.resamples, settings.evaluate.seed)
+    write_scores(scores, SCORES)
+    trials = pd.read_parquet(TRIALS)
     with atomic_path(METRICS) as path:
         path.write_text(json.dumps(headline_metrics(trials, scores, settings.report.headline_budget), indent=1) + "\n")
     for family, table in budget_table(trials, scores).items():

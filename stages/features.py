@@ -20,13 +20,13 @@ def features(settings: Settings) -> None:
         store, encoded = encode_missing(
             settings.model.path,
             IMAGES,
-            FEATURE_STORE,
+            settings.features.store or FEATURE_STORE,
             settings.features,
             settings.cluster,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
     images = sorted(pq.read_table(IMAGES, columns=["image"])["image"].to_pylist())
-    print(f"{encoded} images encoded, {len(images) - encoded} found in {store.folder}")
+    print(f"{encoded} images encoded, {len(images) - encoded} found in {store.storage.place}")
     with atomic_path(FEATURES) as path:
         path.write_text(json.dumps({"identity": store.identity, "images": images}, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ from nuwa.benchmarks import (
     textvqa,
     vqav2,
 )
-from nuwa.benchmarks.protocol import STYLES, Benchmark, Example, check_schema, mean_scores
+from nuwa.benchmarks.protocol import STYLES, Benchmark, Example, Sums, check_schema
 from nuwa.benchmarks.records import RecordError, SchemaError, image_size
 
 __all__ = [
@@ -29,10 +29,10 @@ __all__ = [
     "Example",
     "RecordError",
     "SchemaError",
+    "Sums",
     "check_schema",
     "get_benchmark",
     "image_size",
-    "mean_scores",
 ]
 
 # name → its variants, the default first

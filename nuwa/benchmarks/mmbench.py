@@ -10,11 +10,12 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.choices import OPTION_LETTER, Options, choice_scores, find_words, option_lines
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Sums, Truth, ratio
 from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, optional_text, text
 
 LETTERS = ("A", "B", "C", "D")
@@ -85,12 +86,19 @@ def _score(prediction: str, truth: Truth) -> Scores:
     return choice_scores(named_letter(prediction, options) or named_text(prediction, options), truth["answer"])
 
 
-def aggregate(rows: pd.DataFrame) -> Scores:
+def summands(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each row's share of a question, and of a question all of whose copies are right."""
+    groups = rows.groupby("group")["accuracy"]
+    question = 1 / groups.transform("size")
+    return pd.DataFrame({"question": question, "all_right": groups.transform("min") * question})
+
+
+def metrics(sums: Sums) -> Sums:
     """``accuracy`` over all rows, ``circular_accuracy`` over questions whose copies are all right."""
     return {
-        "accuracy": float(rows["accuracy"].mean()),
-        "circular_accuracy": float(rows.groupby("group")["accuracy"].min().mean()),
-        "parse_failure": float(rows["parse_failure"].mean()),
+        "accuracy": ratio(sums["accuracy"], sums["n"], np.nan),
+        "circular_accuracy": ratio(sums["all_right"], sums["question"], np.nan),
+        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
     }
 
 
@@ -104,6 +112,7 @@ VARIANTS = (
         read=_read,
         llava_v1=_prompt,
         score=_score,
-        aggregate=aggregate,
+        metrics=metrics,
+        summands=summands,
     ),
 )

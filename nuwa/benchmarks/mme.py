@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.answers import SINGLE_WORD
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Sums, Truth, ratio
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
 
 SCHEMA = columns(question_id=pa.string(), image=IMAGE, question=pa.string(), answer=pa.string(), category=pa.string())
@@ -60,28 +61,42 @@ def _score(prediction: str, truth: Truth) -> Scores:
     return {"accuracy": float(said == truth["answer"]), "parse_failure": float(said is None)}
 
 
-def aggregate(rows: pd.DataFrame) -> Scores:
-    """Per category the mean over pairs of 100·acc + 100·(both right).
-
-    Their sums over the ten perception (≤ 2000) and the four cognition categories (≤ 800), and the total of both.
+def summands(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per category, each row's half of its pair's 100·acc + 100·(both right), and its half of a pair.
 
     Raises:
         ValueError: an image with other than two answers.
     """
-    pairs = rows.groupby(["category", "group"])["accuracy"].agg(["mean", "min", "size"])
-    broken = pairs.loc[pairs["size"] != 2, "size"]
+    pairs = rows.groupby("group")["accuracy"]
+    size = pairs.transform("size")
+    broken = size[size != 2]
     if len(broken):
-        label = broken.index[0][1]
+        label = rows["group"][broken.index[0]]
         raise ValueError(f"mme scores pairs: image {label!r} has {broken.iloc[0]} answers, not 2; score whole images")
-    points = (100 * pairs["mean"] + 100 * pairs["min"]).groupby(level="category").mean()
-    perception = float(points[points.index.isin(PERCEPTION)].sum())
-    cognition = float(points[points.index.isin(COGNITION)].sum())
+    points = 100 * (pairs.transform("mean") + pairs.transform("min")) / 2
+    columns = {}
+    for category in (*PERCEPTION, *COGNITION):
+        inside = rows["category"] == category
+        if inside.any():
+            columns |= {f"points {category}": points.where(inside, 0), f"pairs {category}": inside / 2}
+    return pd.DataFrame(columns)
+
+
+def metrics(sums: Sums) -> Sums:
+    """Points a pair per category, summed over the ten perception (≤ 2000) and the four cognition categories (≤ 800),
+    and the total of both."""
+    parts = {
+        family: sum(
+            (ratio(sums[f"points {name}"], sums[f"pairs {name}"], 0) for name in names if f"pairs {name}" in sums),
+            start=np.zeros_like(sums["n"]),
+        )
+        for family, names in (("perception", PERCEPTION), ("cognition", COGNITION))
+    }
     return {
-        "perception": perception,
-        "cognition": cognition,
-        "total": perception + cognition,
-        "accuracy": float(rows["accuracy"].mean()),
-        "parse_failure": float(rows["parse_failure"].mean()),
+        **parts,
+        "total": parts["perception"] + parts["cognition"],
+        "accuracy": ratio(sums["accuracy"], sums["n"], np.nan),
+        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
     }
 
 
@@ -95,6 +110,7 @@ VARIANTS = (
         read=_read,
         llava_v1=lambda example: example.question.replace(REQUEST, "") + SINGLE_WORD,
         score=_score,
-        aggregate=aggregate,
+        metrics=metrics,
+        summands=summands,
     ),
 )

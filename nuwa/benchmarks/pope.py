@@ -8,15 +8,14 @@ so it lowers recall, never precision. Papers report F1.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.answers import SINGLE_WORD
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Sums, Truth, ratio
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
 
 SCHEMA = columns(
@@ -49,29 +48,19 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
     yield Example(example_id, text(row, "question").strip(), truth, category, image_bytes(row["image"], "image"))
 
 
-def aggregate(rows: pd.DataFrame) -> Scores:
-    """The five figures over ``correct``, ``said_yes``, ``is_yes``, ``hit``; a ratio without denominator is 0."""
-    hits = float(rows["hit"].sum())
-    precision = _ratio(hits, float(rows["said_yes"].sum()))
-    recall = _ratio(hits, float(rows["is_yes"].sum()))
+def metrics(sums: Sums) -> Sums:
+    """The five figures of ``correct``, ``said_yes``, ``is_yes``, ``hit``; a ratio without denominator is 0.
+
+    ``F1 = 2 hits / (said yes + is yes)``, the harmonic mean of precision and recall written as one ratio.
+    """
     return {
-        "accuracy": float(rows["correct"].mean()),
-        "precision": precision,
-        "recall": recall,
-        "f1": _ratio(2 * precision * recall, precision + recall),
-        "yes_ratio": float(rows["said_yes"].mean()),
-        "parse_failure": float(rows["parse_failure"].mean()),
+        "accuracy": ratio(sums["correct"], sums["n"], np.nan),
+        "precision": ratio(sums["hit"], sums["said_yes"], 0),
+        "recall": ratio(sums["hit"], sums["is_yes"], 0),
+        "f1": ratio(2 * sums["hit"], sums["said_yes"] + sums["is_yes"], 0),
+        "yes_ratio": ratio(sums["said_yes"], sums["n"], np.nan),
+        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
     }
-
-
-def f1_of_sums(sums: Mapping[str, np.ndarray]) -> np.ndarray:
-    """``F1 = 2 hits / (said yes + is yes)``, the harmonic mean written as one ratio."""
-    said_or_is = sums["said_yes"] + sums["is_yes"]
-    return np.divide(2 * sums["hit"], said_or_is, out=np.zeros_like(said_or_is), where=said_or_is > 0)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
 
 
 def _benchmark(variant: str, parse: Callable[[str], bool | None]) -> Benchmark:
@@ -95,8 +84,7 @@ def _benchmark(variant: str, parse: Callable[[str], bool | None]) -> Benchmark:
         read=_read,
         llava_v1=lambda example: example.question + SINGLE_WORD,
         score=score,
-        aggregate=aggregate,
-        headline_of_sums=f1_of_sums,
+        metrics=metrics,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -22,6 +23,7 @@ Family = Literal["grounding", "vqa"]
 Truth = dict[str, Any]
 Scores = dict[str, float]
 Source = pa.Table | ds.Dataset  # a dataset is read batch by batch, whatever its size
+Sums = dict[str, np.ndarray]
 
 STYLES = ("llava_v1", "testbed")
 ROWS_AT_ONCE = 256  # bounds how many decoded rows with their images are in memory
@@ -49,9 +51,14 @@ class Example:
     context: Mapping[str, Any] = field(default_factory=dict)
 
 
-def mean_scores(rows: pd.DataFrame) -> Scores:
-    """The plain mean of every numeric column."""
-    return {name: float(value) for name, value in rows.select_dtypes("number").mean().items()}
+def means(sums: Sums) -> Sums:
+    """The plain mean of every column."""
+    return {name: ratio(total, sums["n"], np.nan) for name, total in sums.items() if name != "n"}
+
+
+def ratio(part: np.ndarray, whole: np.ndarray, without: float) -> np.ndarray:
+    """``part / whole``, and ``without`` where ``whole`` is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(part), float(without)), where=np.asarray(whole) > 0)
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,10 @@ class Benchmark:
         llava_v1: the text behind the image for LLaVA-1.5's ``vicuna_v1`` conversation.
         score: answer and truth → numbers of this example, ``parse_failure`` (0 or 1) always among them. Never raises,
             whatever the answer.
-        aggregate: the frame of :meth:`score_table` → metrics. A resample of rows must draw whole groups and give every
-            copy of a group its own label.
-        headline_of_sums: the headline metric from column sums of many resamples at once (arrays by column name, ``n``
-            the number of rows), where it is a ratio of sums; spares a bootstrap from aggregating every resample.
+        metrics: metrics from the sums of the columns of :meth:`score_table` and ``summands`` over the rows, and ``n``,
+            their number; arrays of any one shape, so that a bootstrap makes the metrics of all resamples at once.
+        summands: the frame of :meth:`score_table` → further columns to sum, where a row's share depends on the other
+            rows of its group. Whole groups are drawn together; every copy of a group has its own label.
     """
 
     name: str
@@ -83,8 +90,8 @@ class Benchmark:
     read: Callable[[dict[str, Any]], Iterator[Example]]
     llava_v1: Callable[[Example], str]
     score: Callable[[str, Truth], Scores]
-    aggregate: Callable[[pd.DataFrame], Scores] = mean_scores
-    headline_of_sums: Callable[[Mapping[str, Any]], Any] | None = None
+    metrics: Callable[[Sums], Sums] = means
+    summands: Callable[[pd.DataFrame], pd.DataFrame] | None = None
     variant: str = ""
 
     def examples(self, table: Source, source: str = "the table") -> Iterator[Example]:
@@ -133,6 +140,15 @@ class Benchmark:
         table["category"] = list(categories)
         table["group"] = [str(truth.get("group", f"row {number}")) for number, truth in enumerate(truths)]
         return table
+
+    def aggregate(self, table: pd.DataFrame) -> Scores:
+        """The metrics of the frame of :meth:`score_table`."""
+        columns = table.select_dtypes("number")
+        if self.summands is not None:
+            columns = columns.join(self.summands(table))
+        sums = {name: np.asarray(columns[name].sum(), float) for name in columns}
+        metrics = self.metrics(sums | {"n": np.asarray(len(table), float)})
+        return {name: float(value) for name, value in metrics.items()}
 
 
 def check_schema(table_schema: pa.Schema, benchmark: Benchmark, path: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from pipelines.evidence import IncompleteTrials, Resamples, evaluate
+from nuwa.benchmarks import BENCHMARKS
+from pipelines.datasets import parse_name
+from pipelines.evidence import IncompleteTrials, evaluate
 
 
 def world(images=6):
@@ -99,27 +102,104 @@ def test_the_unpruned_model_retains_itself_exactly():
     assert (own[["retention", "retention_low", "retention_high"]] == 1.0).all(axis=None)
 
 
-def test_ratio_metrics_bootstrap_the_same_from_sums_and_from_resampled_rows():
-    from pipelines.datasets import parse_name
-    from pipelines.evidence import score_benchmark
+RATIO_BENCHMARKS = {
+    "pope": lambda rng, i: ({"answer": ("yes", "no")[int(rng.integers(2))]}, "random"),
+    "mme": lambda rng, i: ({"answer": ("yes", "no")[i % 2], "group": f"g{i // 2}"}, ("count", "OCR")[i // 2 % 2]),
+    "mmbench": lambda rng, i: ({"answer": "A", "options": {"A": "x", "B": "y"}, "group": f"g{i // 4}"}, ""),
+}
+ANSWERS = {"pope": ("yes", "no", "maybe"), "mme": ("yes", "no", "maybe"), "mmbench": ("A", "A", "A", "B")}
 
+
+@pytest.mark.parametrize("name", RATIO_BENCHMARKS)
+def test_ratio_metrics_bootstrap_as_if_every_resample_were_scored_again(name):
+    """The oracle draws images, copies their rows, gives every copy's groups names of their own, and aggregates."""
     rng = np.random.default_rng(1)
+    truths, categories = zip(*(RATIO_BENCHMARKS[name](rng, i) for i in range(48)), strict=True)
+    images = [f"i{i // 4 % 7}" for i in range(48)]
     examples = pd.DataFrame(
         {
-            "example_id": [f"pope:{i}" for i in range(40)],
-            "image": [f"i{i % 7}" for i in range(40)],
-            "truth": [json.dumps({"answer": ("yes", "no")[int(rng.integers(2))]}) for _ in range(40)],
-            "category": "random",
+            "example_id": [f"{name}:{i}" for i in range(48)],
+            "benchmark": name,
+            "image": images,
+            "truth": [json.dumps(truth) for truth in truths],
+            "category": categories,
         }
     )
-    answers = {"t": [("yes", "no", "maybe")[int(rng.integers(3))] for _ in range(40)]}
-    draws = Resamples.draw(sorted(set(examples["image"])), 120, 5)
-    from dataclasses import replace
+    said = [str(rng.choice(ANSWERS[name])) for _ in range(48)]
+    right = ["A" if name == "mmbench" else truth["answer"] for truth in truths]
+    trials = pd.DataFrame({"trial_id": ["whole", "pruned"], "method": ["unpruned", "nuwa"]})
+    predictions = pd.concat(
+        pd.DataFrame({"trial_id": trial, "example_id": examples["example_id"], "prediction": answers})
+        for trial, answers in (("whole", right), ("pruned", said))
+    )
+    resamples, seed = 120, 5
+    benchmark = parse_name(name)
+    found = row(evaluate(trials, examples, predictions, resamples, seed), "pruned", name, benchmark.headline)
 
-    pope = parse_name("pope")
-    _, fast, _ = score_benchmark(pope, "pope", examples, answers, draws)
-    _, slow, _ = score_benchmark(replace(pope, headline_of_sums=None), "pope", examples, answers, draws)
-    np.testing.assert_allclose(fast["t"], slow["t"], atol=1e-12)
+    table = benchmark.score_table(said, truths, categories)
+    drawn = np.random.default_rng(seed).multinomial(7, [1 / 7] * 7, size=resamples)
+    draws = []
+    for weights in drawn:
+        copies = [
+            table[[image == f"i{number}" for image in images]].assign(copy=copy)
+            for number, count in enumerate(weights)
+            for copy in range(count)
+        ]
+        resampled = pd.concat(copies, ignore_index=True)
+        resampled["group"] += "#" + resampled.pop("copy").astype(str)
+        draws.append(benchmark.aggregate(resampled)[benchmark.headline])
+    assert found.score == pytest.approx(benchmark.aggregate(table)[benchmark.headline])
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
+    assert found.low < found.high
+
+
+def test_blocks_of_trials_and_images_change_nothing(monkeypatch):
+    trials, examples, predictions = world()
+    one = evaluate(trials, examples, predictions, 100, 0)
+    monkeypatch.setattr("pipelines.evidence.BLOCK_BYTES", 1)
+    monkeypatch.setattr("pipelines.evidence.IMAGE_BLOCK", 2)
+    pd.testing.assert_frame_equal(one, evaluate(trials, examples, predictions, 100, 0), rtol=1e-14)
+
+
+def test_a_draw_without_any_question_of_a_benchmark_does_not_count():
+    """One image holds all of a benchmark's questions: draws that miss it have no score, and the others are all alike."""
+    trials, examples, predictions = world()
+    lonely = examples[(examples.benchmark == "refcoco") | (examples.image == "i1")]
+    scores = evaluate(trials, lonely, predictions, 100, 0)
+    found = row(scores, "pruned", "textvqa", "accuracy")
+    assert found.low == found.high == pytest.approx(found.score)
+
+
+def test_each_distinct_answer_is_scored_once(monkeypatch):
+    trials, examples, predictions = world()
+    asked = []
+    for name in ("textvqa", "refcoco"):
+        benchmark = parse_name(name)
+
+        def counting(prediction, truth, score=benchmark.score):
+            asked.append((json.dumps(truth), prediction))
+            return score(prediction, truth)
+
+        known = dataclasses.replace(benchmark, score=counting)
+        monkeypatch.setitem(BENCHMARKS, name, (known, *BENCHMARKS[name][1:]))
+    evaluate(trials, examples, predictions, 100, 0)
+    assert len(asked) == len(predictions.drop_duplicates(["example_id", "prediction"]))
+    assert len(asked) < len(predictions)
+
+
+def test_categorical_columns_and_foreign_rows_change_nothing():
+    trials, examples, predictions = world()
+    one = evaluate(trials, examples, predictions, 100, 0)
+    foreign = pd.DataFrame({"trial_id": ["whole", "x"], "example_id": ["y", "y"], "prediction": ["3", "3"]})
+    more = pd.concat([foreign, predictions, foreign.assign(example_id=predictions["example_id"].iloc[0]).iloc[1:]])
+    pd.testing.assert_frame_equal(one, evaluate(trials, examples, more.astype("category"), 100, 0))
+
+
+def test_an_answer_given_twice_is_refused():
+    trials, examples, predictions = world()
+    twice = pd.concat([predictions, predictions.iloc[:1]])
+    with pytest.raises(ValueError, match="predictions hold 1 answers twice; `dvc repro -f sweep` mends it"):
+        evaluate(trials, examples, twice, 100, 0)
 
 
 def test_missing_predictions_are_refused_by_name():

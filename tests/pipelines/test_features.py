@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 from nuwa.vlm import LlavaAdapter
-from pipelines.features import FeatureStore, MissingFeatures, encode_missing, store_identity
+from pipelines.features import FeatureStore, MissingFeatures, NoRoom, encode_missing, store_identity
 from pipelines.settings import FeatureSettings
 
 SETTINGS = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
@@ -133,3 +135,66 @@ def test_identity_follows_weights_preprocessing_and_dtype(model_folder):
         same_tower.language.norm.weight[0] += 1
     assert same_tower.encoder_fingerprint() == base, "the language model does not decide features"
     assert same_tower.fingerprint() != LlavaAdapter.load(str(model_folder)).fingerprint()
+
+
+def test_side_by_side_rows_are_mapped_and_not_copied(stored):
+    store, images = stored
+    mapped = FeatureStore(store.folder.parent, store.identity, cache_bytes=0)
+    run = mapped.read(images[1:4])["features"]
+    again = mapped.read(images[2:3])["features"]
+    assert again.data_ptr() == run[1:].data_ptr()
+    run.zero_()  # a private mapping: the file keeps what was written
+    assert torch.equal(
+        FeatureStore(store.folder.parent, store.identity).read(images[1:4])["features"],
+        store.read(images[1:4])["features"],
+    )
+
+
+def test_an_image_is_read_from_disk_once(stored):
+    """What a process holds does not need its file any more: every further read is served from memory."""
+    store, images = stored
+    first = store.read(images)
+    for shard in store.folder.glob("*.arrow"):
+        with open(shard, "r+b") as content:  # in place, so that a mapping would see it
+            content.write(b"\0" * shard.stat().st_size)
+    for _ in range(3):
+        for name, value in store.read(images[::-1]).items():
+            assert torch.equal(value, first[name].flip(0)), name
+    with pytest.raises(MissingFeatures):
+        FeatureStore(store.folder.parent, store.identity).read(images)
+
+
+def test_the_cache_stays_within_its_bytes(stored):
+    store, images = stored
+    one = sum(value.nbytes for value in store.read(images[:1]).values())
+    small = FeatureStore(store.folder.parent, store.identity, cache_bytes=3 * one)
+    for image in [*images, *images[::-1]]:
+        for name, value in small.read([image]).items():
+            assert torch.equal(value, store.read([image])[name])
+        assert sum(array.nbytes for row in small._held.values() for array in row.values()) <= 3 * one
+
+
+def test_damage_that_leaves_no_trace_in_time_stamps_is_found_by_its_reader(stored, model_folder, prepared, cluster):
+    store, images = stored
+    whole = store.read(images)
+    shard = sorted(store.folder.glob("*.arrow"))[0]
+    stamp = shard.stat()
+    flip_a_byte(shard)
+    os.utime(shard, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(MissingFeatures, match=r"fails its checksum.* and is removed; `dvc repro -f features`"):
+        FeatureStore(store.folder.parent, store.identity).read(images)
+    mended, encoded = again(store, model_folder, prepared, cluster)
+    assert encoded == SETTINGS.shard_images
+    assert all(torch.equal(value, whole[name]) for name, value in mended.read(images).items())
+
+
+def test_features_that_do_not_fit_are_refused_before_encoding(model_folder, prepared, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(NoRoom) as raised:
+        encode_missing(str(model_folder), prepared / "images.parquet", tmp_path, SETTINGS, cluster, in_process=True)
+    stored = 12 * 144 * (3 * LlavaAdapter.load(str(model_folder)).model.config.vision_config.hidden_size + 1) * 4
+    assert str(raised.value) == (
+        f"features of 12 images need {stored / 1e9:.1f} GB in {next(tmp_path.iterdir())}, which has 0.0 GB free; "
+        "make room, set features.dtype: float16, or name another place in features.store"
+    )
+    assert not list(tmp_path.rglob("*.arrow"))
