@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,14 @@ def store_identity(encoder_fingerprint: str, dtype: str) -> str:
     """What decides the stored numbers; batch size, device and worker count do not belong to it."""
     content = json.dumps([code_fingerprint(ENCODING), encoder_fingerprint, dtype, SIGNAL_NAMES])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def signal_bytes(config: Any, dtype: str) -> int:
+    """Bytes the store takes for one image, from the configuration of a LLaVA-style model."""
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    numbers = tokens * (3 * vision.hidden_size + 1)  # features, keys and similarity; CLS attention
+    return numbers * np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ class EncodeWorker:
         self.spec, self.vlm = spec, load_model(spec.model, spec.device)
         self.store = FeatureStore(Path(spec.root), spec.identity)
 
-    def run(self, images: Sequence[str]) -> int:
+    def run(self, images: Sequence[str], _upcoming: Sequence[str] | None = None) -> int:
         """Encode one shard's ``images``; returns how many."""
         content = read_images(Path(self.spec.images), images)
         parts: dict[str, list[Tensor]] = {key: [] for key in SIGNAL_NAMES}
@@ -228,7 +237,7 @@ def encode_missing(
 
     failures = run_units(spec, dict(enumerate_ids(shards)), cluster, count, in_process=in_process)
     if failures:
-        worst = next(iter(failures.values()))
+        _, worst = next(iter(failures.values()))
         raise UnitsFailed(
             f"{len(failures)} of {len(shards)} feature shards failed, first: {worst.reason}\n{worst.detail}"
         )
