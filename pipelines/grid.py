@@ -35,12 +35,15 @@ class Trial:
 
     @cached_property
     def seeded(self) -> bool:
-        random_cut = self.spec.stage2 is not None and bool(self.cuts) and get_scorer(self.spec.stage2.scorer).seeded
+        cut = self.spec.stage2 if self.cuts else None
+        random_cut = cut is not None and (get_scorer(cut.scorer).seeded or cut.recycling is not None)
         return get_method(self.spec.stage1).seeded or random_cut
 
     @cached_property
     def cuts(self) -> tuple[tuple[int, int], ...]:
-        """The schedule's cuts that drop anything."""
+        """The schedule's cuts that change anything: those that drop tokens or, where dropped ones are recycled, all."""
+        if self.spec.stage2 is not None and self.spec.stage2.recycling is not None:
+            return self.schedule.cuts
         before = [self.schedule.stage1_keep, *(keep for _, keep in self.schedule.cuts)]
         return tuple(cut for cut, entering in zip(self.schedule.cuts, before, strict=False) if cut[1] < entering)
 
@@ -68,7 +71,8 @@ class Trial:
 
     @cached_property
     def trial_id(self) -> str:
-        cuts = [[*cut, self.spec.stage2.scorer] for cut in self.cuts]
+        recycling = vars(self.spec.stage2.recycling) if self.cuts and self.spec.stage2.recycling else None
+        cuts = [[*cut, self.spec.stage2.scorer, recycling] for cut in self.cuts]
         position = self.spec.position if self.final_keep < self.schedule.tokens else None
         return _digest([self.selection_identity, cuts, position, self.spec.seed if self.seeded else None])[:16]
 

@@ -26,9 +26,7 @@ from nuwa.selection import Selection
 from nuwa.signals import VisionSignals
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
-from nuwa.stage2 import get_scorer
-from nuwa.vlm import LlavaAdapter
-from nuwa.vlm.llava import EncodedPrompt
+from nuwa.vlm import EncodedPrompt, LlavaAdapter
 from pipelines.executor import Failure, OnDone, Partial, run_units
 from pipelines.features import FeatureStore, load_model
 from pipelines.grid import Trial
@@ -91,7 +89,7 @@ class SweepWorker:
         self.results = ResultStore(Path(spec.results))
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="features")
         self.signals: dict[tuple[str, ...], Future[VisionSignals]] = {}
-        self.words = _Words(self.vlm)
+        self.words = Words(self.vlm)
 
     def run(self, unit: WorkUnit, upcoming: WorkUnit | None = None) -> UnitReport | Partial:
         """Answer ``unit`` and store the result; a :class:`Partial` where some of its trials raised."""
@@ -130,7 +128,7 @@ class SweepWorker:
         return self.reader.submit(lambda: self.vlm.signals(self.features.read(images), images))
 
 
-class _Words:
+class Words:
     """Prompts and answers as token ids and back; a sweep asks the same and hears much the same, trial after trial."""
 
     def __init__(self, vlm: LlavaAdapter) -> None:
@@ -175,7 +173,7 @@ class _Answered:
         self.failure = self.failure or Failure.of(error)
 
 
-def answer_unit(vlm: LlavaAdapter, signals: VisionSignals, unit: WorkUnit, words: _Words) -> _Answered:
+def answer_unit(vlm: LlavaAdapter, signals: VisionSignals, unit: WorkUnit, words: Words) -> _Answered:
     """All answers of a unit, depth first along the tree."""
     answered = _Answered()
     asked = [[example for example in unit.examples if example.image == image] for image in unit.images]
@@ -202,7 +200,7 @@ def _run_trunk(
     prompts: list[list[EncodedPrompt]],
     asked: list[list[Example]],
     trials: list[Trial],
-    words: _Words,
+    words: Words,
     selected: float,
     answered: _Answered,
 ) -> None:
@@ -239,11 +237,11 @@ def branch(trunk: Trunk, trial: Trial, limits: list[int]) -> list[Answer]:
     """A trial's answers from its trunk, which must stand at the first cut."""
     if not trial.cuts:
         return trunk.finish(limits)
-    scorer = get_scorer(trial.spec.stage2.scorer)
-    return trunk.fork([(layer, keep, scorer) for layer, keep in trial.cuts], limits, trial.spec.seed)
+    cuts = [cut for cut in trial.spec.cuts(trial.schedule) if (cut.layer, cut.keep) in trial.cuts]
+    return trunk.fork(cuts, limits, trial.spec.seed)
 
 
-def _prediction_table(trial: Trial, examples: Sequence[Example], answers: Sequence[Answer], words: _Words) -> pa.Table:
+def _prediction_table(trial: Trial, examples: Sequence[Example], answers: Sequence[Answer], words: Words) -> pa.Table:
     columns = {
         "trial_id": pa.repeat(trial.trial_id, len(examples)),
         "example_id": pa.array([example.example_id for example in examples], pa.string()),

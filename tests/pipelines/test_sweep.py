@@ -14,106 +14,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray
+from bench import PATHS, ROOT, same
 
 from nuwa.decoder import Trunk
 from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
-from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed, run_units
-from pipelines.features import FeatureStore, encode_missing
-from pipelines.grid import expand
+from pipelines.features import FeatureStore
 from pipelines.lock import exclusive
-from pipelines.plan import Costs, plan_units, read_examples, sweep_costs
+from pipelines.plan import read_examples
 from pipelines.results import ResultStore
-from pipelines.settings import FeatureSettings, SweepSettings
-from pipelines.sweep import SweepSpec, answer_context, branch, run_sweep
-
-BENCHMARKS = ["refcoco", "pope", "gqa"]
-ROOT = Path(__file__).parents[2]
-PATHS = os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(ROOT / "tests")])
-SLOW = 1e8  # FLOP/s: a unit's ten seconds are over soon
-GRIDS = [
-    {"name": "methods", "method": ["nuwa", "visionzip", "random"], "position": ["perc", "pesp"]},
-    {"name": "cuts", "method": "nuwa", "stage2_layer": [2, 6], "stage2_scorer": ["attention_last_token", "random"]},
-]
-
-
-@dataclass
-class Bench:
-    """A prepared sweep on a random model: twelve images, eleven trials."""
-
-    model: str
-    root: Path
-    identity: str
-    trials: list
-    questions: object
-    context: str
-    costs: Costs
-
-    def spec(self, results: Path) -> SweepSpec:
-        return SweepSpec(self.model, str(self.root), self.identity, str(results), threads=1)
-
-    @property
-    def examples(self):
-        return read_examples(self.questions.examples, self.context)
-
-    def units(self, results, unit_images=4):
-        stored = [(unit.trials, unit.examples) for unit in ResultStore(results).done()]
-        return plan_units(self.trials, self.examples, stored, self.costs, SLOW, unit_images)[0]
-
-    def run(self, results, cluster, in_process=True, trials=None, examples=None, unit_images=4, done=lambda *_: None):
-        """``speed`` is low, so that even this small sweep is cut into many units."""
-        return run_sweep(
-            self.spec(results),
-            trials or self.trials,
-            self.examples if examples is None else examples,
-            self.costs,
-            SLOW,
-            unit_images,
-            cluster,
-            lambda units, cached: None,
-            done,
-            in_process=in_process,
-        )
-
-
-@pytest.fixture(scope="module")
-def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
-    from pipelines.settings import ClusterSettings
-
-    root = tmp_path_factory.mktemp("features")
-    store, _ = encode_missing(
-        str(model_folder),
-        prepared / "images.parquet",
-        root,
-        FeatureSettings(dtype="float32", shard_images=5, batch_size=3),
-        ClusterSettings(address=None, workers=1, cpus=1, gpus=0),
-        in_process=True,
-    )
-    vlm = LlavaAdapter.load(str(model_folder))
-    plan = SweepSettings(benchmarks=BENCHMARKS, images=None, subset_seed=0, unit_images=4, budgets=[16], grids=GRIDS)
-    return Bench(
-        str(model_folder),
-        root,
-        store.identity,
-        expand(plan, vlm.grid, vlm.layers),
-        choose_questions(examples, BENCHMARKS, None, 0),
-        answer_context(vlm, store.identity),
-        sweep_costs(vlm, choose_questions(examples, BENCHMARKS, None, 0).examples),
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(bench, tmp_path_factory):
-    from pipelines.settings import ClusterSettings
-
-    outcome = bench.run(tmp_path_factory.mktemp("results"), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
-    assert not outcome.failures
-    return outcome
-
-
-def same(one, other):
-    return one.predictions.equals(other.predictions) and one.kept.equals(other.kept)
+from pipelines.sweep import branch
 
 
 def test_every_trial_answers_every_question_once(bench, undisturbed):
