@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test lint plan dashboard track testbed pruner clean profile experiment
+.PHONY: setup repro test chaos lint plan dashboard track testbed pruner clean profile experiment
 
 setup: $(READY)
 
@@ -25,6 +25,10 @@ plan: $(READY)
 
 test: $(READY) lint
 	$(RUN) python -m pytest
+
+# Twenty kills of workers, nodes and the driver during one sweep on a cluster of three raylets: about ten minutes.
+chaos: $(READY)
+	$(RUN) CHAOS_KILLS=20 python -m pytest tests/pipelines/test_chaos.py
 
 lint: $(READY)
 	$(RUN) ruff check .

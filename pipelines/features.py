@@ -401,7 +401,7 @@ def encode_missing(
 
     failures = run_units(spec, dict(enumerate_ids(shards)), cluster, count, in_process=in_process)
     if failures:
-        worst = next(iter(failures.values()))
+        _, worst = next(iter(failures.values()))
         raise UnitsFailed(
             f"{len(failures)} of {len(shards)} feature shards failed, first: {worst.reason}\n{worst.detail}"
         )

@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nuwa import UNPRUNED
@@ -35,39 +36,47 @@ class Trial:
     grids: tuple[str, ...] = ()
     budgets: tuple[float, ...] = ()
 
-    @property
+    @cached_property
     def seeded(self) -> bool:
-        random_cut = any(cut.scorer.seeded or cut.recycling for cut in self.spec.cuts(self.schedule))
-        return get_method(self.spec.stage1).seeded or random_cut
+        cuts = self.spec.cuts(self.schedule) if self.cuts else []
+        return get_method(self.spec.stage1).seeded or any(cut.scorer.seeded or cut.recycling for cut in cuts)
+
+    @cached_property
+    def cuts(self) -> tuple[tuple[int, int], ...]:
+        """The schedule's cuts that change anything: those that drop tokens or, where dropped ones are recycled, all."""
+        if self.spec.stage2 is not None and self.spec.stage2.recycling is not None:
+            return self.schedule.cuts
+        before = [self.schedule.stage1_keep, *(keep for _, keep in self.schedule.cuts)]
+        return tuple(cut for cut, entering in zip(self.schedule.cuts, before, strict=False) if cut[1] < entering)
 
     @property
-    def stage1_identity(self) -> str:
-        """Digest of the stage-1 selection and positions: trials that agree in it share their trunk."""
+    def final_keep(self) -> int:
+        """Visual tokens in the last layer."""
+        return self.cuts[-1][1] if self.cuts else self.schedule.stage1_keep
+
+    @property
+    def first_cut(self) -> int:
+        """The layer up to which the trial only needs its trunk."""
+        return self.cuts[0][0] if self.cuts else self.schedule.layers
+
+    @cached_property
+    def selection_identity(self) -> str:
+        """Digest of the stage-1 selection: trials that agree in it share it, whatever their positions."""
         method = get_method(self.spec.stage1)
-        return _digest(
-            [
-                method.name,
-                method.identity(self.spec.config),
-                self.schedule.stage1_keep,
-                self.spec.position,
-                self.spec.seed if method.seeded else None,
-            ]
-        )
+        seed = self.spec.seed if method.seeded else None
+        return _digest([method.name, method.identity(self.spec.config), self.schedule.stage1_keep, seed])
 
     @property
+    def trunk(self) -> tuple[str, str]:
+        """Trials that agree in it share all layers below their cuts."""
+        return self.selection_identity, self.spec.position
+
+    @cached_property
     def trial_id(self) -> str:
-        cuts = [
-            [cut.layer, cut.keep, cut.scorer.name, *([dataclasses.asdict(cut.recycling)] if cut.recycling else [])]
-            for cut in self.spec.cuts(self.schedule)
-        ]
-        position = self.spec.position if self.schedule.entering[-1] < self.schedule.tokens else None
-        identity = [
-            self.stage1_identity if position else self.spec.stage1,
-            get_method(self.spec.stage1).identity(self.spec.config),
-            cuts,
-            position,
-        ]
-        return _digest([*identity, self.spec.seed if self.seeded else None])[:16]
+        recycling = vars(self.spec.stage2.recycling) if self.cuts and self.spec.stage2.recycling else None
+        cuts = [[*cut, self.spec.stage2.scorer, recycling] for cut in self.cuts]
+        position = self.spec.position if self.final_keep < self.schedule.tokens else None
+        return _digest([self.selection_identity, cuts, position, self.spec.seed if self.seeded else None])[:16]
 
     @property
     def label(self) -> str:

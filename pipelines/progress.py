@@ -1,38 +1,45 @@
-"""Progress of a sweep: a bar in terminals, a heartbeat file, and metrics of the parent run."""
+"""Progress of a sweep: a bar in terminals, a heartbeat file, a log line a unit, and metrics of the parent run."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipelines.atomic import atomic_path
-from pipelines.sweep import WorkUnit
+from pipelines.plan import WorkUnit, usual_speed
+from pipelines.settings import ClusterSettings
+from pipelines.sweep import UnitReport, device_name
 
 REPORT_EVERY_S = 5.0
 
 
 class SweepProgress:
-    """Context manager; ``start`` and ``done`` are the sweep's callbacks."""
+    """Context manager; ``start`` and ``done`` are the sweep's callbacks. ``log`` gets an index and the figures."""
 
-    def __init__(self, heartbeat: Path, log: Callable[[int, Mapping[str, float]], None]) -> None:
-        self.heartbeat, self.log = heartbeat, log
+    def __init__(self, heartbeat: Path, units_log: Path, log: Callable[[int, Mapping[str, float]], None]) -> None:
+        self.heartbeat, self.units_log, self.log = heartbeat, units_log, log
         self.bar = Progress(
             TextColumn("sweep"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("trial shards · {task.fields[rate]:.0f} answers/s ·"),
+            TextColumn("answers · {task.fields[rate]:.0f}/s · model {task.fields[share]:.0%} ·"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self.units: Mapping[str, WorkUnit] = {}
-        self.finished, self.answers, self.cached, self.total = 0, 0, 0, 0
+        self.lacking: dict[str, int] = {}  # answers each trial lacks
+        self.trials = 0
+        self.cached = self.total = self.finished = 0  # answers
+        self.units = self.feature_hits = 0
+        self.flops = self.left_flops = self.seconds = self.model_seconds = 0.0
         self.began = self.reported = time.monotonic()
 
     def __enter__(self) -> SweepProgress:
@@ -44,31 +51,72 @@ class SweepProgress:
         self._report()
 
     def start(self, units: Mapping[str, WorkUnit], cached: int) -> None:
-        self.units, self.cached = units, cached
-        self.total = cached + sum(len(unit.cells) for unit in units.values())
-        self.task = self.bar.add_task("sweep", total=self.total, completed=cached, rate=0.0)
+        self.cached = cached
+        for unit in units.values():
+            for trial in unit.trials:
+                self.lacking[trial.trial_id] = self.lacking.get(trial.trial_id, 0) + len(unit.examples)
+            self.left_flops += unit.flops
+        self.trials = len(self.lacking)
+        self.total = cached + sum(self.lacking.values())
+        self.task = self.bar.add_task("sweep", total=self.total, completed=cached, rate=0.0, share=0.0)
         self.began = time.monotonic()
 
-    def done(self, _unit: str, result: tuple[int, int]) -> None:
-        trials, answers = result
-        self.finished += trials
-        self.answers += answers
-        rate = self.answers / max(time.monotonic() - self.began, 1e-9)
-        self.bar.update(self.task, advance=trials, rate=rate)
+    def done(self, unit_id: str, result: UnitReport) -> None:
+        self.units += 1
+        self.finished += result.answers
+        self.feature_hits += result.feature_hit
+        self.flops += result.flops
+        self.seconds += result.seconds
+        self.model_seconds += result.model_seconds
+        for trial_id in result.trial_ids:
+            self.lacking[trial_id] -= result.examples
+            if not self.lacking[trial_id]:
+                del self.lacking[trial_id]
+        self._write_line(unit_id, result)
+        self.bar.update(self.task, advance=result.answers, rate=self._rate, share=self._share)
         if time.monotonic() - self.reported > REPORT_EVERY_S:
             self._report()
+
+    @property
+    def _rate(self) -> float:
+        return self.finished / max(time.monotonic() - self.began, 1e-9)
+
+    @property
+    def _share(self) -> float:
+        return self.model_seconds / self.seconds if self.seconds else 0.0
+
+    def _write_line(self, unit_id: str, result: UnitReport) -> None:
+        row = asdict(result) | {"trial_ids": len(result.trial_ids)}
+        row["trials"] = row.pop("trial_ids")
+        self.units_log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.units_log, "a") as lines:
+            lines.write(json.dumps({"time": datetime.now(UTC).isoformat(), "unit": unit_id, **row}) + "\n")
 
     def _report(self) -> None:
         self.reported = time.monotonic()
         elapsed = max(self.reported - self.began, 1e-9)
-        rest = self.total - self.cached - self.finished
+        left = max(self.left_flops - self.flops, 0.0)
+        missing = self.total > self.cached + self.finished
         figures = {
-            "progress/trial_shards_done": float(self.cached + self.finished),
-            "progress/trial_shards_total": float(self.total),
-            "progress/trial_shards_cached": float(self.cached),
-            "progress/answers_per_second": self.answers / elapsed,
-            "progress/seconds_left": rest * elapsed / self.finished if self.finished else float(rest > 0),
+            "progress/trials_done": float(self.trials - len(self.lacking)),
+            "progress/trials_total": float(self.trials),
+            "progress/answers_done": float(self.cached + self.finished),
+            "progress/answers_total": float(self.total),
+            "progress/answers_cached": float(self.cached),
+            "progress/answers_per_second": self.finished / elapsed,
+            "progress/model_share": self._share,
+            "progress/feature_hit_share": self.feature_hits / self.units if self.units else 0.0,
+            "progress/seconds_left": left * elapsed / self.flops if self.flops else float(missing),
         }
         self.log(int(elapsed * 1000), figures)
         with atomic_path(self.heartbeat) as path:
             path.write_text(json.dumps(figures))
+
+
+def worker_speed(units_log: Path, cluster: ClusterSettings, last: int = 200) -> float:
+    """FLOP/s of one worker: as its last units had it, or as its kind usually has before the first."""
+    device = device_name(cluster.device, cluster.cpus)
+    lines = units_log.read_text().splitlines()[-last:] if units_log.exists() else []
+    mine = [row for row in map(json.loads, lines) if row["device"] == device]
+    seconds = sum(row["seconds"] for row in mine)
+    return sum(row["flops"] for row in mine) / seconds if seconds else usual_speed(cluster.device, cluster.cpus)

@@ -160,12 +160,14 @@ class GridEntry(Section):
 
 class SweepSettings(Section):
     """``images``: how many of the test images are used, a seeded subset (null: all). ``unit_images``: images a work
-    unit covers."""
+    unit covers at most. ``quarantine``: whether trials with answers that cannot be made stop the pipeline or are left
+    out."""
 
     benchmarks: Annotated[list[str], Field(min_length=1)]
     images: Positive | None
     subset_seed: Seed
     unit_images: Positive
+    quarantine: Literal["refuse", "allow"] = "refuse"
     budgets: Annotated[list[Budget], Field(min_length=1)]
     grids: Annotated[list[GridEntry], Field(min_length=1)]
 

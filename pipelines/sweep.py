@@ -1,71 +1,38 @@
-"""The sweep: trials on images, with all work shared that can be.
+"""The sweep: workers that answer units of the plan, and the collection of what they stored.
 
-Trials are grouped by trunk (equal stage-1 selection and positions). A work unit is one trunk on one shard of images:
-the selection and the layers below each cut run once, for every question about the images and every trial of the
-group, and trials that differ only in stage 2 fork from it.
+A unit is run depth first along the plan's tree: features, then each stage-1 selection, then each position strategy's
+trunk, then the branches of its trials by rising first cut. What fails is isolated: a trial that raises leaves the
+others of its unit their results.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from nuwa.decoder import Answer, Trunk
 from nuwa.selection import Selection
+from nuwa.signals import VisionSignals
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
-from nuwa.vlm import LlavaAdapter
-from pipelines.datasets import Questions
-from pipelines.executor import Failure, OnDone, run_units
+from nuwa.vlm import EncodedPrompt, LlavaAdapter
+from pipelines.executor import Failure, OnDone, Partial, run_units
 from pipelines.features import FeatureStore, load_model
 from pipelines.grid import Trial
-from pipelines.results import ResultStore, UnitResult, cell_id
+from pipelines.plan import Costs, Example, WorkUnit, plan_units
+from pipelines.results import PARTS, ResultStore, StoredUnit
 from pipelines.settings import ClusterSettings
-
-
-@dataclass(frozen=True)
-class WorkUnit:
-    """One trunk on one shard. ``cells`` are aligned with ``trials``; ``examples`` holds the shard's questions."""
-
-    images: tuple[str, ...]
-    examples: pd.DataFrame
-    trials: tuple[Trial, ...]
-    cells: tuple[str, ...]
-
-    @property
-    def unit_id(self) -> str:
-        return hashlib.sha256("".join(self.cells).encode()).hexdigest()[:24]
-
-
-def plan_units(
-    trials: Sequence[Trial], questions: Questions, unit_images: int, context: str, done: set[str]
-) -> tuple[dict[str, WorkUnit], list[str]]:
-    """Units for every cell not in ``done``, and the ids of all cells, in a fixed order."""
-    trunks: dict[str, list[Trial]] = {}
-    for trial in trials:
-        trunks.setdefault(trial.stage1_identity, []).append(trial)
-    units, cells = {}, []
-    for start in range(0, len(questions.images), unit_images):
-        images = questions.images[start : start + unit_images]
-        examples = pd.concat(questions.of(images), ignore_index=True)
-        content = examples[["example_id", "image", "prompt", "max_new_tokens"]].values.tolist()
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        for group in trunks.values():
-            mine = [(trial, cell_id(context, trial.trial_id, digest)) for trial in group]
-            cells += [cell for _, cell in mine]
-            missing = [(trial, cell) for trial, cell in mine if cell not in done]
-            if missing:
-                unit = WorkUnit(images, examples, *(tuple(column) for column in zip(*missing, strict=True)))
-                units[unit.unit_id] = unit
-    return units, cells
 
 
 def answer_context(vlm: LlavaAdapter, feature_identity: str) -> str:
@@ -90,123 +57,284 @@ class SweepSpec:
         return SweepWorker(self)
 
 
+def device_name(device: str, threads: int) -> str:
+    return f"{device} x{threads}" if device == "cpu" else device
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What a unit took: wall seconds, those of them inside the decoder, and whether its features were at hand."""
+
+    trial_ids: tuple[str, ...]
+    examples: int
+    images: int
+    seconds: float
+    model_seconds: float
+    feature_hit: bool
+    flops: float
+    device: str  # kind and threads, which the speed belongs to
+
+    @property
+    def answers(self) -> int:
+        return len(self.trial_ids) * self.examples
+
+
 class SweepWorker:
+    """Holds one model. The features of the unit that is likely next are read while one runs."""
+
     def __init__(self, spec: SweepSpec) -> None:
         self.vlm = load_model(spec.model, spec.device)
+        self.device = device_name(spec.device, spec.threads)
         self.features = FeatureStore(Path(spec.feature_root), spec.feature_identity)
         self.results = ResultStore(Path(spec.results))
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="features")
+        self.signals: dict[tuple[str, ...], Future[VisionSignals]] = {}
+        self.words = Words(self.vlm)
 
-    def run(self, unit: WorkUnit) -> tuple[int, int]:
-        """Answer ``unit`` and store the result; returns trials and answers."""
-        self.results.write(unit.unit_id, unit.cells, answer_unit(self.vlm, self.features, unit))
-        return len(unit.trials), len(unit.trials) * len(unit.examples)
+    def run(self, unit: WorkUnit, upcoming: WorkUnit | None = None) -> UnitReport | Partial:
+        """Answer ``unit`` and store the result; a :class:`Partial` where some of its trials raised."""
+        began = time.perf_counter()
+        hit = unit.images in self.signals
+        signals = self._read(unit.images).result()
+        wanted = {unit.images, upcoming.images if upcoming else unit.images}
+        self.signals = {images: self._read(images) for images in wanted}
+        answered = answer_unit(self.vlm, signals, unit, self.words)
+        finished = unit.only(answered.trials) if answered.trials else None
+        report = None
+        if finished:
+            stored = StoredUnit(
+                finished.unit_id,
+                tuple(trial.trial_id for trial in finished.trials),
+                tuple(example.digest for example in finished.examples),
+            )
+            self.results.write(stored, answered.tables(stored.unit))
+            report = UnitReport(
+                stored.trials,
+                len(finished.examples),
+                len(finished.images),
+                time.perf_counter() - began,
+                answered.model_seconds,
+                hit,
+                finished.flops,
+                self.device,
+            )
+        if answered.failed:
+            return Partial(report, unit.only(answered.failed), answered.failure)
+        return report
 
-
-def answer_unit(vlm: LlavaAdapter, features: FeatureStore, unit: WorkUnit) -> UnitResult:
-    """All answers of a unit. Trials are taken by rising first cut, so that the trunk only ever moves up."""
-    first = unit.trials[0]
-    method = get_method(first.spec.stage1)
-    began = time.perf_counter()
-    signals = vlm.signals(features.read(unit.images), unit.images)
-    selection = method.select(signals, first.schedule.stage1_keep, first.spec.config, first.spec.seed)
-    selected = time.perf_counter()
-    groups = unit.examples.groupby("image", sort=False)
-    asked = [groups.get_group(image) for image in unit.images]
-    ordered = pd.concat(asked, ignore_index=True)
-    prompts = [[vlm.encode_prompt(text) for text in mine["prompt"]] for mine in asked]
-    limits = ordered["max_new_tokens"].tolist()
-    trunk = Trunk(vlm, selection, prompts, first.spec.position, unit.images)
-    rows: dict[str, list[dict]] = {"predictions": [], "kept": [], "timings": []}
-    for trial, cell in sorted(
-        zip(unit.trials, unit.cells, strict=True), key=lambda pair: pair[0].schedule.cuts[:1] or ((99999, 0),)
-    ):
-        before = time.perf_counter()
-        if trial.schedule.cuts:
-            _advance_to_cut(trunk, trial)
-        forked = time.perf_counter()
-        answers = _answer(trunk, trial, limits)
-        timing = (len(ordered), selected - began, forked - before, time.perf_counter() - forked)
-        rows["predictions"] += _prediction_rows(vlm, trial, ordered, answers)
-        rows["kept"] += _kept_rows(trial, unit.images, selection)
-        names = ("questions", "selection_s", "trunk_s", "answer_s")
-        rows["timings"].append({"trial_id": trial.trial_id, "cell": cell, **dict(zip(names, timing, strict=True))})
-    return UnitResult(rows)
-
-
-def _advance_to_cut(trunk: Trunk, trial: Trial) -> None:
-    layer = trial.schedule.cuts[0][0]
-    trunk.advance(layer, frozenset({layer - 1}))
+    def _read(self, images: tuple[str, ...]) -> Future[VisionSignals]:
+        if images in self.signals:
+            return self.signals[images]
+        return self.reader.submit(lambda: self.vlm.signals(self.features.read(images), images))
 
 
-def _answer(trunk: Trunk, trial: Trial, limits: list[int]) -> list[Answer]:
-    if not trial.schedule.cuts:
-        return trunk.finish(limits)
-    return trunk.fork(trial.spec.cuts(trial.schedule), limits, trial.spec.seed)
+class Words:
+    """Prompts and answers as token ids and back; a sweep asks the same and hears much the same, trial after trial."""
+
+    def __init__(self, vlm: LlavaAdapter) -> None:
+        self.vlm = vlm
+        self.prompts: dict[str, EncodedPrompt] = {}
+        self.texts: dict[tuple[int, ...], str] = {}
+
+    def encode(self, text: str) -> EncodedPrompt:
+        if text not in self.prompts:
+            self.prompts[text] = self.vlm.encode_prompt(text)
+        return self.prompts[text]
+
+    def decode(self, tokens: tuple[int, ...]) -> str:
+        if tokens not in self.texts:
+            self.texts[tokens] = self.vlm.decode_text(list(tokens))
+        return self.texts[tokens]
 
 
-def _prediction_rows(vlm: LlavaAdapter, trial: Trial, examples: pd.DataFrame, answers: list[Answer]) -> list[dict]:
-    return [
-        {
-            "trial_id": trial.trial_id,
-            "example_id": example_id,
-            "prediction": vlm.decode_text(list(answer.tokens)),
-            "kept_final": list(answer.kept),
+@dataclass
+class _Answered:
+    """What a unit came to, column by column; ``failed``: trials that raised."""
+
+    trials: list[Trial] = field(default_factory=list)
+    failed: list[Trial] = field(default_factory=list)
+    failure: Failure | None = None  # the first one's
+    predictions: list[pa.Table] = field(default_factory=list)
+    kept: list[pa.Table] = field(default_factory=list)
+    timings: list[dict] = field(default_factory=list)
+    model_seconds: float = 0.0
+
+    def tables(self, unit: str) -> dict[str, pa.Table]:
+        timings = pa.Table.from_pylist([{**row, "unit": unit} for row in self.timings], PARTS["timings"])
+        return {
+            "predictions": pa.concat_tables(self.predictions),
+            "kept": pa.concat_tables(self.kept),
+            "timings": timings,
         }
-        for example_id, answer in zip(examples["example_id"], answers, strict=True)
-    ]
+
+    def fail(self, trials: Iterable[Trial], error: Exception) -> None:
+        """Record ``error`` for ``trials``."""
+        self.failed += trials
+        self.failure = self.failure or Failure.of(error)
 
 
-def _kept_rows(trial: Trial, images: Sequence[str], selection: Selection) -> list[dict]:
-    indices, pillars = selection.indices.tolist(), selection.pillars.tolist()
-    return [
-        {"trial_id": trial.trial_id, "image": image, "indices": indices[row], "pillar": pillars[row]}
-        for row, image in enumerate(images)
-    ]
+def answer_unit(vlm: LlavaAdapter, signals: VisionSignals, unit: WorkUnit, words: Words) -> _Answered:
+    """All answers of a unit, depth first along the tree."""
+    answered = _Answered()
+    asked = [[example for example in unit.examples if example.image == image] for image in unit.images]
+    for _, sharing in itertools.groupby(unit.trials, key=lambda trial: trial.selection_identity):
+        sharing = list(sharing)
+        began = time.perf_counter()
+        try:
+            first = sharing[0]
+            method = get_method(first.spec.stage1)
+            prompts = [[words.encode(example.prompt) for example in mine] for mine in asked]
+            selection = method.select(signals, first.schedule.stage1_keep, first.spec.config, first.spec.seed)
+        except Exception as error:
+            answered.fail(sharing, error)
+            continue
+        selected = time.perf_counter() - began
+        for _, trials in itertools.groupby(sharing, key=lambda trial: trial.spec.position):
+            _run_trunk(vlm, selection, prompts, asked, list(trials), words, selected, answered)
+    return answered
+
+
+def _run_trunk(
+    vlm: LlavaAdapter,
+    selection: Selection,
+    prompts: list[list[EncodedPrompt]],
+    asked: list[list[Example]],
+    trials: list[Trial],
+    words: Words,
+    selected: float,
+    answered: _Answered,
+) -> None:
+    """The trials of one trunk, by rising first cut."""
+    images, examples = [mine[0].image for mine in asked], [example for mine in asked for example in mine]
+    limits = [example.max_new_tokens for example in examples]
+    trunk = None
+    for done, trial in enumerate(trials):
+        began = time.perf_counter()
+        try:
+            if trunk is None:
+                trunk = Trunk(vlm, selection, prompts, trial.spec.position, images)
+            if trial.cuts:
+                trunk.advance(trial.first_cut, frozenset({trial.first_cut - 1}))
+        except Exception as error:  # without a trunk none of the rest can go on
+            answered.fail(trials[done:], error)
+            return
+        forked = time.perf_counter()
+        try:
+            answers = branch(trunk, trial, limits)
+        except Exception as error:
+            answered.fail([trial], error)
+            continue
+        ended = time.perf_counter()
+        answered.model_seconds += ended - began
+        answered.trials.append(trial)
+        answered.predictions.append(_prediction_table(trial, examples, answers, words))
+        answered.kept.append(_kept_table(trial, images, selection))
+        timing = {"questions": len(examples), "selection_s": selected, "trunk_s": forked - began}
+        answered.timings.append({"trial_id": trial.trial_id, **timing, "answer_s": ended - forked})
+
+
+def branch(trunk: Trunk, trial: Trial, limits: list[int]) -> list[Answer]:
+    """A trial's answers from its trunk, which must stand at the first cut."""
+    if not trial.cuts:
+        return trunk.finish(limits)
+    cuts = [cut for cut in trial.spec.cuts(trial.schedule) if (cut.layer, cut.keep) in trial.cuts]
+    return trunk.fork(cuts, limits, trial.spec.seed)
+
+
+def _prediction_table(trial: Trial, examples: Sequence[Example], answers: Sequence[Answer], words: Words) -> pa.Table:
+    columns = {
+        "trial_id": pa.repeat(trial.trial_id, len(examples)),
+        "example_id": pa.array([example.example_id for example in examples], pa.string()),
+        "prediction": pa.array([words.decode(answer.tokens) for answer in answers], pa.string()),
+        "kept_final": _lists([answer.kept for answer in answers], pa.int16()),
+    }
+    return pa.table(columns, schema=PARTS["predictions"])
+
+
+def _kept_table(trial: Trial, images: Sequence[str], selection: Selection) -> pa.Table:
+    columns = {
+        "trial_id": pa.repeat(trial.trial_id, len(images)),
+        "image": pa.array(images, pa.string()),
+        "indices": _lists(selection.indices.tolist(), pa.int16()),
+        "pillar": _lists(selection.pillars.tolist(), pa.bool_()),
+    }
+    return pa.table(columns, schema=PARTS["kept"])
+
+
+def _lists(rows: Sequence[Sequence], kind: pa.DataType) -> pa.ListArray:
+    """Rows as one Arrow column of lists; much faster than letting Arrow look at each row."""
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    flat = np.fromiter(itertools.chain.from_iterable(rows), kind.to_pandas_dtype(), count=offsets[-1])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind))
 
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What a sweep left: whole tables in a fixed order, and units that failed."""
+    """What a sweep left: whole tables in a fixed order, and units that were given up with the reason."""
 
     predictions: pa.Table
     kept: pa.Table
     timings: pa.Table
-    failures: dict[str, Failure]
+    failures: dict[str, tuple[WorkUnit, Failure]]
+
+    @property
+    def incomplete(self) -> dict[str, Failure]:
+        """Trials that lack answers → why the first of them was given up."""
+        found: dict[str, Failure] = {}
+        for unit, failure in self.failures.values():
+            for trial in unit.trials:
+                found.setdefault(trial.trial_id, failure)
+        return found
 
 
 def run_sweep(
     spec: SweepSpec,
     trials: Sequence[Trial],
-    questions: Questions,
+    examples: Sequence[Example],
+    costs: Costs,
+    speed: float,
     unit_images: int,
-    context: str,
     cluster: ClusterSettings,
     on_start: OnDone,
     on_done: OnDone,
     *,
     in_process: bool = False,
 ) -> SweepOutcome:
-    """Run what is missing, then collect everything. ``on_start(units, cached_cells)`` is called before work starts."""
+    """Run what is missing, then collect everything. ``on_start(units, cached_answers)`` is called before work starts."""
     store = ResultStore(Path(spec.results))
-    units, cells = plan_units(trials, questions, unit_images, context, set(store.done()))
-    on_start(units, len(cells) - sum(len(unit.cells) for unit in units.values()))
+    stored = [(held.trials, held.examples) for held in store.done()]
+    units, cached = plan_units(trials, examples, stored, costs, speed, unit_images)
+    on_start(units, cached)
     failures = run_units(spec, units, cluster, on_done, in_process=in_process)
-    holding = store.done()
-    wanted = sorted({holding[cell] for cell in cells if cell in holding})
-    return SweepOutcome(*_collect(store, wanted, trials, questions), failures)
+    return SweepOutcome(*_collect(store, trials, examples), failures)
 
 
-def _collect(store: ResultStore, units: list[str], trials: Sequence[Trial], questions: Questions) -> list[pa.Table]:
-    """The parts' rows of these trials and questions, sorted and each once (overlapping units may hold a row twice)."""
-    trial_ids = {trial.trial_id for trial in trials}
-    keys = {"predictions": ["trial_id", "example_id"], "kept": ["trial_id", "image"], "timings": ["trial_id", "cell"]}
-    wanted = {"example_id": set(questions.examples["example_id"]), "image": set(questions.images)}
-    tables = []
-    for part, key in keys.items():
-        frame = store.read(part, units).to_pandas()
-        frame = frame[frame["trial_id"].isin(trial_ids)]
-        if key[1] in wanted:
-            frame = frame[frame[key[1]].isin(wanted[key[1]])]
-        frame = frame.drop_duplicates(key).sort_values(key, ignore_index=True)
-        tables.append(pa.Table.from_pandas(frame, preserve_index=False))
-    return tables
+KEYS = {"predictions": ("trial_id", "example_id"), "kept": ("trial_id", "image"), "timings": ("trial_id", "unit")}
+
+
+def _collect(store: ResultStore, trials: Sequence[Trial], examples: Sequence[Example]) -> list[pa.Table]:
+    """The stored rows of these trials and examples, sorted, each once (overlapping units may hold a row twice)."""
+    known = {trial.trial_id for trial in trials}
+    mine = pa.array(sorted(known), pa.string())
+    asked = {example.digest: example for example in examples}
+    parts: dict[str, list[pa.Table]] = {part: [PARTS[part].empty_table()] for part in KEYS}
+    for held in store.done():
+        here = [asked[digest] for digest in held.examples if digest in asked]
+        if not here or known.isdisjoint(held.trials):
+            continue
+        wanted = {"example_id": {example.example_id for example in here}, "image": {example.image for example in here}}
+        for part, (_, key) in KEYS.items():
+            table = store.read(part, held.unit)
+            chosen = pc.is_in(table["trial_id"], mine)
+            if key in wanted:
+                chosen = pc.and_(chosen, pc.is_in(table[key], pa.array(sorted(wanted[key]), pa.string())))
+            parts[part].append(table.filter(chosen))
+    return [_sorted_once(pa.concat_tables(parts[part]), key) for part, key in KEYS.items()]
+
+
+def _sorted_once(table: pa.Table, key: tuple[str, str]) -> pa.Table:
+    table = table.sort_by([(name, "ascending") for name in key]).combine_chunks()
+    if len(table) < 2:
+        return table
+    again = [pc.equal(table[name].slice(1), table[name].slice(0, len(table) - 1)) for name in key]
+    return table.filter(pa.concat_arrays([pa.array([True]), pc.invert(pc.and_(*again)).combine_chunks()]))

@@ -17,7 +17,7 @@ from pipelines.executor import ClusterUnavailable, UnitsFailed
 from pipelines.features import DYNAMIC_GRIDS, MissingFeatures
 from pipelines.grid import Trial, expand
 from pipelines.lock import WorkDirectoryBusy
-from pipelines.results import DamagedUnit
+from pipelines.results import DamagedUnit, StorageFull
 from pipelines.settings import Settings, SettingsError, load_settings
 from pipelines.tracking import checked_uri
 
@@ -40,6 +40,8 @@ FEATURE_STORE = CACHE / "features"
 RESULT_STORE = CACHE / "results"
 TIMINGS = CACHE / "timings.parquet"
 PROGRESS = CACHE / "progress.json"
+UNITS_LOG = CACHE / "units.jsonl"  # one line a finished unit
+QUARANTINE = CACHE / "quarantine.json"  # answers that could not be made, and why
 
 BAD_INPUT, INTERRUPTED = 2, 130
 # What a user can mend. Anything else is a fault of ours and keeps its trace.
@@ -51,6 +53,7 @@ MENDABLE = (
     MissingFeatures,
     RecordError,
     SchemaError,
+    StorageFull,
     UnitsFailed,
     WeightsError,
     WorkDirectoryBusy,

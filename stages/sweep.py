@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
@@ -24,7 +26,8 @@ from pipelines.executor import UnitsFailed
 from pipelines.features import encode_missing, load_fixed_grid
 from pipelines.grid import Trial, expand
 from pipelines.lock import exclusive
-from pipelines.progress import SweepProgress
+from pipelines.plan import read_examples, sweep_costs
+from pipelines.progress import SweepProgress, worker_speed
 from pipelines.settings import Settings
 from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, run_sweep
 from pipelines.tracking import Tracker, git_and_dvc_tags
@@ -36,10 +39,12 @@ from stages.entry import (
     KEPT,
     PREDICTIONS,
     PROGRESS,
+    QUARANTINE,
     RESULT_STORE,
     SWEEP,
     TIMINGS,
     TRIALS,
+    UNITS_LOG,
     run_stage,
 )
 
@@ -47,7 +52,7 @@ from stages.entry import (
 def sweep(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    plan = settings.sweep
+    plan, cluster = settings.sweep, settings.cluster
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     vlm = load_fixed_grid(settings.model.path)
     trials = expand(plan, vlm.grid, vlm.layers)
@@ -57,29 +62,70 @@ def sweep(settings: Settings) -> None:
     with ExitStack() as stack:
         stack.enter_context(exclusive(CACHE))
         # Normally finds everything; after the cache was thrown away it encodes again instead of failing.
-        store, _ = encode_missing(settings.model.path, IMAGES, FEATURE_STORE, settings.features, settings.cluster)
+        store, _ = encode_missing(settings.model.path, IMAGES, FEATURE_STORE, settings.features, cluster)
         context = answer_context(vlm, store.identity)
         facts = _facts(vlm, trials, questions.examples, store.identity, context)
         tracking = settings.tracking
         tracker = Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"])
         stack.enter_context(tracker)
         tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
-        progress = stack.enter_context(SweepProgress(PROGRESS, tracker.progress))
+        progress = stack.enter_context(SweepProgress(PROGRESS, UNITS_LOG, tracker.progress))
         spec = SweepSpec(
             settings.model.path,
             str(FEATURE_STORE.resolve()),
             store.identity,
             str(RESULT_STORE.resolve()),
-            settings.cluster.cpus,
-            settings.cluster.device,
+            cluster.cpus,
+            cluster.device,
         )
         outcome = run_sweep(
-            spec, trials, questions, plan.unit_images, context, settings.cluster, progress.start, progress.done
+            spec,
+            trials,
+            read_examples(questions.examples, context),
+            sweep_costs(vlm, questions.examples),
+            worker_speed(UNITS_LOG, cluster),
+            plan.unit_images,
+            cluster,
+            progress.start,
+            progress.done,
         )
-        if outcome.failures:
-            raise UnitsFailed(_failure_text(outcome))
+    trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
     costs = partial(cost_columns, llm=LlmShape.from_config(vlm.model.config), bytes_per_number=vlm.model.dtype.itemsize)
     _write([trial.row() | costs(trial.schedule) for trial in trials], outcome, facts)
+
+
+def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict, *, allowed: bool) -> list[Trial]:
+    """The trials that have all their answers; the others are listed in ``QUARANTINE``, and in ``facts``.
+
+    Raises :class:`UnitsFailed` where leaving trials out is not allowed, or the unpruned one would be.
+    """
+    QUARANTINE.unlink(missing_ok=True)
+    incomplete = outcome.incomplete
+    if not incomplete:
+        return trials
+    rows = [
+        {
+            "trials": [trial.trial_id for trial in unit.trials],
+            "examples": [example.example_id for example in unit.examples],
+            "images": list(unit.images),
+            "reason": failure.reason,
+            "attempts": failure.attempts,
+            "detail": failure.detail,
+        }
+        for unit, failure in outcome.failures.values()
+    ]
+    with atomic_path(QUARANTINE) as path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    reference = next(trial for trial in trials if trial.spec.method == UNPRUNED)
+    if not allowed or reference.trial_id in incomplete:
+        first = rows[0]
+        raise UnitsFailed(
+            f"{len(incomplete)} of {len(trials)} trials lack answers, all others are kept; first {first['examples'][0]} "
+            f"under {first['trials'][0]}: {first['reason']}; {QUARANTINE} lists all. Run the same command again to try "
+            "just these, or set sweep.quarantine: allow to go on without these trials"
+        )
+    facts["incomplete"] = {trial_id: failure.reason for trial_id, failure in sorted(incomplete.items())}
+    return [trial for trial in trials if trial.trial_id not in incomplete]
 
 
 def _facts(vlm: LlavaAdapter, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
@@ -98,14 +144,6 @@ def _facts(vlm: LlavaAdapter, trials: list[Trial], examples: pd.DataFrame, featu
     return {"sweep_id": sweep_id, "name": name, "counts": counts, "fingerprints": fingerprints}
 
 
-def _failure_text(outcome: SweepOutcome) -> str:
-    unit, worst = next(iter(outcome.failures.items()))
-    return (
-        f"{len(outcome.failures)} work units failed, all others are kept; first {unit} after {worst.attempts} attempts: "
-        f"{worst.reason}\n{worst.detail}\nrun the same command again to do just what is missing"
-    )
-
-
 def _write(trials: list[dict], outcome: SweepOutcome, facts: dict) -> None:
     rows = sorted(trials, key=lambda row: row["trial_id"])
     types = {
@@ -116,12 +154,10 @@ def _write(trials: list[dict], outcome: SweepOutcome, facts: dict) -> None:
         "stage2_keep": "Int32",
     }
     table = pa.Table.from_pandas(pd.DataFrame(rows).astype(types), preserve_index=False)
-    for path, content in (
-        (TRIALS, table),
-        (PREDICTIONS, outcome.predictions),
-        (KEPT, outcome.kept),
-        (TIMINGS, outcome.timings),
-    ):
+    complete = pa.array(table["trial_id"].to_pylist(), pa.string())
+    parts = {PREDICTIONS: outcome.predictions, KEPT: outcome.kept, TIMINGS: outcome.timings}
+    contents = {path: part.filter(pc.is_in(part["trial_id"], complete)) for path, part in parts.items()}
+    for path, content in {TRIALS: table, **contents}.items():
         with atomic_path(path) as fresh:
             pq.write_table(content, fresh)
     with atomic_path(SWEEP) as fresh:

@@ -36,7 +36,7 @@ def _seconds(trials: pd.DataFrame) -> pd.DataFrame | None:
         return None
     timings = pd.read_parquet(TIMINGS)
     mine = timings[timings["trial_id"].isin(trials["trial_id"])]
-    return mine.drop(columns="cell").groupby("trial_id", as_index=False).sum()
+    return mine.drop(columns="unit").groupby("trial_id", as_index=False).sum()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
@@ -52,12 +53,15 @@ class Method:
         if preset not in (self.presets or {"default": {}}):
             raise ValueError(f"{self.name} has no preset {preset!r}; allowed: {', '.join(self.presets or ['default'])}")
         for name, value in parameters.items():
-            _check_type(self.name, name, value, get_type_hints(self.config)[name])
+            _check_type(self.name, name, value, _type_hints(self.config)[name])
         return self.config(**{**self.presets.get(preset, {}), **parameters})
 
     def identity(self, config: Any) -> dict[str, Any]:
         """The hyper-parameters that decide results: all but fields marked ``identity: False`` (where a file lies)."""
         return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("identity", True)}
+
+
+_type_hints = functools.cache(get_type_hints)  # slow, and asked for every trial of a grid
 
 
 def _check_type(method: str, name: str, value: Any, hint: Any) -> None:

@@ -5,10 +5,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from bench import BENCHMARKS, GRIDS, Bench
 
 from nuwa.testbed.benchmark import make_testbed_benchmark
-from pipelines.datasets import write_examples
-from pipelines.settings import ClusterSettings
+from nuwa.vlm import LlavaAdapter
+from pipelines.datasets import choose_questions, write_examples
+from pipelines.features import encode_missing
+from pipelines.grid import expand
+from pipelines.plan import sweep_costs
+from pipelines.settings import ClusterSettings, FeatureSettings, SweepSettings
+from pipelines.sweep import answer_context
 
 QUESTIONS = {"refcoco": 1, "refcocoplus": 1, "pope": 2, "gqa": 1, "textvqa": 1}
 
@@ -46,3 +52,37 @@ def cluster() -> ClusterSettings:
 def params() -> dict:
     """The project's own params.yaml, as data to bend."""
     return yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+
+
+@pytest.fixture(scope="session")
+def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
+    root = tmp_path_factory.mktemp("features")
+    store, _ = encode_missing(
+        str(model_folder),
+        prepared / "images.parquet",
+        root,
+        FeatureSettings(dtype="float32", shard_images=5, batch_size=3),
+        ClusterSettings(address=None, workers=1, cpus=1, gpus=0),
+        in_process=True,
+    )
+    vlm = LlavaAdapter.load(str(model_folder))
+    # A random model never ends an answer by itself.
+    short = examples.assign(max_new_tokens=examples["max_new_tokens"].clip(upper=5))
+    questions = choose_questions(short, BENCHMARKS, None, 0)
+    plan = SweepSettings(benchmarks=BENCHMARKS, images=None, subset_seed=0, unit_images=4, budgets=[16], grids=GRIDS)
+    return Bench(
+        str(model_folder),
+        root,
+        store.identity,
+        expand(plan, vlm.grid, vlm.layers),
+        questions,
+        answer_context(vlm, store.identity),
+        sweep_costs(vlm, questions.examples),
+    )
+
+
+@pytest.fixture(scope="session")
+def undisturbed(bench, tmp_path_factory):
+    outcome = bench.run(tmp_path_factory.mktemp("results"), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
+    assert not outcome.failures
+    return outcome

@@ -69,7 +69,7 @@ def test_the_budget_is_met_and_recorded():
 
 def test_trials_that_differ_in_stage_2_only_share_a_trunk():
     trials = trials_of({"name": "g", "method": "nuwa", "budget": 16, "stage2_scorer": ["random", "cosine_mean_text"]})
-    assert len({t.stage1_identity for t in trials[1:]}) == 1
+    assert len({t.selection_identity for t in trials[1:]}) == 1
     assert len({t.trial_id for t in trials}) == 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,92 +14,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray
+from bench import PATHS, ROOT, same
 
 from nuwa.decoder import Trunk
 from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
-from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed, run_units
-from pipelines.features import FeatureStore, encode_missing
-from pipelines.grid import expand
+from pipelines.features import FeatureStore
 from pipelines.lock import exclusive
+from pipelines.plan import read_examples
 from pipelines.results import ResultStore
-from pipelines.settings import FeatureSettings, SweepSettings
-from pipelines.sweep import SweepSpec, answer_context, plan_units, run_sweep
-
-BENCHMARKS = ["refcoco", "pope", "gqa"]
-GRIDS = [
-    {"name": "methods", "method": ["nuwa", "visionzip", "random"], "position": ["perc", "pesp"]},
-    {"name": "cuts", "method": "nuwa", "stage2_layer": [2, 6], "stage2_scorer": ["attention_last_token", "random"]},
-    {"name": "several", "method": "sparsevlm", "budget": 48},
-    {"name": "several", "method": "pyramiddrop", "budget": 48, "stage2_layer": [[1, 3, 6]]},
-]
-
-
-@dataclass
-class Bench:
-    """A prepared sweep on a random model: twelve images, thirteen trials."""
-
-    model: str
-    root: Path
-    identity: str
-    trials: list
-    questions: object
-    context: str
-
-    def spec(self, results: Path) -> SweepSpec:
-        return SweepSpec(self.model, str(self.root), self.identity, str(results), threads=1)
-
-    def run(self, results, cluster, in_process=True, trials=None, done=lambda unit, result: None):
-        return run_sweep(
-            self.spec(results),
-            trials or self.trials,
-            self.questions,
-            4,
-            self.context,
-            cluster,
-            lambda units, cached: None,
-            done,
-            in_process=in_process,
-        )
-
-
-@pytest.fixture(scope="module")
-def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
-    from pipelines.settings import ClusterSettings
-
-    root = tmp_path_factory.mktemp("features")
-    store, _ = encode_missing(
-        str(model_folder),
-        prepared / "images.parquet",
-        root,
-        FeatureSettings(dtype="float32", shard_images=5, batch_size=3),
-        ClusterSettings(address=None, workers=1, cpus=1, gpus=0),
-        in_process=True,
-    )
-    vlm = LlavaAdapter.load(str(model_folder))
-    plan = SweepSettings(benchmarks=BENCHMARKS, images=None, subset_seed=0, unit_images=4, budgets=[16], grids=GRIDS)
-    return Bench(
-        str(model_folder),
-        root,
-        store.identity,
-        expand(plan, vlm.grid, vlm.layers),
-        choose_questions(examples, BENCHMARKS, None, 0),
-        answer_context(vlm, store.identity),
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(bench, tmp_path_factory):
-    from pipelines.settings import ClusterSettings
-
-    outcome = bench.run(tmp_path_factory.mktemp("results"), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
-    assert not outcome.failures
-    return outcome
-
-
-def same(one, other):
-    return one.predictions.equals(other.predictions) and one.kept.equals(other.kept)
+from pipelines.sweep import branch
 
 
 def test_every_trial_answers_every_question_once(bench, undisturbed):
@@ -121,11 +47,9 @@ def test_shared_trunks_answer_as_each_trial_alone(bench, undisturbed):
             signals = vlm.signals(features.read([example.image]), (example.image,))
             selection = method.select(signals, trial.schedule.stage1_keep, trial.spec.config, trial.spec.seed)
             trunk = Trunk(vlm, selection, [[vlm.encode_prompt(example.prompt)]], trial.spec.position, (example.image,))
-            from pipelines.sweep import _advance_to_cut, _answer
-
-            if trial.schedule.cuts:
-                _advance_to_cut(trunk, trial)
-            (alone,) = _answer(trunk, trial, [example.max_new_tokens])
+            if trial.cuts:
+                trunk.advance(trial.first_cut, frozenset({trial.first_cut - 1}))
+            (alone,) = branch(trunk, trial, [example.max_new_tokens])
             assert vlm.decode_text(list(alone.tokens)) == answers[trial.trial_id, example.example_id]
 
 
@@ -135,15 +59,77 @@ def test_ray_workers_equal_one_process_bit_for_bit(bench, undisturbed, cluster, 
     assert same(outcome, undisturbed)
 
 
-def test_a_grown_grid_computes_only_what_is_missing(bench, undisturbed, cluster, tmp_path):
-    bench.run(tmp_path, cluster, trials=bench.trials[:6])
+def test_only_what_is_missing_is_computed(bench, undisturbed, cluster, tmp_path):
+    """First some trials on one benchmark, then all of everything in other units, then nothing is left."""
+    first = [example for example in bench.examples if example.example_id.startswith("pope")]
+    bench.run(tmp_path, cluster, trials=bench.trials[:6], examples=first)
     done = []
-    outcome = bench.run(tmp_path, cluster, done=lambda unit, result: done.append(result[0]))
-    assert sum(done) == 3 * (len(bench.trials) - 6), "three shards of each new trial"
+    outcome = bench.run(tmp_path, cluster, unit_images=7, done=lambda unit, report: done.append(report.answers))
+    assert sum(done) == len(bench.trials) * len(bench.examples) - 6 * len(first)
     assert same(outcome, undisturbed)
     again = []
-    assert same(bench.run(tmp_path, cluster, done=lambda unit, result: again.append(unit)), undisturbed)
+    assert same(bench.run(tmp_path, cluster, done=lambda unit, report: again.append(unit)), undisturbed)
     assert not again
+
+
+def test_answers_to_other_words_are_not_taken_for_these(bench, undisturbed, cluster, tmp_path):
+    """A question whose text has changed keeps its id; its old answers stay in the store and out of the tables."""
+    changed = bench.questions.examples.copy()
+    changed.loc[0, "prompt"] = "how many digits are there?"
+    bench.run(tmp_path, cluster, examples=read_examples(changed, bench.context))
+    done = []
+    outcome = bench.run(tmp_path, cluster, done=lambda unit, report: done.append(report.examples))
+    assert set(done) == {1}, "just the one question is asked again"
+    assert same(outcome, undisturbed)
+
+
+def test_an_example_that_raises_is_given_up_alone(bench, undisturbed, cluster, tmp_path):
+    """A prompt with a second image placeholder cannot be encoded."""
+    poisoned = bench.questions.examples.copy()
+    poisoned.loc[5, "prompt"] = "what is in <image>?"
+    victim = poisoned.loc[5, "example_id"]
+    outcome = bench.run(tmp_path, cluster, examples=read_examples(poisoned, bench.context))
+    assert {example.example_id for unit, _ in outcome.failures.values() for example in unit.examples} == {victim}
+    assert set(outcome.incomplete) == {trial.trial_id for trial in bench.trials}
+    reasons = {failure.reason for failure in outcome.incomplete.values()}
+    assert len(reasons) == 1 and "must hold exactly one image placeholder" in reasons.pop()
+    rest = undisturbed.predictions.to_pandas().query("example_id != @victim").reset_index(drop=True)
+    assert outcome.predictions.to_pandas().equals(rest)
+
+
+FULL = """
+import pickle, sys
+from pathlib import Path
+from pipelines.results import StorageFull
+from pipelines.settings import ClusterSettings
+bench = pickle.loads(Path(sys.argv[1]).read_bytes())
+try:
+    bench.run(Path(sys.argv[2]), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
+except StorageFull as error:
+    print(len(list(Path(sys.argv[2]).glob("*.predictions.parquet"))), error)
+"""
+
+
+def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, tmp_path):
+    """On a file system of 128 kB of its own."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=128k tmpfs {small}"
+    if subprocess.run([*mounted, mount], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a file system in a namespace of their own")
+    (tmp_path / "bench.pickle").write_bytes(pickle.dumps(bench))
+    command = f'{mount} && exec "$0" -c "$1" "$2" "$3"'
+    ran = subprocess.run(
+        [*mounted, command, sys.executable, FULL, str(tmp_path / "bench.pickle"), str(small)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": PATHS},
+        capture_output=True,
+        text=True,
+    )
+    finished, message = ran.stdout.split(" ", 1)
+    assert int(finished) > 0
+    assert "no space is left" in message and "run the same command again" in message
 
 
 @pytest.mark.parametrize("part", ["predictions", "kept", "timings"])
@@ -168,16 +154,12 @@ bench.run(Path(sys.argv[2]), ClusterSettings(address=None, workers=2, cpus=1, gp
 
 def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_path):
     """SIGKILL once some units are on disk; the rerun does the rest, and nothing differs."""
-    import pickle
-
     results = tmp_path / "results"
     (tmp_path / "bench.pickle").write_bytes(pickle.dumps(bench))
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(Path(__file__).parent), str(root / "tests")])
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tmp_path / "bench.pickle"), str(results), "here"],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": path},
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": PATHS},
     )
     deadline = time.monotonic() + 300
     while len(list(results.glob("*.predictions.parquet"))) < 3:
@@ -186,7 +168,7 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
         time.sleep(0.01)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    units, _ = plan_units(bench.trials, bench.questions, 4, bench.context, set(ResultStore(results).done()))
+    units = bench.units(results)
     assert units, "killed half-way means that something is left to do"
     redone = []
     outcome = bench.run(results, cluster, done=lambda unit, result: redone.append(unit))
@@ -207,7 +189,7 @@ class Fragile:
     def build(self):
         return self
 
-    def run(self, unit):
+    def run(self, unit, upcoming):
         name, deaths, error = unit
         tries = Path(self.folder) / name
         count = len(list(tries.parent.glob(f"{name}.*")))
@@ -225,8 +207,10 @@ def test_dead_workers_are_replaced_and_their_units_retried(cluster, tmp_path):
     failures = run_units(Fragile(str(tmp_path)), units, cluster, lambda unit, result: finished.append(unit))
     assert sorted(finished) == ["frail", *(f"u{i}" for i in range(8))]
     assert list(failures) == ["deadly"]
-    assert failures["deadly"].attempts == 3
-    assert failures["deadly"].reason.startswith("killed 3 workers:")
+    unit, failure = failures["deadly"]
+    assert unit == units["deadly"]
+    assert failure.attempts == 3
+    assert failure.reason.startswith("killed 3 workers:")
 
 
 @pytest.mark.parametrize("in_process", [True, False])
@@ -237,7 +221,7 @@ def test_an_exception_is_recorded_and_the_rest_goes_on(cluster, tmp_path, in_pro
         Fragile(str(tmp_path)), units, cluster, lambda unit, result: finished.append(unit), in_process=in_process
     )
     assert sorted(finished) == ["fine", "good"]
-    assert failures["bad"].reason == "KeyError: 'no such thing'"
+    assert failures["bad"][1].reason == "KeyError: 'no such thing'"
 
 
 @pytest.mark.parametrize("in_process", [True, False])
@@ -259,10 +243,75 @@ def test_one_driver_at_a_time(tmp_path):
         pass
 
 
-def test_results_name_their_cells(bench, cluster, tmp_path):
+def test_results_name_what_they_hold(bench, cluster, tmp_path):
     bench.run(tmp_path, cluster)
-    cells = ResultStore(tmp_path).done()
-    assert len(cells) == 3 * len(bench.trials)
-    assert all((tmp_path / f"{unit}.predictions.parquet").exists() for unit in cells.values())
-    footer = pq.ParquetFile(next(iter(tmp_path.glob("*.predictions.parquet")))).schema_arrow.metadata
-    assert b"cells" in footer
+    stored = ResultStore(tmp_path).done()
+    held = {(trial, example) for unit in stored for trial in unit.trials for example in unit.examples}
+    assert held == {(trial.trial_id, example.digest) for trial in bench.trials for example in bench.examples}
+    assert len(stored) > 3
+    for unit in stored:
+        assert pq.read_metadata(tmp_path / f"{unit.unit}.predictions.parquet").num_rows == len(unit.trials) * len(
+            unit.examples
+        )
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A unit of numbers that can be halved."""
+
+    values: tuple[int, ...]
+
+    @property
+    def home(self):
+        return self.values[0] // 8
+
+    def split(self):
+        middle = len(self.values) // 2
+        return {str(half): Numbers(half) for half in (self.values[:middle], self.values[middle:]) if middle}
+
+
+@dataclass(frozen=True)
+class Limited:
+    """A worker with memory for four numbers, one that cannot bear 13, and one that dies of 22."""
+
+    def build(self):
+        return self
+
+    def run(self, unit, upcoming):
+        if len(unit.values) > 4:
+            raise MemoryError(f"no room for {len(unit.values)} numbers")
+        if 13 in unit.values:
+            raise ValueError("13 is unlucky")
+        if 22 in unit.values:
+            os._exit(1)
+        return unit.values
+
+
+def test_units_are_split_until_what_fails_stands_alone(cluster):
+    units = {f"u{start}": Numbers(tuple(range(start, start + 8))) for start in range(0, 32, 8)}
+    finished = []
+    given_up = run_units(Limited(), units, cluster, lambda unit, values: finished.extend(values))
+    assert sorted(finished) == [number for number in range(32) if number not in (13, 22)]
+    assert {unit.values: failure.reason.partition(":")[0] for unit, failure in given_up.values()} == {
+        (13,): "ValueError",
+        (22,): "killed 3 workers",
+    }
+
+
+def test_a_worker_stays_with_its_data_while_there_is_any(cluster):
+    """In this process, units of a home come one after the other, and each is told what comes next."""
+    units = {f"u{number}": Numbers((number % 3 * 8, number)) for number in range(9)}
+    seen = []
+
+    class Watcher:
+        def build(self):
+            return self
+
+        def run(self, unit, upcoming):
+            seen.append((unit, upcoming))
+
+    run_units(Watcher(), units, cluster, lambda unit, result: None, in_process=True)
+    homes = [unit.home for unit, _ in seen]
+    assert [homes[0]] * 3 + [homes[3]] * 3 + [homes[6]] * 3 == homes
+    assert [upcoming for _, upcoming in seen[:-1]] == [unit for unit, _ in seen[1:]]
+    assert seen[-1][1] is None

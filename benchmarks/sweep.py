@@ -1,0 +1,411 @@
+"""What sharing is worth: two grids on the testbed's model, swept, against the same trials run one by one.
+
+Three ways to get the same answers, in one process and one thread:
+
+* *shared*: the sweep as it is, with planning, storing and collecting.
+* *one by one*: every trial by itself with a loaded model, cached features and prompts, and batches of 64 questions sorted
+  by length, each question its own sequence. Its answers and its time are compared with stock ``generate``.
+* *the papers' way*: the model loaded and every image encoded again for every trial, one question at a time.
+
+The slow ways answer a seeded sample and are scaled up by the number of questions, images and trials, unless ``--full``.
+Time is CPU time of this one-thread process, so other programs on the machine hardly matter. The last line is one JSON
+object.
+
+    python -m benchmarks.sweep
+    python -m benchmarks.sweep --images 12 --sample 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from nuwa.decoder import Trunk
+from nuwa.grid import PatchGrid
+from nuwa.methods import specify
+from nuwa.schedule import TokenSchedule
+from nuwa.selection import Selection
+from nuwa.stage1 import get_method
+from nuwa.testbed.benchmark import make_testbed_benchmark
+from nuwa.vlm import LlavaAdapter
+from pipelines.datasets import write_examples
+from pipelines.features import FeatureStore, encode_missing, read_images
+from pipelines.grid import Trial, expand
+from pipelines.plan import (
+    Costs,
+    Example,
+    Load,
+    ModelCost,
+    forecast,
+    plan_units,
+    read_examples,
+    sweep_costs,
+    usual_speed,
+    work_tree,
+)
+from pipelines.settings import ClusterSettings, FeatureSettings, SweepSettings
+from pipelines.sweep import SweepSpec, UnitReport, Words, answer_context, branch, run_sweep
+
+MODEL = "models/testbed"
+QUESTIONS = {"refcoco": 6, "refcocoplus": 4, "refcocog": 4, "pope": 6, "gqa": 4, "textvqa": 2}  # of each image
+SEED = 7
+BATCH = 64
+UNIT_IMAGES = 25
+ONE_WORKER = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
+METHODS = ("nuwa", "visionzip", "random", "uniform")
+POSITIONS = ("perc", "pesp", "rpme")
+BARS = {"speedup_stage1_grid": 5.0, "speedup_stage2_grid": 3.0, "fraction_of_predicted": 0.8}
+BARS |= {"speedup_vs_papers_way": 15.0, "model_time_share": 0.9}
+
+
+def stage1_grid(tokens: int, layers: int, budgets: Iterable[int]) -> list[Trial]:
+    """Four methods at three budgets, under three position strategies, without stage 2."""
+    return [
+        Trial(specify(method, position=position, budget=keep), TokenSchedule(tokens, layers, keep), {})
+        for method in METHODS
+        for keep in budgets
+        for position in POSITIONS
+    ]
+
+
+def stage2_grid(tokens: int, layers: int, keep: int, cuts: Sequence[int], keeps: Sequence[int]) -> list[Trial]:
+    """Every layer x K2 x scorer behind three stage-1 settings."""
+    return [
+        Trial(
+            specify(method, budget=keep, stage2={"layer": layer, "scorer": scorer}),
+            TokenSchedule(tokens, layers, keep, ((layer, second),)),
+            {},
+        )
+        for method in METHODS[:3]
+        for layer in cuts
+        for second in keeps
+        for scorer in ("attention_last_token", "cosine_mean_text")
+    ]
+
+
+def clock(work: Callable[[], object]) -> tuple[float, object]:
+    began = time.process_time()
+    result = work()
+    return time.process_time() - began, result
+
+
+@dataclass
+class Bench:
+    """The testbed's questions, their features and the model."""
+
+    vlm: LlavaAdapter
+    root: Path
+    store: FeatureStore
+    table: pd.DataFrame
+    examples: list[Example]
+    costs: Costs
+    words: Words
+
+    @classmethod
+    def prepare(cls, root: Path, images: int) -> Bench:
+        make_testbed_benchmark(root / "benchmarks", images, QUESTIONS, SEED)
+        tables = dict.fromkeys(QUESTIONS, root / "benchmarks")
+        write_examples(tables, "testbed", root / "examples.parquet", root / "images.parquet")
+        settings = FeatureSettings(dtype="float32", shard_images=64, batch_size=25)
+        store, _ = encode_missing(
+            MODEL, root / "images.parquet", root / "features", settings, ONE_WORKER, in_process=True
+        )
+        vlm, table = LlavaAdapter.load(MODEL), pd.read_parquet(root / "examples.parquet")
+        examples = read_examples(table, answer_context(vlm, store.identity))
+        return cls(vlm, root, store, table, examples, sweep_costs(vlm, table), Words(vlm))
+
+    def shared(self, trials: Sequence[Trial], results: Path) -> tuple[float, dict[tuple[str, str], str], float]:
+        """CPU seconds, the answers, and the share of the worker's wall time inside the decoder."""
+        spec = SweepSpec(MODEL, str(self.root / "features"), self.store.identity, str(results), threads=1)
+        reports: list[UnitReport] = []
+
+        def run():
+            return run_sweep(
+                spec,
+                trials,
+                self.examples,
+                self.costs,
+                usual_speed("cpu", 1),
+                UNIT_IMAGES,
+                ONE_WORKER,
+                lambda units, cached: None,
+                lambda unit, report: reports.append(report),
+                in_process=True,
+            )
+
+        seconds, outcome = clock(run)
+        if outcome.failures:
+            raise SystemExit(f"the sweep failed: {next(iter(outcome.incomplete.values())).reason}")
+        share = sum(report.model_seconds for report in reports) / sum(report.seconds for report in reports)
+        frame = outcome.predictions.select(["trial_id", "example_id", "prediction"]).to_pylist()
+        return seconds, {(row["trial_id"], row["example_id"]): row["prediction"] for row in frame}, share
+
+    def one_by_one(self, trial: Trial, asked: Sequence[Example]) -> dict[tuple[str, str], str]:
+        """One trial, batched, sharing nothing between questions."""
+        found = {}
+        for batch in self._batches(asked):
+            images = tuple(sorted({example.image for example in batch}))
+            signals = self.vlm.signals(self.store.read(images), images)
+            selection = _select(trial, signals)
+            rows = torch.tensor([images.index(example.image) for example in batch])
+            each = Selection(selection.indices[rows], selection.features[rows], selection.pillars[rows])
+            texts = self._answer(trial, each, batch, [self.words.encode(example.prompt) for example in batch])
+            found |= {(trial.trial_id, example.example_id): text for example, text in zip(batch, texts, strict=True)}
+        return found
+
+    def _answer(self, trial: Trial, selection: Selection, batch: Sequence[Example], prompts: list) -> list[str]:
+        trunk = Trunk(
+            self.vlm,
+            selection,
+            [[prompt] for prompt in prompts],
+            trial.spec.position,
+            [example.image for example in batch],
+        )
+        if trial.cuts:
+            trunk.advance(trial.first_cut, frozenset({trial.first_cut - 1}))
+        answers = branch(trunk, trial, [example.max_new_tokens for example in batch])
+        return [self.words.decode(answer.tokens) for answer in answers]
+
+    def papers_way(self, trials: Sequence[Trial], asked: Sequence[Example]) -> float:
+        """Forecast CPU seconds of ``trials`` on all questions, from those of ``asked`` and their images."""
+        pictures = read_images(self.root / "images.parquet", sorted({example.image for example in asked}))
+        loading = encoding = answering = 0.0
+        for trial in trials:
+            seconds, vlm = clock(lambda: LlavaAdapter.load(MODEL))
+            loading += seconds
+            signals = {}
+            for image, picture in pictures.items():
+                seconds, encoded = clock(lambda picture=picture, vlm=vlm: vlm.encode(vlm.pixels([picture])))
+                encoding += seconds
+                signals[image] = vlm.signals(encoded, (image,))
+            for example in asked:
+                answering += clock(
+                    lambda example=example, trial=trial, signals=signals: self._answer(
+                        trial,
+                        _select(trial, signals[example.image]),
+                        [example],
+                        [self.vlm.encode_prompt(example.prompt)],
+                    )
+                )[0]
+        images = len({example.image for example in self.examples})
+        whole = encoding * images / len(pictures) + answering * len(self.examples) / len(asked)
+        return (loading + whole) / len(trials)
+
+    def stock(self, asked: Sequence[Example]) -> float:
+        """Time of the unpruned trial one by one, over that of stock ``generate`` on the same cached features."""
+        tokens, layers = self.vlm.grid.tokens, self.vlm.layers
+        trial = Trial(specify("unpruned"), TokenSchedule(tokens, layers, tokens), {})
+        ours, answers = clock(lambda: self.one_by_one(trial, asked))
+        theirs, texts = clock(lambda: [pair for batch in self._batches(asked) for pair in self._generate(batch)])
+        different = sum(answers[trial.trial_id, example_id] != text for example_id, text in texts)
+        if different:
+            raise SystemExit(f"{different} of {len(asked)} unpruned answers differ from stock generate")
+        return ours / theirs
+
+    @torch.inference_mode()
+    def _generate(self, batch: Sequence[Example]) -> list[tuple[str, str]]:
+        """Stock ``generate`` on a batch, padded at the left, from embeddings of words and cached features."""
+        images = tuple(sorted({example.image for example in batch}))
+        projected = self.vlm.project(self.store.read(images)["features"])
+        prompts = [self.words.encode(example.prompt) for example in batch]
+        longest = max(len(prompt.after) for prompt in prompts)
+        rows, padding = [], self.vlm.processor.tokenizer.pad_token_id
+        for example, prompt in zip(batch, prompts, strict=True):
+            pad = [padding] * (longest - len(prompt.after))
+            before = self.vlm.language.embed_tokens(torch.tensor([*pad, *prompt.before]))
+            after = self.vlm.language.embed_tokens(torch.tensor(prompt.after))
+            rows.append(torch.cat([before, projected[images.index(example.image)], after]))
+        embedded = torch.stack(rows)
+        mask = torch.ones(embedded.shape[:2], dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            mask[row, : longest - len(prompt.after)] = 0
+        made = self.vlm.model.generate(
+            inputs_embeds=embedded,
+            attention_mask=mask,
+            max_new_tokens=max(example.max_new_tokens for example in batch),
+            do_sample=False,
+        )
+        return [
+            (example.example_id, self.vlm.decode_text(row)) for example, row in zip(batch, made.tolist(), strict=True)
+        ]
+
+    def _batches(self, asked: Sequence[Example]) -> list[list[Example]]:
+        """Batches of questions of like length."""
+        ordered = sorted(asked, key=lambda example: (len(self.words.encode(example.prompt).after), example.image))
+        return [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
+
+
+def _select(trial: Trial, signals) -> Selection:
+    method = get_method(trial.spec.stage1)
+    return method.select(signals, trial.schedule.stage1_keep, trial.spec.config, trial.spec.seed)
+
+
+def _sample(examples: Sequence[Example], count: int) -> list[Example]:
+    if count >= len(examples):
+        return list(examples)
+    chosen = np.random.default_rng(SEED).choice(len(examples), count, replace=False)
+    return [examples[number] for number in sorted(chosen)]
+
+
+def measure_grid(
+    bench: Bench, name: str, trials: list[Trial], sample: int, papers_trials: int, results: Path
+) -> dict[str, float | bool]:
+    """Both baselines against the sweep, on one grid."""
+    asked, few = _sample(bench.examples, sample), _sample(bench.examples, 12)
+    shared, answers, share = bench.shared(trials, results)
+    slow, alone = clock(lambda: [bench.one_by_one(trial, asked) for trial in trials])
+    slow *= len(bench.examples) / len(asked)
+    papers = bench.papers_way(trials[:: -(-len(trials) // papers_trials)], few) * len(trials)
+    differing = sum(answers[key] != text for found in alone for key, text in found.items())
+    predicted = forecast(trials, bench.costs).gain
+    print(
+        f"{name}: {len(trials)} trials, {len(bench.examples)} questions; shared {shared:.1f} s; one by one {slow:.1f} s "
+        f"(on {len(asked)} questions, scaled); the papers' way {papers:.0f} s (on {papers_trials} trials and {len(few)} "
+        f"questions, scaled)"
+    )
+    print(
+        f"  {slow / shared:.2f} times faster, {predicted:.2f} predicted; {papers / shared:.1f} times the papers' way; "
+        f"{share:.1%} of the time inside the decoder; {differing} of {len(trials) * len(asked)} answers differ"
+    )
+    return {
+        f"speedup_{name}": slow / shared,
+        f"predicted_{name}": predicted,
+        f"papers_{name}": papers / shared,
+        f"share_{name}": share,
+        f"identical_{name}": differing == 0,
+    }
+
+
+def planning(count: int) -> float:
+    """Seconds to turn settings that mean ``count`` trials into a forecast and units, on 200 images; half is done."""
+    points = max(1, count // 48)
+    settings = SweepSettings(
+        benchmarks=["pope"],
+        images=None,
+        subset_seed=0,
+        unit_images=UNIT_IMAGES,
+        budgets=[16],
+        grids=[
+            {
+                "name": "plan",
+                "method": "nuwa",
+                "position": list(POSITIONS),
+                "stage2_layer": [2, 3, 4, 5],
+                "stage2_scorer": ["attention_last_token", "attention_all_text", "cosine_mean_text", "random"],
+                "parameters": {"distance_threshold": np.linspace(0.1, 0.9, points).tolist()},
+            }
+        ],
+    )
+    examples = [Example(f"{i}-{q}", f"{i}-{q}", str(i), "", 8) for i in range(200) for q in range(12)]
+    text = [[((q, 1, 2, 3, 4, 5, 6, 7, 8), 5) for q in range(12)]] * 200
+    model = ModelCost(layers=8, token=4e5, pair=5e2, head=4e4, projector=1e5, system=2)
+    began = time.process_time()
+    trials = expand(settings, PatchGrid(12, 12), 8)
+    costs = Costs(model, Load.of(text))
+    forecast(trials, costs)
+    half = [([trial.trial_id for trial in trials[::2]], [example.digest for example in examples])]
+    plan_units(trials, examples, half, costs, usual_speed("cpu", 1), UNIT_IMAGES)
+    return time.process_time() - began
+
+
+def llava_7b() -> None:
+    """What RefCOCO's validation split would gain on LLaVA-1.5-7B, from the plan alone."""
+    config = LlavaConfig(
+        text_config=LlamaConfig(vocab_size=32064),
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        ),
+    )
+    # 10,834 expressions about 1,500 images; a prompt of about 20 common tokens, 4 of the expression and 5 behind it; a
+    # box of about 24 tokens.
+    common = tuple(range(20))
+    questions = [((*common, 100 + q, 200 + q, 300, 301, 302, 303, 304, 305, 306), 24) for q in range(7)]
+    costs = Costs(ModelCost.of(config, system=40), Load.of([questions] * 1548))
+    grids = {
+        "stage-1": stage1_grid(576, 32, (64, 128, 192)),
+        "stage-2": stage2_grid(576, 32, 192, (12, 16, 20, 24), (8, 16, 32, 64)),
+    }
+    for name, trials in grids.items():
+        expected = forecast(trials, costs)
+        hours = expected.seconds(usual_speed("cuda", 1)) / 3600
+        print(
+            f"LLaVA-1.5-7B on RefCOCO val, {name} grid of {len(trials)} trials: {expected.gain:.1f} times fewer FLOPs, "
+            f"{hours * expected.gain:.0f} GPU hours become {hours:.0f} at {usual_speed('cuda', 1) / 1e12:.0f} TFLOP/s"
+        )
+
+
+def feature_figures() -> dict[str, float]:
+    """The feature store's own figures, where its benchmark is there."""
+    if importlib.util.find_spec("benchmarks.features") is None:
+        return {}
+    figures = importlib.import_module("benchmarks.features").figures()
+    return {key if key.startswith("feature_") else f"feature_{key}": value for key, value in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=50, help="test images, of about 25 questions (default: 50)")
+    parser.add_argument("--sample", type=int, default=256, help="questions the trials one by one answer (default: 256)")
+    parser.add_argument("--full", action="store_true", help="all questions one by one; takes about an hour")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+
+    plans = {count: planning(count) / count * 1000 for count in (100, 1000, 10_000)}
+    hundred_thousand = planning(100_000)
+    print("planning:", ", ".join(f"{count} trials {value:.3f} ms each" for count, value in plans.items()))
+    print(f"planning 100,000 trials: {hundred_thousand:.1f} s")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        bench = Bench.prepare(root, chosen.images)
+        over_stock = bench.stock(_sample(bench.examples, BATCH * 4))
+        print(f"one by one takes {over_stock:.2f} of the time of stock generate on the unpruned trial")
+        tokens, layers = bench.vlm.grid.tokens, bench.vlm.layers
+        grids = {
+            "stage1_grid": stage1_grid(tokens, layers, (48, 72, 96)),
+            "stage2_grid": stage2_grid(tokens, layers, 96, (4, 5, 6, 7), (4, 8, 12, 16)),
+        }
+        sample = len(bench.examples) if chosen.full else chosen.sample
+        papers = 36 if chosen.full else 4
+        figures = {}
+        for name, trials in grids.items():
+            assert len(work_tree(trials)) in (12, 3)
+            figures |= measure_grid(bench, name, trials, sample, papers, root / name)
+        questions = len(bench.examples)
+    llava_7b()
+    both = [f"speedup_{name}" for name in grids]
+    summary = {
+        "benchmark": "sweep",
+        "questions": questions,
+        **{key: round(figures[key], 2) for key in both},
+        "fraction_of_predicted": round(min(figures[f"speedup_{n}"] / figures[f"predicted_{n}"] for n in grids), 3),
+        "speedup_vs_papers_way": round(min(figures[f"papers_{n}"] for n in grids), 1),
+        "identical": all(figures[f"identical_{n}"] for n in grids),
+        "model_time_share": round(min(figures[f"share_{n}"] for n in grids), 3),
+        "plan_ms_per_trial": {str(count): round(value, 3) for count, value in plans.items()},
+        "plan_seconds_100000_trials": round(hundred_thousand, 2),
+        "one_by_one_over_stock": round(over_stock, 3),
+        "bars": BARS,
+        **feature_figures(),
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""A small sweep on a random model, for the tests of the engine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.plan import Costs, plan_units, read_examples
+from pipelines.results import ResultStore
+from pipelines.sweep import SweepSpec, run_sweep
+
+BENCHMARKS = ["refcoco", "pope", "gqa"]
+ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(ROOT / "tests")])
+SLOW = 1e9  # FLOP/s: a unit's ten seconds are over soon
+GRIDS = [
+    {"name": "methods", "method": ["nuwa", "visionzip", "random"], "position": ["perc", "pesp"]},
+    {"name": "cuts", "method": "nuwa", "stage2_layer": [2, 6], "stage2_scorer": ["attention_last_token", "random"]},
+    {"name": "several", "method": "sparsevlm", "budget": 48},
+    {"name": "several", "method": "pyramiddrop", "budget": 48, "stage2_layer": [[1, 3, 6]]},
+]
+
+
+@dataclass
+class Bench:
+    """A prepared sweep on a random model: twelve images, thirteen trials."""
+
+    model: str
+    root: Path
+    identity: str
+    trials: list
+    questions: object
+    context: str
+    costs: Costs
+
+    def spec(self, results: Path) -> SweepSpec:
+        return SweepSpec(self.model, str(self.root), self.identity, str(results), threads=1)
+
+    @property
+    def examples(self):
+        return read_examples(self.questions.examples, self.context)
+
+    def units(self, results, unit_images=4):
+        stored = [(unit.trials, unit.examples) for unit in ResultStore(results).done()]
+        return plan_units(self.trials, self.examples, stored, self.costs, SLOW, unit_images)[0]
+
+    def run(
+        self,
+        results,
+        cluster,
+        in_process=True,
+        trials=None,
+        examples=None,
+        unit_images=4,
+        done=lambda *_: None,
+        log=None,
+        speed=SLOW,
+    ):
+        """``speed`` is low, so that even this small sweep is cut into many units; ``log``: see :class:`Logged`."""
+        spec = self.spec(results)
+        return run_sweep(
+            Logged(spec, str(log), spec.results) if log else spec,
+            trials or self.trials,
+            self.examples if examples is None else examples,
+            self.costs,
+            speed,
+            unit_images,
+            cluster,
+            lambda units, cached: None,
+            done,
+            in_process=in_process,
+        )
+
+
+@dataclass(frozen=True)
+class Logged:
+    """The sweep's worker, that also notes in a file when it begins and ends a unit."""
+
+    spec: SweepSpec
+    log: str
+    results: str
+
+    def build(self):
+        return LoggedWorker(self.spec.build(), self.log)
+
+
+class LoggedWorker:
+    def __init__(self, worker, log):
+        self.worker, self.log = worker, log
+
+    def note(self, *words):
+        with open(self.log, "a") as lines:
+            lines.write(" ".join(map(str, words)) + "\n")
+
+    def run(self, unit, upcoming):
+        self.note("begin", unit.unit_id, os.getpid(), len(unit.trials) * len(unit.examples))
+        result = self.worker.run(unit, upcoming)
+        self.note("end", unit.unit_id, os.getpid(), len(unit.trials) * len(unit.examples))
+        return result
+
+
+def same(one, other):
+    return one.predictions.equals(other.predictions) and one.kept.equals(other.kept)
