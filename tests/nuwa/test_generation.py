@@ -18,6 +18,7 @@ import nuwa
 from nuwa.generation import answer_encoded, generate
 from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
+from nuwa.stage1.learnpruner import Lpm, WeightsError, save_lpm
 from nuwa.vlm import EncodedImage, LlavaAdapter, adapt, load_adapter
 
 torch.set_num_threads(1)
@@ -328,3 +329,26 @@ def test_importing_the_package_is_light_and_generating_needs_no_pipeline():
     assert done.stdout.strip() == "[]"
     with pytest.raises(AttributeError):
         _ = nuwa.generation_of
+
+
+# --- methods that were trained
+
+
+def test_a_trained_method_knows_its_encoder(tiny_next, tiny_qwen, photos, tmp_path):
+    torch.manual_seed(1)
+    path = tmp_path / "lpm.safetensors"
+    save_lpm(Lpm(32), path, tiny_next.encoder_identity, {})
+    options = {"method": "learnpruner", "average_tokens": 30, "parameters": {"weights": str(path)}}
+    (answer,) = ask(tiny_next, photos[:1], **options)
+    assert set(answer.kept.roles) == {"pillar", "newline"}
+    with pytest.raises(WeightsError) as caught:
+        ask(tiny_qwen, photos[:1], **options)
+    assert "were trained on encoder" in str(caught.value)
+
+
+def test_the_released_settings_for_qwen(tiny_qwen, photos):
+    for one in ask(tiny_qwen, photos[:4], average_tokens=None, retention=0.25, preset="released_qwen"):
+        ((layer, keep),) = one.schedule.cuts
+        assert layer == 3  # 15 of 28 layers, of six
+        assert keep == pytest.approx(0.42 * one.schedule.stage1_keep, abs=1.1)
+        assert one.kept.roles.count("collector") <= 0.1 * len(one.kept.roles) + 1
