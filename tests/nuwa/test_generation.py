@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import nuwa
 from nuwa.generation import answer_encoded, generate
+from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
 from nuwa.stage1.learnpruner import Lpm, WeightsError, save_lpm
@@ -96,10 +97,8 @@ def test_an_image_with_fewer_tokens_than_the_budget_keeps_all(tiny_qwen, photos)
             assert one.tokens == other.tokens
 
 
-@pytest.mark.parametrize("method", ["random", "uniform", "pooling", "visionzip", "fastv", "nuwa"])
+@pytest.mark.parametrize("method", ["random", "uniform", "pooling", "divprune", "fastv", "nuwa"])
 def test_a_whole_budget_is_the_unpruned_model_under_every_strategy(family, pictures, method):
-    if method == "visionzip" and not family.offers_cls:
-        pytest.skip("refused by name, see below")
     whole = ask(family, pictures[:3], method="unpruned", average_tokens=None)
     parameters = {"pillar_quantile": 0.0} if method == "nuwa" else None
     for position in ("perc", "pesp", "rpme"):
@@ -347,8 +346,9 @@ def test_a_trained_method_knows_its_encoder(tiny_next, tiny_qwen, photos, tmp_pa
 
 
 def test_the_released_settings_for_qwen(tiny_qwen, photos):
-    for one in ask(tiny_qwen, photos[:4], average_tokens=None, retention=0.25, preset="released_qwen"):
-        ((layer, keep),) = one.schedule.cuts
-        assert layer == 3  # 15 of 28 layers, of six
-        assert keep == pytest.approx(0.42 * one.schedule.stage1_keep, abs=1.1)
-        assert one.kept.roles.count("collector") <= 0.1 * len(one.kept.roles) + 1
+    """After layer 14 of 28, 0.42 of stage 1, nine tokens in ten untouched."""
+    schedule = specify("nuwa", preset="released_qwen", budget=144).schedule(PatchGrid(24, 24), 28)
+    ((layer, keep),) = schedule.cuts
+    assert layer == 15 and keep == pytest.approx(0.42 * schedule.stage1_keep, abs=1)
+    for one in ask(tiny_qwen, photos[:4], average_tokens=None, retention=0.5, preset="released_qwen"):
+        assert 1 <= one.kept.roles.count("collector") <= 0.1 * len(one.kept.roles) + 1
