@@ -22,7 +22,7 @@ from nuwa.grid import PatchGrid
 from nuwa.layout import VisualLayout, place
 from nuwa.methods import MethodSpec, check_encoder, specify
 from nuwa.positions import visual_positions
-from nuwa.schedule import TokenSchedule
+from nuwa.schedule import TokenSchedule, UnreachableBudget
 from nuwa.selection import Selection
 from nuwa.stage1 import get_method
 from nuwa.vlm import Adapter, EncodedImage, adapt, view_signals
@@ -172,16 +172,37 @@ class LayoutPlan:
 def plan(vlm: Adapter, spec: MethodSpec, layout: VisualLayout) -> LayoutPlan:
     """Raises ``ValueError`` where the encoder lacks what the method reads or the budget is out of reach."""
     check_encoder(spec, vlm.encoder, vlm.offers_cls)
-    if (check := get_method(spec.stage1).check) is not None:
-        check(spec.config, vlm.encoder_identity)
+    method = get_method(spec.stage1)
+    if method.check is not None:
+        method.check(spec.config, vlm.encoder_identity)
     whole = layout.views[0].grid if len(layout.views) == 1 else PatchGrid(1, layout.tokens)
     schedule = spec.schedule(whole, vlm.layers)
-    keeps = tuple(layout.shares(schedule.stage1_keep))
-    kept = get_method(spec.stage1).kept
-    entering = sum(kept(view.grid, keep) for view, keep in zip(layout.views, keeps, strict=True))
+    keeps = tuple(shares(layout, schedule.stage1_keep))
+    entering = sum(method.kept(view.grid, keep) for view, keep in zip(layout.views, keeps, strict=True))
     entering += int(layout.newlines.sum())
     cuts = tuple((layer, min(keep, entering)) for layer, keep in schedule.cuts)
     return LayoutPlan(spec, keeps, replace(schedule, stage1_keep=entering, cuts=cuts))
+
+
+def shares(layout: VisualLayout, keep: int) -> list[int]:
+    """How many of its tokens each view keeps when ``keep`` visual tokens enter the language model.
+
+    Newline tokens are put back at every row's end and count. The rest is dealt out by crops, ``total // crops``
+    to each; what division or a view's size leaves over goes to the later views first. Raises
+    :class:`UnreachableBudget`.
+    """
+    newlines = int(layout.newlines.sum())
+    least = newlines + len(layout.views)
+    if not least <= keep <= layout.tokens:
+        raise UnreachableBudget(
+            f"{keep} tokens before the first cut are out of reach on this image: allowed {least}..{layout.tokens}, "
+            f"{newlines} of them newline tokens"
+        )
+    patches, crops = keep - newlines, sum(view.crops for view in layout.views)
+    dealt = [min(max(1, patches * view.crops // crops), view.grid.tokens) for view in layout.views]
+    for number in reversed(range(len(dealt))):
+        dealt[number] += min(patches - sum(dealt), layout.views[number].grid.tokens - dealt[number])
+    return dealt
 
 
 def select(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from nuwa.grid import PatchGrid
-from nuwa.schedule import UnreachableBudget
 from nuwa.selection import Selection, gather_tokens
 
 
@@ -23,7 +22,7 @@ from nuwa.selection import Selection, gather_tokens
 class View:
     """One grid of tokens that stage 1 prunes on its own.
 
-    ``crops``: how many crops of the encoder it was stitched from; the budget is shared out by it.
+    ``crops``: how many crops of the encoder it was stitched from; a budget is dealt out by it.
     ``newline``: whether a learned newline token ends every row.
     """
 
@@ -74,26 +73,6 @@ class VisualLayout:
     def length(self) -> int:
         """How far the unpruned image moves the position of the text behind it."""
         return int(self.offsets.max()) + 1
-
-    def shares(self, keep: int) -> list[int]:
-        """How many of its tokens each view keeps when ``keep`` visual tokens enter the language model.
-
-        Newline tokens are put back at every row's end and count. The rest is dealt out by crops, ``total // crops``
-        to each; what division or a view's size leaves over goes to the later views first. Raises
-        :class:`UnreachableBudget`.
-        """
-        newlines = int(self.newlines.sum())
-        least = newlines + len(self.views)
-        if not least <= keep <= self.tokens:
-            raise UnreachableBudget(
-                f"{keep} tokens before the first cut are out of reach on this image: allowed {least}..{self.tokens}, "
-                f"{newlines} of them newline tokens"
-            )
-        patches, crops = keep - newlines, sum(view.crops for view in self.views)
-        shares = [min(max(1, patches * view.crops // crops), view.grid.tokens) for view in self.views]
-        for number in reversed(range(len(shares))):
-            shares[number] += min(patches - sum(shares), self.views[number].grid.tokens - shares[number])
-        return shares
 
 
 def place(layout: VisualLayout, selections: Sequence[Selection]) -> Selection:

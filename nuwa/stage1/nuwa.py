@@ -1,7 +1,7 @@
 """Nüwa, stage 1 (ICLR 2026): separation, alignment, aggregation.
 
-Two presets, both faithful: ``paper`` follows equations 3-7 and Algorithm 1, ``released`` the authors' code. Every
-difference between them is one field of :class:`Nuwa`.
+Three presets, all faithful: ``paper`` follows equations 3-7 and Algorithm 1, ``released`` the authors' code for LLaVA,
+``released_qwen`` their code for Qwen2.5-VL. Every difference between them is one field of :class:`Nuwa`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,12 @@ class Nuwa:
 
 PRESETS = {
     "released": {},
+    "released_qwen": {
+        "pillar_quantile": 0.1,
+        "distance_threshold": 0.8,
+        "distance_convention": "plain",
+        "reset_self_weight": False,
+    },
     "paper": {"salience": "cls_attention_key_norm", "pillar_signal": "key_norm", "pillar_quantile": 0.75},
 }
 

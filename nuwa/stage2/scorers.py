@@ -59,6 +59,15 @@ def attention_last_token(evidence: CutEvidence) -> Tensor:
     return evidence.attention(True)[:, :, 0].float().mean(dim=1)
 
 
+def attention_last_three(evidence: CutEvidence) -> Tensor:
+    """Attention of the last three prompt tokens, mean over them, then the largest of all heads (Nüwa on Qwen2.5-VL)."""
+    mask = evidence.text_mask
+    counts = mask.sum(dim=1, keepdim=True)
+    last = mask & (torch.arange(mask.shape[1], device=mask.device) >= counts - 3)
+    summed = (evidence.attention(False).float() * last[:, None, :, None]).sum(dim=2)
+    return (summed / last.sum(dim=1)[:, None, None]).amax(dim=1)
+
+
 def attention_all_text(evidence: CutEvidence) -> Tensor:
     """Attention of all prompt tokens after the image, mean over tokens and heads (LearnPruner)."""
     summed = evidence.attention(False).float().mean(dim=1).sum(dim=1)
@@ -107,6 +116,7 @@ SCORERS: dict[str, Scorer] = {
     scorer.name: scorer
     for scorer in (
         Scorer("attention_last_token", attention_last_token, reads_attention=True),
+        Scorer("attention_last_three", attention_last_three, reads_attention=True),
         Scorer("attention_all_text", attention_all_text, reads_attention=True),
         Scorer("attention_last_token_next_layer", attention_last_token_next_layer, reads_attention=False),
         Scorer("attention_raters", attention_raters, reads_attention=True),

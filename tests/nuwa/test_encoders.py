@@ -12,6 +12,7 @@ from oracles.masked_model import eager_copy
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
+from nuwa import generation
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout, place
 from nuwa.schedule import UnreachableBudget
@@ -104,13 +105,13 @@ def next_layout() -> VisualLayout:
 )
 def test_a_budget_is_dealt_out_by_crops(keep, shares):
     assert next_layout().tokens == 61
-    assert next_layout().shares(keep) == shares
+    assert generation.shares(next_layout(), keep) == shares
 
 
 @pytest.mark.parametrize("keep", [6, 62])
 def test_a_budget_out_of_reach_is_named_with_the_range(keep):
     with pytest.raises(UnreachableBudget) as caught:
-        next_layout().shares(keep)
+        generation.shares(next_layout(), keep)
     assert str(caught.value) == (
         f"{keep} tokens before the first cut are out of reach on this image: allowed 7..61, 5 of them newline tokens"
     )

@@ -139,6 +139,7 @@ SPECS = {
         "nuwa",
         {"position": "perc", "stage2": {"scorer": "attention_all_text"}, "parameters": {"aggregation": False}},
     ),
+    "as released for Qwen2.5-VL": ("nuwa", {"preset": "released_qwen"}),
     "a cut by cosine, spread": ("nuwa", {"position": "rpme", "preset": "paper"}),
     "in the language model only": ("fastv", {}),
     "three cuts, renumbered": ("pyramiddrop", {"position": "perc", "stage2": {"layer": [1, 3, 5]}}),

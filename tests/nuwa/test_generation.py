@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import nuwa
 from nuwa.generation import answer_encoded, generate
+from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
+from nuwa.stage1.learnpruner import Lpm, WeightsError, save_lpm
 from nuwa.vlm import EncodedImage, LlavaAdapter, adapt, load_adapter
 
 torch.set_num_threads(1)
@@ -95,10 +97,8 @@ def test_an_image_with_fewer_tokens_than_the_budget_keeps_all(tiny_qwen, photos)
             assert one.tokens == other.tokens
 
 
-@pytest.mark.parametrize("method", ["random", "uniform", "pooling", "visionzip", "fastv", "nuwa"])
+@pytest.mark.parametrize("method", ["random", "uniform", "pooling", "divprune", "fastv", "nuwa"])
 def test_a_whole_budget_is_the_unpruned_model_under_every_strategy(family, pictures, method):
-    if method == "visionzip" and not family.offers_cls:
-        pytest.skip("refused by name, see below")
     whole = ask(family, pictures[:3], method="unpruned", average_tokens=None)
     parameters = {"pillar_quantile": 0.0} if method == "nuwa" else None
     for position in ("perc", "pesp", "rpme"):
@@ -328,3 +328,27 @@ def test_importing_the_package_is_light_and_generating_needs_no_pipeline():
     assert done.stdout.strip() == "[]"
     with pytest.raises(AttributeError):
         _ = nuwa.generation_of
+
+
+# --- methods that were trained
+
+
+def test_a_trained_method_knows_its_encoder(tiny_next, tiny_qwen, photos, tmp_path):
+    torch.manual_seed(1)
+    path = tmp_path / "lpm.safetensors"
+    save_lpm(Lpm(32), path, tiny_next.encoder_identity, {})
+    options = {"method": "learnpruner", "average_tokens": 30, "parameters": {"weights": str(path)}}
+    (answer,) = ask(tiny_next, photos[:1], **options)
+    assert set(answer.kept.roles) == {"pillar", "newline"}
+    with pytest.raises(WeightsError) as caught:
+        ask(tiny_qwen, photos[:1], **options)
+    assert "were trained on encoder" in str(caught.value)
+
+
+def test_the_released_settings_for_qwen(tiny_qwen, photos):
+    """After layer 14 of 28, 0.42 of stage 1, nine tokens in ten untouched."""
+    schedule = specify("nuwa", preset="released_qwen", budget=144).schedule(PatchGrid(24, 24), 28)
+    ((layer, keep),) = schedule.cuts
+    assert layer == 15 and keep == pytest.approx(0.42 * schedule.stage1_keep, abs=1)
+    for one in ask(tiny_qwen, photos[:4], average_tokens=None, retention=0.5, preset="released_qwen"):
+        assert 1 <= one.kept.roles.count("collector") <= 0.1 * len(one.kept.roles) + 1

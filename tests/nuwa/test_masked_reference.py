@@ -425,6 +425,7 @@ def test_padding_counts_for_nothing():
             "attention_last_token": scorer_oracle.last_token(square, columns, words),
             "attention_last_token_next_layer": scorer_oracle.last_token(flipped, columns, words),
             "attention_all_text": scorer_oracle.all_text(square, columns, words),
+            "attention_last_three": scorer_oracle.last_three(square, columns, words),
             "attention_raters": scorer_oracle.of_raters(square, columns, words, chosen),
             "cosine_mean_text": scorer_oracle.cosine_with_mean_text(
                 both.visual[number].numpy(), both.text[number, :length].numpy()
@@ -530,7 +531,7 @@ def test_an_unknown_scorer_is_named_with_what_exists():
         get_scorer("attention")
     assert str(caught.value) == (
         "stage-2 scorer 'attention' is unknown; allowed: "
-        "attention_last_token, attention_all_text, attention_last_token_next_layer, attention_raters, "
+        "attention_last_token, attention_last_three, attention_all_text, attention_last_token_next_layer, attention_raters, "
         "cosine_mean_text, random"
     )
 

@@ -290,12 +290,12 @@ def test_a_fastv_that_would_prune_before_the_model_is_refused_before_any_work(ar
         (
             {"method": "nuwa", "budget": 64, "stage2": {"scorer": "mean"}},
             "stage-2 scorer 'mean' is unknown; allowed: "
-            "attention_last_token, attention_all_text, attention_last_token_next_layer, attention_raters, "
+            "attention_last_token, attention_last_three, attention_all_text, attention_last_token_next_layer, attention_raters, "
             "cosine_mean_text, random",
         ),
         (
             {"method": "nuwa", "budget": 64, "preset": "papers"},
-            "nuwa has no preset 'papers'; allowed: released, paper",
+            "nuwa has no preset 'papers'; allowed: released, released_qwen, paper",
         ),
         (
             {"method": "random", "budget": 64, "parameters": {"seeds": 1}},

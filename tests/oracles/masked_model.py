@@ -157,7 +157,8 @@ class MaskedModel:
             words = self.embeddings([])[0, self.text].numpy()
             entered = self.projected[self.alive[0]].numpy()
             return scorers.of_raters(attention, columns, self.text, scorers.raters(entered, words))
-        score = {"attention_all_text": scorers.all_text}.get(scorer, scorers.last_token)
+        others = {"attention_all_text": scorers.all_text, "attention_last_three": scorers.last_three}
+        score = others.get(scorer, scorers.last_token)
         return score(attention, columns, self.text)
 
     def cut(self, layer: int, keep: int, scores: list[float]) -> list[int]:

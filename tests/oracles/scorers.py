@@ -14,6 +14,12 @@ def last_token(attention: np.ndarray, visual: list[int], text: list[int]) -> lis
     return [sum(float(head[text[-1], column]) for head in attention) / len(attention) for column in visual]
 
 
+def last_three(attention: np.ndarray, visual: list[int], text: list[int]) -> list[float]:
+    """Nüwa's code for Qwen2.5-VL: mean over the last three prompt tokens (all, where there are fewer), largest head."""
+    rows = text[-3:]
+    return [max(sum(float(head[row, column]) for row in rows) / len(rows) for head in attention) for column in visual]
+
+
 def all_text(attention: np.ndarray, visual: list[int], text: list[int]) -> list[float]:
     """LearnPruner: mean over all prompt tokens after the image and over heads."""
     scores = []
