@@ -93,14 +93,13 @@ def best_tokens(scores: Tensor, keep: int) -> Tensor:
 
 
 def relative_to_threshold(logits: Tensor, keep: int) -> Tensor:
-    """``(batch, tokens)`` logits shifted so that just the ``keep`` highest of an image are positive.
+    """``(batch, tokens)`` logits of an image at mean 0 and deviation 1, then shifted: just the ``keep`` highest are positive.
 
-    The shift follows the image's mean logit, so no gradient moves all its logits together. With a fixed number of
-    tokens that would change nothing but where the sigmoid is, until it is flat.
+    With a fixed number of tokens only the order of an image's logits matters. So no gradient may move them all together
+    or spread them all: that would change nothing but how flat the sigmoid is, until no token learns any more.
     """
-    around = logits.detach().topk(keep + 1, dim=1).values[:, -2:].mean(dim=1, keepdim=True)
-    mean = logits.mean(dim=1, keepdim=True)
-    return logits - mean + (mean.detach() - around)
+    standard = F.layer_norm(logits, logits.shape[-1:])
+    return standard - standard.detach().topk(keep + 1, dim=1).values[:, -2:].mean(dim=1, keepdim=True)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -112,8 +111,8 @@ class PrunerLearner(nn.Module):
     """The LPM in training. The frozen model is no submodule: checkpoints and optimiser hold the LPM alone.
 
     ``sparsity`` keeps keep-everything from winning. ``topk_ste``: the ``keep_share`` of tokens with the highest keep
-    probability stays, in every image; its logits are shifted first, which moves no rank, so that just these have
-    ``p > 1/2`` and ``argmax`` would decide the same. ``ratio_penalty``: ``argmax`` decides, and
+    probability stays, in every image; its logits are standardised and shifted first, which moves no rank,
+    so that just these have ``p > 1/2`` and ``argmax`` would decide the same. ``ratio_penalty``: ``argmax`` decides, and
     ``penalty_weight * (mean keep - keep_share)²`` joins the loss (mean over the tokens of the batch).
     """
 

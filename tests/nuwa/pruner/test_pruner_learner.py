@@ -184,11 +184,12 @@ def test_topk_keeps_exactly_its_share_and_the_threshold_moves_no_rank(own_vlm, b
     assert torch.equal(shifted.argsort(dim=1), logit.argsort(dim=1))
 
 
-def test_no_gradient_moves_all_logits_of_an_image_together():
+def test_no_gradient_moves_or_spreads_all_logits_of_an_image_together():
     logits = torch.randn(3, 9, requires_grad=True)
     (relative_to_threshold(logits, 4).sigmoid() * torch.randn(3, 9)).sum().backward()
     assert logits.grad.abs().max() > 1e-2
     assert logits.grad.sum(dim=1).abs().max() < 1e-6
+    assert (logits.grad * logits).sum(dim=1).abs().max() < 1e-3
 
 
 def test_top_tokens_break_ties_to_the_lower_index():
