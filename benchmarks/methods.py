@@ -109,7 +109,9 @@ def measure(name: str, signals: VisionSignals, keep: int, repetitions: int, devi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="576 tokens, batch 1 and 8 only")
+    parser.add_argument("--quick", action="store_true", help="the same as --tokens 576 --batches 1 8")
+    parser.add_argument("--tokens", nargs="+", type=int, choices=GRIDS, help="of an image (default: 576 and 2880)")
+    parser.add_argument("--batches", nargs="+", type=int, help="images at once (default: 1, 8 and 64)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repetitions", type=int, default=5, help="of each side (default: 5)")
     parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), help="only these (default: all that prune)")
@@ -119,9 +121,9 @@ def main() -> None:
     columns = ("ours ms", "ref. ms", "ours MiB", "ref. MiB", "time", "memory")
     print(f"{chosen.device}, {torch.get_num_threads()} threads; milliseconds and MiB an image, ours over reference")
     print(f"{'method':<10}{'tokens':>7}{'keep':>6}{'batch':>6}" + "".join(f"{column:>10}" for column in columns))
-    for tokens in [576] if chosen.quick else GRIDS:
+    for tokens in chosen.tokens or ([576] if chosen.quick else GRIDS):
         grid, keep = GRIDS[tokens]
-        for batch in [1, 8] if chosen.quick else [1, 8, 64]:
+        for batch in chosen.batches or ([1, 8] if chosen.quick else [1, 8, 64]):
             signals = draw_signals(grid, batch, chosen.device)
             for name in names:
                 with torch.inference_mode():

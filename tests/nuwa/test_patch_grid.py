@@ -191,3 +191,12 @@ def test_equal_vectors_are_equally_similar_wherever_they_stand():
     assert torch.equal(similarity, similarity.T) and (similarity.diagonal() == 1).all()
     alone = cosine_similarity(crowd[:, 150:151], crowd)[0, 0]
     assert torch.equal(alone, similarity[150])
+
+
+def test_orthogonal_vectors_are_not_similar_at_all():
+    # Products of the rounded unit vectors do not cancel exactly; what is left must not decide between them.
+    first, second = torch.arange(1.0, 31.0).repeat_interleave(30), torch.arange(1.0, 31.0).repeat(30)
+    one = directions(torch.stack([first, second, first], dim=-1)[:, None])
+    other = directions(torch.stack([second, -2 * first, second], dim=-1)[:, None])
+    assert (one @ other.transpose(1, 2)).any(), "without rounding something is left"
+    assert not cosine_similarity(one, other).any()
