@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,8 +137,15 @@ class Folder:
         self._try(f"write {name}", action)
 
     def publish(self, source: Path, name: str) -> None:
-        """Upload the whole local file ``source`` as ``name``. A killed upload may leave a part of it on a filesystem
-        without atomic puts: what must be whole is named by a manifest written after it."""
+        """Bring the whole local file ``source`` here as ``name``.
+
+        A killed upload may leave a part of it on a filesystem without atomic puts: what must be whole is named by a
+        manifest written after it.
+        """
+        if self.local is not None:
+            with atomic_path(self.local / name) as fresh:
+                shutil.copyfile(source, fresh)
+            return
 
         def action() -> None:
             self.filesystem.create_dir(self.path, recursive=True)

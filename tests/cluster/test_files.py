@@ -1,0 +1,159 @@
+"""The files of cluster/ against their own validators, and what no validator knows against this repository."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+LAUNCHERS = ["aws", "gcp", "onprem"]
+
+
+def load(name: str) -> dict:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def pinned(package: str) -> str:
+    return re.search(rf"^{re.escape(package)}==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_rays_own_schema_takes_the_launcher_files(name):
+    prepared = prepare_config(load(f"{name}.yaml"))
+    validate_config(prepared)
+    assert prepared["max_workers"] == (2 if name == "onprem" else 8)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_validator_would_notice(name):
+    import jsonschema
+
+    wrong = load(f"{name}.yaml") | {"workers": 3}
+    with pytest.raises(jsonschema.ValidationError, match="workers"):
+        validate_config(prepare_config(wrong))
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_ship_files_that_exist_and_keep_the_job_server_on_loopback(name):
+    config = load(f"{name}.yaml")
+    for source in config["file_mounts"].values():
+        assert source.startswith("~") or (ROOT / source).exists()
+    (start,) = config["head_start_ray_commands"]
+    assert "--dashboard-host=127.0.0.1" in start
+    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+        assert "RAY_AUTH_MODE=token" in command
+        assert subprocess.run(["bash", "-n", "-c", command], capture_output=True).returncode == 0
+    for command in config["setup_commands"]:
+        script = re.sub(r"<[^>]*>", "placeholder", command)
+        assert subprocess.run(["bash", "-n", "-c", script], capture_output=True).returncode == 0
+
+
+def test_the_rayjob_is_what_kuberay_reads():
+    """Field names and values as in KubeRay's RayJob reference; its CRD is on no package index."""
+    job = load("kuberay.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    assert set(spec) <= {
+        *("submissionMode", "backoffLimit", "entrypoint", "runtimeEnvYAML", "shutdownAfterJobFinishes"),
+        *("ttlSecondsAfterFinished", "activeDeadlineSeconds", "submitterPodTemplate", "rayClusterSpec"),
+    }
+    assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
+    assert set(yaml.safe_load(spec["runtimeEnvYAML"])) == {"working_dir", "env_vars"}
+    cluster = spec["rayClusterSpec"]
+    assert cluster["rayVersion"] == pinned("ray[default]")
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+        assert "persistentVolumeClaim" in mounts["/shared"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    for worker in cluster["workerGroupSpecs"]:
+        assert 0 <= worker["minReplicas"] <= worker["replicas"] <= worker["maxReplicas"]
+
+
+def test_the_rayjob_runs_the_job_module_with_arguments_it_takes():
+    entrypoint = load("kuberay.yaml")["spec"]["entrypoint"].split()
+    assert entrypoint[:3] == ["python", "-m", "cluster.job"]
+    known = set(re.findall(r'add_argument\("(--\w+)"', (CLUSTER / "job.py").read_text()))
+    assert {word for word in entrypoint if word.startswith("--")} == known
+
+
+@pytest.mark.parametrize("script", ["slurm.sh", "submit"])
+def test_shell_scripts_pass_shellcheck(script):
+    shellcheck = shutil.which("shellcheck") or pytest.skip("shellcheck is not on PATH")
+    done = subprocess.run([shellcheck, "--exclude=SC1091", CLUSTER / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_slurm_starts_one_ray_task_a_node_and_runs_the_pipeline():
+    """What sbatch and srun are given, and that Ray's command line takes the rest."""
+    from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
+
+    text = (CLUSTER / "slurm.sh").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.MULTILINE))
+    assert options["ntasks-per-node"] == "1"
+    joined = text.replace("\\\n", " ")
+    (command,) = re.findall(r"ray symmetric-run (.*) -- dvc repro", joined)
+    arguments = re.sub(r'"\$\w+"', "1", command).split()
+    assert "--num-cpus" in curate_and_validate_ray_start_args(arguments)
+
+
+def test_slurm_script_runs_from_allocation_to_pipeline(tmp_path):
+    """The script itself, with scontrol and srun that say what they were given."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, body in {
+        "scontrol": 'printf "node7\\nnode8\\n"',
+        "srun": 'printf "%s\\n" "$RAY_ADDRESS" "$RAY_AUTH_MODE" "${#RAY_AUTH_TOKEN}" "$@"',
+    }.items():
+        (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (bin_folder / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text("")
+    allocation = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2"}
+    allocation |= {"SLURM_JOB_ID": "4242", "SLURM_CPUS_PER_TASK": "32", "PATH": f"{bin_folder}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", CLUSTER / "slurm.sh"], env=allocation, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    address, mode, token_length, *command = done.stdout.splitlines()
+    assert (address, mode) == ("node7:24242", "token")
+    assert int(token_length) > 40
+    assert command[-2:] == ["dvc", "repro"]
+    assert command[command.index("--min-nodes") + 1] == "2"
+    assert command[command.index("--address") + 1] == address
+
+
+def test_compose_is_what_docker_compose_reads():
+    docker = shutil.which("docker")
+    if not docker or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        pytest.skip("docker compose is not installed")
+    command = [docker, "compose", "-f", CLUSTER / "mlflow" / "compose.yaml", "config", "--quiet"]
+    environment = {"MLFLOW_DB_PASSWORD": "x", "PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": "/"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compose_serves_the_pinned_mlflow_with_options_it_has():
+    from mlflow.cli import server
+
+    services = load("mlflow/compose.yaml")["services"]
+    assert set(services) == {"postgres", "mlflow"}
+    assert services["mlflow"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+    assert "healthcheck" in services["postgres"]
+    image = (CLUSTER / "mlflow" / "Dockerfile").read_text()
+    for package in ("mlflow", "psycopg2-binary"):
+        assert f"{package}=={pinned(package)}" in image
+    options = {option for parameter in server.params for option in parameter.opts}
+    assert {word for word in services["mlflow"]["command"] if word.startswith("--")} <= options
+    variables = {parameter.envvar for parameter in server.params}
+    assert {"MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION"} <= variables

@@ -1,0 +1,242 @@
+"""``cluster/submit`` against real servers: a Ray head with two further raylets, and MLflow on PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+import yaml
+
+from cluster.submit import SubmissionFailed, choose_authentication, connect
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+DEADLINE_S = 420
+GRIDS = [{"name": "methods", "method": ["nuwa", "random"], "position": ["perc", "pesp"]}]
+
+
+def postgres_tool(name: str) -> Path | None:
+    found = shutil.which(name) or next(iter(sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None)
+    return Path(found) if found else None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(what: str, ready, process: subprocess.Popen) -> None:
+    """Until ``ready()``; fails when ``process`` ends or time runs out."""
+    until = time.monotonic() + DEADLINE_S
+    pause = threading.Event()
+    while not ready():
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.fail(f"{what} did not start; it ended as {process.poll()}")
+        pause.wait(0.3)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+class Servers:
+    """Processes of a test, ended by their ids in the opposite order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.running = folder, []
+
+    def start(self, name: str, command: list, **options) -> subprocess.Popen:
+        with open(self.folder / f"{name}.log", "wb") as log:
+            process = subprocess.Popen(
+                [str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, cwd=self.folder, **options
+            )
+        self.running.append(process)
+        return process
+
+    def stop(self) -> None:
+        for process in reversed(self.running):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def servers():
+    # Ray's sockets lie below its folder, and a socket's path is short.
+    folder = Path(tempfile.mkdtemp(prefix="nw-", dir="/tmp"))
+    held = Servers(folder)
+    yield held
+    held.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def mlflow_on_postgres(servers, monkeypatch) -> str:
+    tools = {name: postgres_tool(name) for name in ("initdb", "postgres", "pg_isready")}
+    lacking = [name for name, path in tools.items() if path is None]
+    if lacking:
+        pytest.skip(f"PostgreSQL is not installed: no {', '.join(lacking)}; `apt-get install postgresql` brings it")
+    pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed; `pip install -r requirements.txt` does")
+    data, port = servers.folder / "pg", free_port()
+    data.mkdir()
+    who = {}
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
+        shutil.chown(data, "postgres")
+        servers.folder.chmod(0o755)
+        who = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    initialise = [tools["initdb"], "-D", data, "-U", "mlflow", "--auth=trust", "--no-sync", "-E", "UTF8"]
+    subprocess.run(initialise, check=True, capture_output=True, cwd=servers.folder, **who)
+    database = servers.start(
+        "postgres", [tools["postgres"], "-D", data, "-h", "127.0.0.1", "-p", port, "-k", data, "-F"], **who
+    )
+    ready = [tools["pg_isready"], "-q", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow"]
+    wait_for("PostgreSQL", lambda: subprocess.run(ready).returncode == 0, database)
+    web = free_port()
+    serve = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", web, "--workers", "1"]
+    backend = f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+    stores = ["--backend-store-uri", backend, "--artifacts-destination", servers.folder / "artifacts"]
+    server = servers.start("mlflow", [*serve, *stores])
+    wait_for("MLflow", lambda: answers(f"http://127.0.0.1:{web}/health"), server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{web}")
+    return f"http://127.0.0.1:{web}"
+
+
+@pytest.fixture
+def cluster_address(servers, monkeypatch) -> str:
+    """A head without a processor for work and two raylets with one each, so that what runs, runs on the raylets."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    port, dashboard = free_port(), free_port()
+    shared = ["--node-ip-address", "127.0.0.1", "--object-store-memory", 100 * 1024**2, "--disable-usage-stats"]
+    begin = [BIN / "ray", "start", "--head", "--port", port, "--num-cpus", "0", "--num-gpus", "0"]
+    board = ["--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard]
+    place = ["--dashboard-agent-listen-port", free_port(), "--temp-dir", servers.folder / "ray", "--block"]
+    head = servers.start("head", [*begin, *board, *place, *shared])
+    wait_for("the Ray head", lambda: answers(f"http://127.0.0.1:{dashboard}/api/version"), head)
+    for number in range(2):
+        node = [BIN / "ray", "start", "--address", f"127.0.0.1:{port}", "--num-cpus", "1", "--num-gpus", "0"]
+        servers.start(f"node{number}", [*node, "--dashboard-agent-listen-port", free_port(), "--block", *shared])
+    return f"http://127.0.0.1:{dashboard}"
+
+
+@pytest.fixture
+def repository(tmp_path, model_folder) -> Path:
+    """A user's checkout with a tiny model and a tiny sweep, its data prepared."""
+    top = tmp_path / "repository"
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines():
+        if not name.startswith(("tests/", "docs/", "models/")) and name != "dvc.lock" and (ROOT / name).exists():
+            (top / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, top / name)
+    shutil.copytree(model_folder, top / "models" / "tiny")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["model"]["path"] = "models/tiny"
+    params["prepare"] |= {"images": 8, "questions": {"refcoco": 1, "pope": 1}}
+    params["features"] |= {"shard_images": 4, "batch_size": 4}
+    params["sweep"] |= {"benchmarks": ["refcoco", "pope"], "images": 8, "unit_images": 4, "budgets": [16]}
+    params["sweep"]["grids"] = GRIDS
+    (top / "params.yaml").write_text(yaml.safe_dump(params))
+    who = ["-c", "user.name=user", "-c", "user.email=user@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "a sweep"]):
+        subprocess.run(["git", *command], cwd=top, check=True)
+    run(top, "-m", "stages.prepare")
+    return top
+
+
+def run(top: Path, *arguments: str | Path) -> str:
+    environment = os.environ | {"PYTHONPATH": "", "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=top, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(cluster_address, mlflow_on_postgres, repository, tmp_path):
+    storage = tmp_path / "shared"
+    printed = run(repository, "-m", "cluster.submit", "--address", cluster_address, "--storage", storage)
+    assert "results are in data/ and dvc.lock; `dvc repro` scores them and makes the report" in printed
+
+    trials = pd.read_parquet(repository / "data" / "trials.parquet")
+    examples = pd.read_parquet(repository / "data" / "examples.parquet")
+    predictions = pd.read_parquet(repository / "data" / "predictions.parquet")
+    assert len(trials) == 5
+    asked = {(trial, example) for trial in trials["trial_id"] for example in examples["example_id"]}
+    assert set(zip(predictions["trial_id"], predictions["example_id"], strict=True)) == asked
+    assert len(predictions) == len(asked)
+
+    # DVC takes what came back for the stages' own outputs: nothing of them would run again.
+    status = json.loads(run(repository, "-m", "dvc", "status", "--json", "features", "sweep"))
+    assert not {"features", "sweep"} & set(status)
+
+    run(repository, "-m", "stages.evaluate")
+    mlflow.set_tracking_uri(mlflow_on_postgres)
+    runs = mlflow.search_runs(experiment_names=["nuwa-testbed"], output_format="list")
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert {run.data.tags["trial_id"] for run in children} == set(trials["trial_id"])
+    assert len(children) == len(trials)
+    assert len(runs) == len(trials) + 1
+
+    # The work folder outlives the job: the same sweep again computes nothing, and is the same.
+    units = {path: path.stat().st_mtime_ns for path in (storage / "work" / "cache" / "results").iterdir()}
+    run(repository, "-m", "cluster.submit", "--address", cluster_address, "--storage", storage)
+    assert {path: path.stat().st_mtime_ns for path in (storage / "work" / "cache" / "results").iterdir()} == units
+    pd.testing.assert_frame_equal(predictions, pd.read_parquet(repository / "data" / "predictions.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "file", "mode"),
+    [
+        ({"RAY_AUTH_MODE": "token"}, False, "token"),
+        ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "t"}, True, "disabled"),
+        ({"RAY_AUTH_TOKEN": "t"}, False, "token"),
+        ({"RAY_AUTH_TOKEN_PATH": "/t"}, False, "token"),
+        ({}, True, "token"),
+        ({}, False, "disabled"),
+    ],
+)
+def test_authentication_follows_the_environment_then_the_token(environment, file, mode, tmp_path):
+    if file:
+        (tmp_path / "token").write_text("t")
+    assert choose_authentication(environment, tmp_path / "token") == mode
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    address = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(SubmissionFailed) as raised:
+        connect(address)
+    assert str(raised.value).startswith(f"{address}: ")
+    assert "see that `ray dashboard` or a port forward leads there" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_uri_without_a_work_folder_is_refused():
+    command = [sys.executable, "-m", "cluster.submit", "--storage", "s3://bucket/x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        "error: --work is needed: --storage is a URI, and features and units need a folder that every node sees"
+    )
