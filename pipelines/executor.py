@@ -204,7 +204,7 @@ def _run_here(spec: WorkerSpec, ledger: _Ledger) -> None:
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether no unit can be done after ``error``, so that the run must stop."""
+    """Whether ``error`` says that units will go on failing, whatever they are, so that the run must stop."""
     return getattr(error, "stops_the_run", False)
 
 
