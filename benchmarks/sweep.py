@@ -18,8 +18,6 @@ object.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import tempfile
 import time
@@ -30,8 +28,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from benchmarks import features
 from nuwa.decoder import Trunk
 from nuwa.grid import PatchGrid
 from nuwa.methods import specify
@@ -40,6 +38,7 @@ from nuwa.selection import Selection
 from nuwa.stage1 import get_method
 from nuwa.testbed.benchmark import make_testbed_benchmark
 from nuwa.vlm import LlavaAdapter
+from nuwa.vlm.shapes import model_shape
 from pipelines.datasets import write_examples
 from pipelines.features import FeatureStore, encode_missing, read_images
 from pipelines.grid import Trial, expand
@@ -322,22 +321,11 @@ def planning(count: int) -> float:
 
 def llava_7b() -> None:
     """What RefCOCO's validation split would gain on LLaVA-1.5-7B, from the plan alone."""
-    config = LlavaConfig(
-        text_config=LlamaConfig(vocab_size=32064),
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        ),
-    )
     # 10,834 expressions about 1,500 images; a prompt of about 20 common tokens, 4 of the expression and 5 behind it; a
     # box of about 24 tokens.
     common = tuple(range(20))
     questions = [((*common, 100 + q, 200 + q, 300, 301, 302, 303, 304, 305, 306), 24) for q in range(7)]
-    costs = Costs(ModelCost.of(config, system=40), Load.of([questions] * 1548))
+    costs = Costs(ModelCost.of(model_shape("llava-hf/llava-1.5-7b-hf"), system=40), Load.of([questions] * 1548))
     grids = {
         "stage-1": stage1_grid(576, 32, (64, 128, 192)),
         "stage-2": stage2_grid(576, 32, 192, (12, 16, 20, 24), (8, 16, 32, 64)),
@@ -352,11 +340,10 @@ def llava_7b() -> None:
 
 
 def feature_figures() -> dict[str, float]:
-    """The feature store's own figures, where its benchmark is there."""
-    if importlib.util.find_spec("benchmarks.features") is None:
-        return {}
-    figures = importlib.import_module("benchmarks.features").figures()
-    return {key if key.startswith("feature_") else f"feature_{key}": value for key, value in figures.items()}
+    """The feature store's own figures on LLaVA-1.5's sizes: see ``benchmarks/features.py``."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = features.measure(Path(folder), 128, *features.SIZES[""])
+    return {f"feature_{key}": round(value, 3) for key, value in measured.items()}
 
 
 def main() -> None:

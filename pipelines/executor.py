@@ -120,10 +120,13 @@ class _Ledger:
             return home
         return max(self.homes, key=lambda other: len(self.homes[other]), default=None)
 
-    def take(self, home: Any) -> tuple[str, Any] | None:
-        """The next unit for a worker at ``home``, and the unit that would follow it."""
+    def take(self, home: Any, *, idle: bool = True) -> tuple[str, Any] | None:
+        """The next unit for a worker at ``home``, and the unit that would follow it.
+
+        A unit whose worker died goes to ``idle`` workers only: who runs it alone, and dies, died of it.
+        """
         home = self.home_for(home)
-        if home not in self.homes:
+        if home not in self.homes or (self.deaths[self.homes[home][0]] and not idle):
             return None
         queue = self.homes[home]
         unit_id = queue.popleft()
@@ -204,7 +207,7 @@ def _run_here(spec: WorkerSpec, ledger: _Ledger) -> None:
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether no unit can be done after ``error``, so that the run must stop."""
+    """Whether ``error`` says that units will go on failing, whatever they are, so that the run must stop."""
     return getattr(error, "stops_the_run", False)
 
 
@@ -317,8 +320,10 @@ class _Dispatch:
                     self._feed(each)
 
     def _feed(self, number: int) -> None:
-        holds = sum(holder == number for _, holder in self.held.values())
-        if not self.ready[number] or holds >= IN_FLIGHT or (taken := self.ledger.take(self.at[number])) is None:
+        holds = [unit_id for unit_id, holder in self.held.values() if holder == number]
+        if not self.ready[number] or len(holds) >= IN_FLIGHT or any(self.ledger.deaths[held] for held in holds):
+            return
+        if (taken := self.ledger.take(self.at[number], idle=not holds)) is None:
             return
         unit_id, upcoming = taken
         unit = self.ledger.units[unit_id]

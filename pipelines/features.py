@@ -52,6 +52,8 @@ DYNAMIC_GRIDS = (
 class MissingFeatures(LookupError):
     """An image is not in the store."""
 
+    stops_the_run = True
+
 
 def store_identity(encoder_fingerprint: str, dtype: str) -> str:
     """What decides the stored numbers; batch size, device and worker count do not belong to it."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from nuwa.cost import LlmShape
 from nuwa.decoder import share_beginnings
 from nuwa.vlm import LlavaAdapter
 from pipelines.grid import Trial
@@ -128,16 +129,14 @@ class ModelCost:
     @classmethod
     def of(cls, config: Any, system: int) -> ModelCost:
         """From the configuration of a LLaVA-style model of transformers."""
-        text, vision = config.text_config, config.vision_config
-        dim, heads = text.hidden_size, text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or dim // heads
-        attention = 2 * dim * head_dim * (heads + text.num_key_value_heads)
+        shape, dim = LlmShape.from_config(config), config.text_config.hidden_size
+        attention = 2 * dim * shape.head_dim * (shape.heads + shape.kv_heads)
         return cls(
-            layers=text.num_hidden_layers,
-            token=2.0 * (attention + 3 * dim * text.intermediate_size),
-            pair=4.0 * heads * head_dim,
-            head=2.0 * dim * text.vocab_size,
-            projector=2.0 * (vision.hidden_size * dim + dim * dim),
+            layers=shape.layers,
+            token=2.0 * (attention + shape.ffn_matrices * dim * shape.intermediate),
+            pair=4.0 * shape.heads * shape.head_dim,
+            head=2.0 * dim * config.text_config.vocab_size,
+            projector=2.0 * (config.vision_config.hidden_size + dim) * dim,
             system=system,
         )
 

@@ -32,6 +32,8 @@ Result = TypeVar("Result")
 class StorageUnavailable(RuntimeError):
     """A storage kept failing; the message names place, attempts and the last fault."""
 
+    stops_the_run = True
+
 
 def is_uri(place: str | Path) -> bool:
     return "://" in str(place)

@@ -85,7 +85,7 @@ class SweepWorker:
     def __init__(self, spec: SweepSpec) -> None:
         self.vlm = load_model(spec.model, spec.device)
         self.device = device_name(spec.device, spec.threads)
-        self.features = FeatureStore(Path(spec.feature_root), spec.feature_identity)
+        self.features = FeatureStore(spec.feature_root, spec.feature_identity)
         self.results = ResultStore(Path(spec.results))
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="features")
         self.signals: dict[tuple[str, ...], Future[VisionSignals]] = {}

@@ -6,9 +6,10 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from nuwa.vlm import LlavaAdapter
+from nuwa.vlm.shapes import model_shape
 from pipelines.datasets import choose_questions
 from pipelines.features import signal_bytes
 from pipelines.grid import Trial
@@ -39,7 +40,7 @@ def plan(settings: Settings) -> None:
 def weightless(path: str) -> LlavaAdapter:
     """The model's shape and processor; no weights are read."""
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(AutoConfig.from_pretrained(path))
+        model = LlavaForConditionalGeneration(model_shape(path))
     return LlavaAdapter(model, AutoProcessor.from_pretrained(path))
 
 

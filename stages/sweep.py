@@ -29,6 +29,7 @@ from pipelines.lock import exclusive
 from pipelines.plan import read_examples, sweep_costs
 from pipelines.progress import SweepProgress, worker_speed
 from pipelines.settings import Settings
+from pipelines.storage import is_uri
 from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, run_sweep
 from pipelines.tracking import Tracker, git_and_dvc_tags
 from stages.entry import (
@@ -53,6 +54,7 @@ def sweep(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan, cluster = settings.sweep, settings.cluster
+    place = settings.features.store or FEATURE_STORE
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     vlm = load_fixed_grid(settings.model.path)
     trials = expand(plan, vlm.grid, vlm.layers)
@@ -62,7 +64,7 @@ def sweep(settings: Settings) -> None:
     with ExitStack() as stack:
         stack.enter_context(exclusive(CACHE))
         # Normally finds everything; after the cache was thrown away it encodes again instead of failing.
-        store, _ = encode_missing(settings.model.path, IMAGES, FEATURE_STORE, settings.features, cluster)
+        store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster)
         context = answer_context(vlm, store.identity)
         facts = _facts(vlm, trials, questions.examples, store.identity, context)
         tracking = settings.tracking
@@ -72,7 +74,7 @@ def sweep(settings: Settings) -> None:
         progress = stack.enter_context(SweepProgress(PROGRESS, UNITS_LOG, tracker.progress))
         spec = SweepSpec(
             settings.model.path,
-            str(FEATURE_STORE.resolve()),
+            str(place if is_uri(place) else Path(place).resolve()),
             store.identity,
             str(RESULT_STORE.resolve()),
             cluster.cpus,
