@@ -36,7 +36,7 @@ def postgres_tool(name: str) -> Path | None:
 
 def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
@@ -56,6 +56,15 @@ def answers(url: str) -> bool:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
+
+
+def alive_nodes(dashboard: str) -> int:
+    try:
+        with urllib.request.urlopen(f"{dashboard}/nodes?view=summary", timeout=5) as response:
+            nodes = json.load(response)["data"]["summary"]
+    except (urllib.error.URLError, OSError):
+        return 0
+    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
 
 class Servers:
@@ -127,17 +136,22 @@ def mlflow_on_postgres(servers, monkeypatch) -> str:
 def cluster_address(servers, monkeypatch) -> str:
     """A head without a processor for work and two raylets with one each, so that what runs, runs on the raylets."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", str(1000 * DEADLINE_S))  # a busy machine is not a broken one
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     port, dashboard = free_port(), free_port()
-    shared = ["--node-ip-address", "127.0.0.1", "--object-store-memory", 100 * 1024**2, "--disable-usage-stats"]
-    begin = [BIN / "ray", "start", "--head", "--port", port, "--num-cpus", "0", "--num-gpus", "0"]
+    begin = [BIN / "ray", "start", "--block", "--object-store-memory", 100 * 1024**2, "--disable-usage-stats"]
     board = ["--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard]
-    place = ["--dashboard-agent-listen-port", free_port(), "--temp-dir", servers.folder / "ray", "--block"]
-    head = servers.start("head", [*begin, *board, *place, *shared])
-    wait_for("the Ray head", lambda: answers(f"http://127.0.0.1:{dashboard}/api/version"), head)
-    for number in range(2):
-        node = [BIN / "ray", "start", "--address", f"127.0.0.1:{port}", "--num-cpus", "1", "--num-gpus", "0"]
-        servers.start(f"node{number}", [*node, "--dashboard-agent-listen-port", free_port(), "--block", *shared])
+
+    def node(number: int, *options) -> subprocess.Popen:
+        # Every node has a loopback address of its own; 127.0.0.1 itself Ray would take for this machine's outer one.
+        place = ["--node-ip-address", f"127.0.0.{number}", "--dashboard-agent-listen-port", free_port()]
+        return servers.start(f"node{number}", [*begin, *place, "--num-gpus", "0", *options])
+
+    head = node(2, "--head", "--port", port, "--num-cpus", "0", "--temp-dir", servers.folder / "ray", *board)
+    wait_for("the Ray head", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == 1, head)
+    for number in (3, 4):
+        node(number, "--address", f"127.0.0.2:{port}", "--num-cpus", "1")
+    wait_for("both raylets", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == 3, head)
     return f"http://127.0.0.1:{dashboard}"
 
 
