@@ -1,4 +1,4 @@
-"""What the report reads: six Parquet files, checked before anything is drawn."""
+"""What the report reads: six Parquet files and a table of timings, checked before anything is drawn."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "kept": ("trial_id", "image", "indices", "pillar"),
     "images": ("image", "bytes"),
 }  # fmt: skip
+PROFILE_COLUMNS = (
+    "model", "device", "dtype", "attention", "batch", "output_tokens", "method", "average_tokens",
+    "encode_ms", "selection_ms", "prefill_ms", "decode_ms", "total_ms", "kv_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class ReportInputs:
 
     ``trials``, ``scores`` and ``examples`` are small and held as tables. ``predictions``, ``kept`` and ``images`` grow
     with trials × examples; they stay Arrow datasets, of which the gallery reads the few rows it shows.
+    ``profile``: the table of the ``profile`` stage, where there is one.
     ``provenance`` is printed as it is (fingerprints, versions); its key ``model path`` names the model in the text.
     """
 
@@ -44,6 +49,7 @@ class ReportInputs:
     kept: ds.Dataset
     images: ds.Dataset
     provenance: Mapping[str, str] = field(default_factory=dict)
+    profile: pd.DataFrame | None = None
 
     @classmethod
     def load(cls, data_dir: Path, provenance: Mapping[str, str] | None = None) -> ReportInputs:
@@ -71,7 +77,18 @@ class ReportInputs:
             kept=datasets["kept"],
             images=datasets["images"],
             provenance=dict(provenance or {}),
+            profile=_profile(Path(data_dir) / "profile.csv"),
         )
+
+
+def _profile(path: Path) -> pd.DataFrame | None:
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path)
+    missing = [column for column in PROFILE_COLUMNS if column not in table.columns]
+    if missing or not (table["method"] == "unpruned").any():
+        raise ValueError(f"{path} lacks {', '.join(missing) or 'its unpruned rows'}; run `make profile` to make it")
+    return table
 
 
 def _open(path: Path, columns: tuple[str, ...]) -> ds.Dataset:

@@ -20,6 +20,7 @@ import pyarrow.dataset as ds
 
 from pipelines.report.ablations import Ablation, ablation
 from pipelines.report.charts import Panel, budget_curves, panel_svg, panels_png
+from pipelines.report.efficiency import efficiency_tables, published_efficiency
 from pipelines.report.finding import finding
 from pipelines.report.gallery import gallery
 from pipelines.report.inputs import ReportInputs
@@ -90,6 +91,8 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "cases": gallery(inputs, outcomes, headline_budget),
         "beside": side_by_side(outcomes, rows, unanchored),
         "published_model": MODEL_NAME,
+        "efficiency": efficiency_tables(inputs.profile),
+        "published_efficiency": published_efficiency(),
         "failures": failure_table(outcomes, inputs.scores),
         "provenance": dict(sorted(inputs.provenance.items())),
         "questions": {family: sum(c.n for c in outcomes.columns if c.family == family) for family in FAMILIES},

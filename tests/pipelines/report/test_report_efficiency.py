@@ -1,0 +1,85 @@
+"""The report's table of time and memory against the file it was made of."""
+
+from __future__ import annotations
+
+import shutil
+
+import lxml.html
+import pandas as pd
+import pytest
+
+from pipelines.report.efficiency import efficiency_tables
+from pipelines.report.inputs import ReportInputs
+from pipelines.report.page import build_report
+
+SETTING = {"model": "m/one", "device": "CPU, 1 threads", "dtype": "float32", "attention": "sdpa", "output_tokens": 16}
+MEASURED = {"encode_ms": 2.0, "selection_ms": 1.0, "prefill_ms": 5.0, "decode_ms": 4.0, "total_ms": 12.0}
+
+
+def row(method: str, average: float, batch: int = 1, **values: float) -> dict:
+    measured = MEASURED | values
+    return {**SETTING, "batch": batch, "method": method, "average_tokens": average, "kv_bytes": 2e6} | measured
+
+
+@pytest.fixture
+def profile() -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            row("visionzip", 16),
+            row("unpruned", 144, prefill_ms=20.0, total_ms=36.0),
+            row("nuwa", 32, prefill_ms=8.0),
+            row("nuwa", 16),
+            row("stock generate", 144, prefill_ms=25.0, total_ms=40.0),
+            row("unpruned", 144, batch=8, prefill_ms=10.0),
+            row("nuwa", 16, batch=8),
+        ]
+    )
+
+
+def test_a_table_a_setting_and_ratios_within_it(profile):
+    one, eight = efficiency_tables(profile)
+    assert one.title == "m/one, CPU, 1 threads, float32, sdpa, batch 1, 16 tokens of answer"
+    assert [(line.name, line.tokens) for line in one.rows] == [
+        ("Stock generate", "144"),
+        ("Unpruned", "144"),
+        ("Nüwa", "16"),
+        ("Nüwa", "32"),
+        ("VisionZip", "16"),
+    ]
+    assert [line.prefill for line in one.rows] == ["0.80×", "1.00×", "4.00×", "2.50×", "4.00×"]
+    assert [line.total for line in one.rows] == ["0.90×", "1.00×", "3.00×", "3.00×", "3.00×"]
+    assert one.rows[2].times == ("2.0", "1.0", "5.0", "4.0", "12.0")
+    assert one.rows[2].cache == "2.0"
+    assert [line.prefill for line in eight.rows] == ["1.00×", "2.00×"]
+
+
+def test_the_page_shows_it_where_it_was_measured(full_run, profile, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(full_run, data)
+    build_report(ReportInputs.load(data), tmp_path / "without", 16)
+    profile.to_csv(data / "profile.csv", index=False)
+    build_report(ReportInputs.load(data), tmp_path / "with", 16)
+    before, after = (lxml.html.fromstring((tmp_path / name / "index.html").read_text()) for name in ("without", "with"))
+    assert not before.xpath("//section[@id='efficiency']")
+    (section,) = after.xpath("//section[@id='efficiency']")
+    cells = [[cell.text_content() for cell in line] for line in section.xpath("(.//table)[1]//tbody/tr")]
+    assert cells[2] == ["Nüwa", "16", "2.0", "1.0", "5.0", "4.0", "12.0", "4.00×", "3.00×", "2.0"]
+    assert "5.973" in section.text_content(), "the papers' figures stand beside"
+    assert (
+        "| Nüwa | 16 | 2.0 | 1.0 | 5.0 | 4.0 | 12.0 | 4.00× | 3.00× | 2.0 |"
+        in (tmp_path / "with" / "report.md").read_text()
+    )
+
+
+def test_a_profile_that_cannot_be_shown_is_refused(full_run, profile, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(full_run, data)
+    path = data / "profile.csv"
+    profile.drop(columns="prefill_ms").to_csv(path, index=False)
+    with pytest.raises(ValueError) as raised:
+        ReportInputs.load(data)
+    assert str(raised.value) == f"{path} lacks prefill_ms; run `make profile` to make it"
+    profile[profile["method"] == "nuwa"].to_csv(path, index=False)
+    with pytest.raises(ValueError) as raised:
+        ReportInputs.load(data)
+    assert str(raised.value) == f"{path} lacks its unpruned rows; run `make profile` to make it"
