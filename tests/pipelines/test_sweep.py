@@ -127,6 +127,7 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, tmp_path):
         capture_output=True,
         text=True,
     )
+    assert ran.returncode == 0 and ran.stdout, ran.stderr[-2000:]
     finished, message = ran.stdout.split(" ", 1)
     assert int(finished) > 0
     assert "no space is left" in message and "run the same command again" in message
