@@ -6,6 +6,7 @@ how hard and by which score stage 2 cuts. Every part is a sweep axis, so any sta
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,6 +93,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+_solve_once = functools.cache(solve_schedule)  # a grid asks for few different schedules, many times
+
+
 @dataclass(frozen=True)
 class MethodSpec:
     """A method, fully configured but for the model it meets."""
@@ -113,7 +117,7 @@ class MethodSpec:
         if self.budget is None:
             return TokenSchedule(grid.tokens, layers, grid.tokens)
         at, keep = (self.stage2.layers_of(layers), self.stage2.keep) if self.stage2 else ((), None)
-        schedule = solve_schedule(self.budget, grid.tokens, layers, at, keep)
+        schedule = _solve_once(self.budget, grid.tokens, layers, at, keep)
         kept = get_method(self.stage1).kept(grid, schedule.stage1_keep)
         cuts = tuple((layer, min(keep, kept)) for layer, keep in schedule.cuts)
         return replace(schedule, stage1_keep=kept, cuts=cuts)

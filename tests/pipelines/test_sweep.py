@@ -111,11 +111,11 @@ except StorageFull as error:
 
 
 def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, tmp_path):
-    """On a file system of 128 kB of its own."""
+    """On a file system of 64 kB of its own."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size=128k tmpfs {small}"
+    mount = f"mount -t tmpfs -o size=64k tmpfs {small}"
     if subprocess.run([*mounted, mount], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount a file system in a namespace of their own")
     (tmp_path / "bench.pickle").write_bytes(pickle.dumps(bench))
@@ -127,6 +127,7 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, tmp_path):
         capture_output=True,
         text=True,
     )
+    assert ran.returncode == 0 and ran.stdout, ran.stderr[-2000:]
     finished, message = ran.stdout.split(" ", 1)
     assert int(finished) > 0
     assert "no space is left" in message and "run the same command again" in message
