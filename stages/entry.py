@@ -55,6 +55,7 @@ MENDABLE = (
     RecordError,
     SchemaError,
     StorageFull,
+    StorageUnavailable,
     UnitsFailed,
     WeightsError,
     WorkDirectoryBusy,
