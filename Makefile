@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test chaos lint plan dashboard track testbed pruner clean profile experiment
+.PHONY: setup repro test chaos lint plan submit dashboard track testbed pruner clean profile experiment
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ lint: $(READY)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) lint-imports
+
+# The sweep on a Ray cluster, its results back here: make submit ARGS="--address ... --storage ... --work ..."
+submit: $(READY)
+	$(RUN) python -m cluster.submit $(ARGS)
 
 # Everything the sweep logged, at http://127.0.0.1:$(PORT)
 dashboard: $(READY)

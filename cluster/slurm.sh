@@ -17,7 +17,7 @@ source .venv/bin/activate
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes%%$'\n'*}
 # Jobs that share a node must not share a port.
-export RAY_ADDRESS="$head:$((20000 + SLURM_JOB_ID % 20000))"
+address="$head:$((20000 + SLURM_JOB_ID % 20000))"
 # One token a job, known to its nodes and to no one else.
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | base64 | tr -d '\n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
@@ -25,5 +25,5 @@ export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 export OMP_NUM_THREADS=1
 
 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --kill-on-bad-exit=1 \
-  ray symmetric-run --address "$RAY_ADDRESS" --min-nodes "$SLURM_NNODES" \
-  --num-cpus "$SLURM_CPUS_PER_TASK" -- dvc repro
+  ray symmetric-run --address "$address" --min-nodes "$SLURM_NNODES" \
+  --num-cpus "$SLURM_CPUS_PER_TASK" -- env "RAY_ADDRESS=$address" dvc repro

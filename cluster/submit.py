@@ -29,7 +29,7 @@ from typing import Any
 
 from cluster.job import INPUTS, INPUTS_MANIFEST, MANIFEST, OUTPUTS, digest_of, input_name, runs_folder
 from pipelines.settings import Settings
-from pipelines.storage import Folder, StorageUnavailable
+from pipelines.storage import Folder
 from stages.entry import run_stage
 
 TRACKED_STAGES = ("features", "sweep")
@@ -198,7 +198,7 @@ def main() -> None:
 
     try:
         run_stage(run)
-    except (SubmissionFailed, StorageUnavailable) as error:
+    except SubmissionFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

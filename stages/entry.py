@@ -19,6 +19,7 @@ from pipelines.grid import Trial, expand
 from pipelines.lock import WorkDirectoryBusy
 from pipelines.results import DamagedUnit, StorageFull
 from pipelines.settings import Settings, SettingsError, load_settings
+from pipelines.storage import StorageUnavailable
 from pipelines.tracking import checked_uri
 
 DATA = Path("data")  # outputs that DVC tracks
@@ -54,6 +55,7 @@ MENDABLE = (
     RecordError,
     SchemaError,
     StorageFull,
+    StorageUnavailable,
     UnitsFailed,
     WeightsError,
     WorkDirectoryBusy,

@@ -142,16 +142,16 @@ def cluster_address(servers, monkeypatch) -> str:
     begin = [BIN / "ray", "start", "--block", "--object-store-memory", 100 * 1024**2, "--disable-usage-stats"]
     board = ["--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard]
 
-    def node(number: int, *options) -> subprocess.Popen:
+    def node(number: int, *options) -> None:
         # Every node has a loopback address of its own; 127.0.0.1 itself Ray would take for this machine's outer one.
         place = ["--node-ip-address", f"127.0.0.{number}", "--dashboard-agent-listen-port", free_port()]
-        return servers.start(f"node{number}", [*begin, *place, "--num-gpus", "0", *options])
+        own = ["--temp-dir", servers.folder / f"ray{number}"]  # as machines have; else nodes unpack over each other
+        started = servers.start(f"node{number}", [*begin, *place, *own, "--num-gpus", "0", *options])
+        wait_for(f"node {number}", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == number - 1, started)
 
-    head = node(2, "--head", "--port", port, "--num-cpus", "0", "--temp-dir", servers.folder / "ray", *board)
-    wait_for("the Ray head", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == 1, head)
+    node(2, "--head", "--port", port, "--num-cpus", "0", *board)
     for number in (3, 4):
         node(number, "--address", f"127.0.0.2:{port}", "--num-cpus", "1")
-    wait_for("both raylets", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == 3, head)
     return f"http://127.0.0.1:{dashboard}"
 
 
