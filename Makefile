@@ -49,7 +49,8 @@ track: $(READY)
 
 # Retrain the testbed's model from nothing: over an hour on two cores; keep them free for it.
 testbed: $(READY)
-	$(RUN) dvc repro --force --single-item testbed
+	$(RUN) python -m stages.testbed
+	$(RUN) dvc commit --force testbed
 
 # Retrain LearnPruner's module on the model there is: about two minutes on two cores.
 pruner: $(READY)
@@ -57,7 +58,8 @@ pruner: $(READY)
 
 # Time methods on this machine: data/profile.csv, which the report shows.
 profile: $(READY)
-	$(RUN) dvc repro --force --single-item profile
+	$(RUN) python -m stages.profile
+	$(RUN) dvc commit --force profile
 
 # Put experiments/$(PRESET).yaml into params.yaml and run it; README says where its tables belong.
 experiment: $(READY)
