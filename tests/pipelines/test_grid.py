@@ -96,7 +96,7 @@ def test_recycling_is_an_axis_and_part_of_the_identity():
 
 def test_trials_with_one_cut_and_several_share_their_trunk():
     trials = trials_of({"name": "g", "method": ["unpruned", "fastv", "pyramiddrop", "sparsevlm"], "budget": 48})
-    assert len({t.stage1_identity for t in trials}) == 1 and len(trials) == 4
+    assert len({t.trunk for t in trials}) == 1 and len(trials) == 4
 
 
 def test_budgets_of_one_schedule_are_one_trial_that_names_them_all():

@@ -10,14 +10,17 @@ import torch
 
 from nuwa.testbed.architecture import ANSWER_LAYERS, GRID, build_model, encode_shifted, model_config
 from nuwa.testbed.instruction import (
+    DROPOUT_FROM,
+    DROPPED,
     IGNORE,
     InstructionLearner,
+    block_mask,
     collate,
     draw_language_batch,
     draw_questions,
     pack,
 )
-from nuwa.testbed.language import build_processor, build_tokenizer
+from nuwa.testbed.language import IMAGE_TOKENS, build_processor, build_tokenizer
 from nuwa.testbed.scenes import draw_scene
 from nuwa.testbed.vision import VisionLearner, draw_vision_batch, normalize, patch_labels
 from nuwa.training import PhaseSchedule, train_phase
@@ -117,7 +120,7 @@ def test_focus_is_the_attention_the_model_pays(tokenizer):
     rng = np.random.default_rng(4)
     model = fresh_model(tokenizer).eval()
     learner = InstructionLearner(model, tokenizer).eval()
-    batch = draw_language_batch(tokenizer, rng, 2, 0.9)
+    batch = draw_language_batch(tokenizer, rng, 2, 0.5)  # before patches are dropped
     with torch.no_grad():
         *_, entering = learner.logits(batch)
         loss = learner.answer_focus(batch, entering)
@@ -133,6 +136,27 @@ def test_focus_is_the_attention_the_model_pays(tokenizer):
                 layer_losses.append(-(paid[:, evidence].sum(-1) / paid.sum(-1)).log())
         expected.append(torch.stack(layer_losses).mean())
     assert loss == pytest.approx(float(torch.stack(expected).mean()), abs=1e-4)
+
+
+def test_half_of_the_images_lose_patches_late_in_the_phase(tokenizer):
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    early = draw_language_batch(tokenizer, np.random.default_rng(7), 40, DROPOUT_FROM - 0.01)
+    late = draw_language_batch(tokenizer, np.random.default_rng(7), 40, DROPOUT_FROM)
+    assert not (early["blocks"] == DROPPED).any()
+    for name in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(early[name], late[name]), "what is dropped changes nothing else"
+    dropped = late["blocks"] == DROPPED
+    assert (late["input_ids"][dropped] == image_id).all()
+    assert torch.equal(early["blocks"][~dropped], late["blocks"][~dropped])
+    shares = 1 - dropped.sum(1).float() / IMAGE_TOKENS
+    thinned = shares[shares < 1]
+    assert 10 <= len(thinned) <= 30, "about half of forty"
+    assert 0.1 < thinned.min() < 0.5 and thinned.max() > 0.7, "from a fifth of the patches to all"
+    seen = block_mask(late["blocks"])[:, 0]
+    nobody = seen.clone()
+    nobody[:, torch.arange(seen.shape[1]), torch.arange(seen.shape[1])] = False
+    others = ~dropped[:, :, None] & nobody
+    assert not others.transpose(1, 2)[dropped].any(), "no kept token sees a dropped patch"
 
 
 def eager_attentions(model, learner, batch):
