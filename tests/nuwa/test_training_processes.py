@@ -1,0 +1,102 @@
+"""Several processes train as one: gradients are averaged, so a step equals a step on all their batches together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nuwa.training import PhaseSchedule, _parameter_groups, step_rng
+
+ROOT = Path(__file__).parents[2]
+SCHEDULE = PhaseSchedule(steps=7, batch_size=8, learning_rate=0.05, warmup=2, checkpoint_every=3)
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from accelerate import PartialState
+sys.path.insert(0, sys.argv[2])
+from test_training_processes import SCHEDULE, Line, draw
+from nuwa.training import train_phase
+module, folder = Line(), Path(sys.argv[1])
+steps = []
+train_phase("line", module, draw, SCHEDULE, seed=3, checkpoint=folder / "checkpoint", log=lambda step, values: None)
+torch.save(module.state_dict(), folder / f"process-{PartialState().process_index}.pt")
+"""
+
+
+class Line(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3, 1))
+        self.bias = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"square": ((batch["x"] @ self.weight + self.bias - batch["y"]) ** 2).mean()}
+
+
+def draw(rng, size: int, progress: float) -> dict[str, torch.Tensor]:
+    x = torch.from_numpy(rng.normal(size=(size, 3))).float()
+    return {"x": x, "y": x.sum(1, keepdim=True) + 0.5}
+
+
+def launch(folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*command, str(script), str(folder), str(Path(__file__).parent)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def reference(processes: int) -> Line:
+    """The same steps in one process, the loss averaged over the batches that the processes draw."""
+    module = Line()
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(module, SCHEDULE.weight_decay), lr=SCHEDULE.learning_rate, betas=(0.9, 0.98)
+    )
+    for step in range(SCHEDULE.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = SCHEDULE.learning_rate * SCHEDULE.rate(step)
+        batches = [
+            draw(step_rng(3, "line", step, process), SCHEDULE.batch_size // processes, 0)
+            for process in range(processes)
+        ]
+        loss = sum(module(batch)["square"] for batch in batches) / processes
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), SCHEDULE.clip)
+        optimizer.step()
+    return module
+
+
+def test_two_processes_equal_one_on_both_their_batches(tmp_path):
+    done = launch(tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f"process-{rank}.pt") for rank in (0, 1))
+    expected = reference(2).state_dict()
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), "both processes end with the same weights"
+        assert torch.allclose(first[name], value, atol=1e-6)
+    assert not torch.allclose(expected["weight"], reference(1).state_dict()["weight"], atol=1e-4)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    done = launch(tmp_path, 3)
+    assert done.returncode != 0
+    assert "batch_size 8 must be divisible by the 3 processes" in done.stderr
+    assert not list(tmp_path.glob("process-*.pt"))
+
+
+@pytest.mark.parametrize("step", [0, 1, 6])
+def test_every_process_draws_its_own_batch(step):
+    one, other = (draw(step_rng(3, "line", step, process), 4, 0)["x"] for process in (0, 1))
+    assert not torch.equal(one, other)
