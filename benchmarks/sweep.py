@@ -127,7 +127,8 @@ class Bench:
 
     def shared(self, trials: Sequence[Trial], results: Path) -> tuple[float, dict[tuple[str, str], str], float]:
         """CPU seconds, the answers, and the share of the worker's wall time inside the decoder."""
-        spec = SweepSpec(MODEL, str(self.root / "features"), self.store.identity, str(results), threads=1)
+        paths = (str(results), str(self.root / "images.parquet"))
+        spec = SweepSpec(MODEL, str(self.root / "features"), self.store.identity, *paths, threads=1)
         reports: list[UnitReport] = []
 
         def run():

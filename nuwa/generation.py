@@ -122,7 +122,8 @@ def generate(
         pictures = [image.convert("RGB") for image in images[batch]]
         encoded = vlm.encode_images(pictures)
         seconds = _seconds(vlm, began)
-        answers = answer_encoded(vlm, encoded, [image_id(p) for p in pictures], asked[batch], spec_of, max_new_tokens)
+        names = [image_id(picture) for picture in pictures]
+        answers = answer_encoded(vlm, encoded, names, asked[batch], spec_of, max_new_tokens, pictures)
         found += [[replace(one, timings={"encode": seconds, **one.timings}) for one in mine] for mine in answers]
     return [mine if not isinstance(given, str) else mine[0] for mine, given in zip(found, questions, strict=True)]
 
@@ -135,10 +136,12 @@ def answer_encoded(
     questions: Sequence[Sequence[str]],
     spec_of: Callable[[VisualLayout], MethodSpec],
     max_new_tokens: int,
+    images: Sequence[Image.Image] | None = None,
 ) -> list[list[Generation]]:
     """Answers about images that are encoded already; images of one layout are answered together.
 
-    ``spec_of``: the configured method for images of a layout; their budgets may differ.
+    ``spec_of``: the configured method for images of a layout; their budgets may differ. ``images``: the images
+    themselves, for methods that encode them anew.
     """
     groups: dict[VisualLayout, list[int]] = {}
     for number, image in enumerate(encoded):
@@ -154,6 +157,7 @@ def answer_encoded(
             [image_ids[number] for number in numbers],
             [questions[number] for number in numbers],
             max_new_tokens,
+            None if images is None else [images[number] for number in numbers],
         )
         for number, mine in zip(numbers, answers, strict=True):
             found[number] = mine
@@ -173,6 +177,11 @@ def plan(vlm: Adapter, spec: MethodSpec, layout: VisualLayout) -> LayoutPlan:
     """Raises ``ValueError`` where the encoder lacks what the method reads or the budget is out of reach."""
     check_encoder(spec, vlm.encoder, vlm.offers_cls)
     method = get_method(spec.stage1)
+    if method.reads_images and not vlm.resizes:
+        raise ValueError(
+            f"method {spec.method!r} makes images smaller before the encoder, and {vlm.encoder} chooses sizes by itself; "
+            "it can be asked of LLaVA-1.5"
+        )
     if method.check is not None:
         method.check(spec.config, vlm.encoder_identity)
     whole = layout.views[0].grid if len(layout.views) == 1 else PatchGrid(1, layout.tokens)
@@ -206,13 +215,19 @@ def shares(layout: VisualLayout, keep: int) -> list[int]:
 
 
 def select(
-    planned: LayoutPlan, layout: VisualLayout, encoded: Sequence[EncodedImage], image_ids: Sequence[str]
+    vlm: Adapter,
+    planned: LayoutPlan,
+    layout: VisualLayout,
+    encoded: Sequence[EncodedImage],
+    image_ids: Sequence[str],
+    images: Sequence[Image.Image] | None = None,
 ) -> Selection:
-    """Stage 1 on every view of images of one layout, over slots."""
+    """Stage 1 on every view of images of one layout, over slots; ``images`` where they are at hand."""
     spec = planned.spec
     method = get_method(spec.stage1)
+    resized = None if images is None else lambda grid: vlm.encode_resized(images, grid)
     chosen = [
-        method.select(view_signals(encoded, view, image_ids), keep, spec.config, spec.seed)
+        method.select(view_signals(encoded, view, image_ids, resized), keep, spec.config, spec.seed)
         for view, keep in enumerate(planned.keeps)
     ]
     return place(layout, chosen)
@@ -226,10 +241,11 @@ def _answer_layout(
     image_ids: Sequence[str],
     questions: Sequence[Sequence[str]],
     max_new_tokens: int,
+    images: Sequence[Image.Image] | None,
 ) -> list[list[Generation]]:
     spec, schedule = planned.spec, planned.schedule
     began = time.perf_counter()
-    selection = select(planned, layout, encoded, image_ids)
+    selection = select(vlm, planned, layout, encoded, image_ids, images)
     selected = _seconds(vlm, began)
     began = time.perf_counter()
     prompts = [[vlm.encode_prompt(text) for text in asked] for asked in questions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,8 @@ class VisionSignals:
     ``similarity``: mean of late hidden states, used only for cosine similarity (Nüwa's S̄), ``(batch, tokens, dim)``.
     ``image_ids``: content digests; they seed what is random, so that no result depends on batch or order.
     ``encoder``: fingerprint of the encoder, checked by methods that were trained on one; null where it is not known.
+    ``resized``: encodes the same images again, made smaller so that they have the given grid: features
+    ``(batch, grid.tokens, dim)``; null where the images are not at hand.
     """
 
     grid: PatchGrid
@@ -36,6 +39,7 @@ class VisionSignals:
     similarity: Tensor
     image_ids: tuple[str, ...]
     encoder: str | None = None
+    resized: Callable[[PatchGrid], Tensor] | None = None
 
     def __post_init__(self) -> None:
         expected = (len(self.image_ids), self.grid.tokens)
@@ -61,6 +65,7 @@ class VisionSignals:
             self.similarity[rows],
             self.image_ids[rows],
             self.encoder,
+            None if self.resized is None else lambda grid: self.resized(grid)[rows],
         )
 
 

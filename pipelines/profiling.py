@@ -122,6 +122,9 @@ class Bench:
     def _encode(self) -> None:
         self.encoded = self.adapter.encode_images(self.images)
 
+    def _select(self, planned: LayoutPlan) -> Selection:
+        return select(self.adapter, planned, self.layout, self.encoded, self.names, self.images)
+
     @torch.inference_mode()
     def answer(self, selection: Selection, planned: LayoutPlan, tokens: int) -> list[Answer]:
         """Prefill of all layers, stage 2 among them, and ``tokens`` tokens of every answer."""
@@ -138,8 +141,8 @@ class Bench:
     def time_method(self, spec: MethodSpec) -> dict[str, Any]:
         """Milliseconds of one method, for the whole batch. Raises ``ValueError`` as :func:`nuwa.generation.plan`."""
         planned = plan(self.adapter, spec, self.layout)
-        selection = select(planned, self.layout, self.encoded, self.names)
-        selection_ms = self.median(lambda: select(planned, self.layout, self.encoded, self.names))
+        selection = self._select(planned)
+        selection_ms = self.median(lambda: self._select(planned))
         prefill_ms = self.median(lambda: self.answer(selection, planned, PREFILL_TOKENS))
         self._reset_memory()
         whole_ms = self.median(lambda: self.answer(selection, planned, self.workload.output_tokens))

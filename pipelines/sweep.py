@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +20,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 
 from nuwa.decoder import Answer, Trunk
+from nuwa.grid import PatchGrid
 from nuwa.selection import Selection
 from nuwa.signals import VisionSignals
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
 from nuwa.vlm import EncodedPrompt, LlavaAdapter
 from pipelines.executor import Failure, OnDone, Partial, run_units
-from pipelines.features import FeatureStore, load_model
+from pipelines.features import FeatureStore, load_model, read_images
 from pipelines.grid import Trial
 from pipelines.plan import Costs, Example, WorkUnit, plan_units
 from pipelines.results import PARTS, ResultStore, StoredUnit
@@ -49,6 +51,7 @@ class SweepSpec:
     feature_root: str
     feature_identity: str
     results: str
+    images: str  # images.parquet, for methods that encode images anew
     threads: int
     device: str = "cpu"
 
@@ -83,7 +86,7 @@ class SweepWorker:
     """Holds one model. The features of the unit that is likely next are read while one runs."""
 
     def __init__(self, spec: SweepSpec) -> None:
-        self.vlm = load_model(spec.model, spec.device)
+        self.vlm, self.images = load_model(spec.model, spec.device), Path(spec.images)
         self.device = device_name(spec.device, spec.threads)
         self.features = FeatureStore(spec.feature_root, spec.feature_identity)
         self.results = ResultStore(Path(spec.results))
@@ -125,7 +128,16 @@ class SweepWorker:
     def _read(self, images: tuple[str, ...]) -> Future[VisionSignals]:
         if images in self.signals:
             return self.signals[images]
-        return self.reader.submit(lambda: self.vlm.signals(self.features.read(images), images))
+        return self.reader.submit(lambda: self.vlm.signals(self.features.read(images), images, self._resized(images)))
+
+    def _resized(self, images: tuple[str, ...]) -> Callable[[PatchGrid], Tensor]:
+        """Encodes ``images`` at a smaller size, when a method asks for it."""
+
+        def encode(grid: PatchGrid) -> Tensor:
+            content = read_images(self.images, images)
+            return self.vlm.encode_resized([content[image] for image in images], grid)
+
+        return encode
 
 
 class Words:

@@ -77,6 +77,7 @@ def sweep(settings: Settings) -> None:
             str(place if is_uri(place) else Path(place).resolve()),
             store.identity,
             str(RESULT_STORE.resolve()),
+            str(IMAGES.resolve()),
             cluster.cpus,
             cluster.device,
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection
@@ -36,6 +37,16 @@ def pooled_shape(grid: PatchGrid, keep: int) -> tuple[int, int]:
     return height, width
 
 
+def cell_centres(grid: PatchGrid, height: int, width: int, device: torch.device) -> Tensor:
+    """Indices of the patches in the centres of ``height x width`` cells, ``(height * width,)`` int64.
+
+    The centre of cell i of n lies at ``(2i + 1) * size / 2n`` patches.
+    """
+    rows = (2 * torch.arange(height, device=device) + 1) * grid.height // (2 * height)
+    columns = (2 * torch.arange(width, device=device) + 1) * grid.width // (2 * width)
+    return (rows[:, None] * grid.width + columns).flatten()
+
+
 @register("pooling", Pooling, kept=lambda grid, keep: math.prod(pooled_shape(grid, keep)))
 def select(signals: VisionSignals, keep: int, config: Pooling, seed: int = 0) -> Selection:
     """A pooled token stands at the patch in the centre of its cell."""
@@ -44,10 +55,7 @@ def select(signals: VisionSignals, keep: int, config: Pooling, seed: int = 0) ->
     batch, _, dim = signals.features.shape
     image = signals.features.reshape(batch, grid.height, grid.width, dim).permute(0, 3, 1, 2)  # channels last, no copy
     pooled = F.adaptive_avg_pool2d(image.float(), (height, width)).to(image.dtype).permute(0, 2, 3, 1).flatten(1, 2)
-    # The centre of cell i of n lies at (2i + 1) · size / 2n patches.
-    rows = (2 * torch.arange(height, device=image.device) + 1) * grid.height // (2 * height)
-    columns = (2 * torch.arange(width, device=image.device) + 1) * grid.width // (2 * width)
-    indices = (rows[:, None] * grid.width + columns).flatten()
+    indices = cell_centres(grid, height, width, image.device)
     untouched = height * width == grid.tokens
     return Selection(
         indices.expand(batch, -1),

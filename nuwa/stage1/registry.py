@@ -26,6 +26,7 @@ class Method:
     ``kept``: tokens it really keeps when asked for ``keep`` (a pooled grid may be smaller).
     ``seeded``: whether the seed changes its result; trials of an unseeded method differing in seed only are one.
     ``reads_cls``: whether it needs a CLS token's attention and may not read the attention received in its stead.
+    ``reads_images``: whether it encodes the images anew (``VisionSignals.resized``).
     ``check``: of a trained method, raises ``ValueError`` where a configuration's weights do not fit the encoder of that
     fingerprint.
     """
@@ -35,6 +36,7 @@ class Method:
     config: type
     seeded: bool = False
     reads_cls: bool = False
+    reads_images: bool = False
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kept: Callable[[PatchGrid, int], int] = lambda grid, keep: keep
     check: Callable[[Any, str], None] | None = None

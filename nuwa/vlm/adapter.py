@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
+from nuwa.grid import PatchGrid
 from nuwa.layout import VisualLayout
 from nuwa.selection import Selection
 from nuwa.signals import VisionSignals
@@ -51,12 +52,17 @@ class EncodedImage:
         return EncodedImage(self.layout, tuple(moved))
 
 
-def view_signals(encoded: Sequence[EncodedImage], view: int, image_ids: Sequence[str]) -> VisionSignals:
+def view_signals(
+    encoded: Sequence[EncodedImage],
+    view: int,
+    image_ids: Sequence[str],
+    resized: Callable[[PatchGrid], Tensor] | None = None,
+) -> VisionSignals:
     """One view of several images of one layout, as stage 1 reads it."""
     columns = {name: torch.stack([image.signals[view][name] for image in encoded]) for name in SIGNAL_NAMES}
     # What is random must not draw alike in two views of an image.
     ids = tuple(f"{image} view {view}" if view else image for image in image_ids)
-    return VisionSignals(encoded[0].layout.views[view].grid, **columns, image_ids=ids)
+    return VisionSignals(encoded[0].layout.views[view].grid, **columns, image_ids=ids, resized=resized)
 
 
 class Adapter(ABC):
@@ -64,12 +70,14 @@ class Adapter(ABC):
 
     ``offers_cls``: whether the encoder has a CLS token whose attention ranks patches. Where it has none,
     ``cls_attention`` of the signals is the attention a token receives, which only methods that say so may read.
+    ``resizes``: whether images can be encoded at a smaller size (:meth:`encode_resized`).
     ``layout``: the layout of every image where all images have the same, else null.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
     encoder: ClassVar[str]  # what messages call it
     offers_cls: ClassVar[bool]
+    resizes: ClassVar[bool] = False
     layout: VisualLayout | None = None
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -124,6 +132,10 @@ class Adapter(ABC):
     @abstractmethod
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
         """Preprocess and encode; images may differ in size and, where the model allows it, in layout."""
+
+    def encode_resized(self, images: Sequence[Image.Image], grid: PatchGrid) -> Tensor:
+        """Features of images made smaller so that they have ``grid``, ``(batch, grid.tokens, dim)``."""
+        raise NotImplementedError(f"{self.encoder} encodes images at their own size only")
 
     @abstractmethod
     def project(self, features: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ def check_clip_features(strategy: str, layer: int | list[int]) -> None:
         )
 
 
+def clip_features(tower: nn.Module, pixels: Tensor, feature_layer: int) -> Tensor:
+    """Features of smaller images, ``(batch, tokens, dim)``: position embeddings are interpolated to their grid."""
+    states = tower(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+    return states[feature_layer][:, 1:]
+
+
 def clip_signals(tower: nn.Module, pixels: Tensor, feature_layer: int) -> dict[str, Tensor]:
     """Signals of ``(batch, 3, side, side)`` crops; :class:`nuwa.signals.VisionSignals` has names and shapes.
 

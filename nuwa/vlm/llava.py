@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
@@ -14,13 +15,14 @@ from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.signals import VisionSignals
 from nuwa.vlm.adapter import SIGNAL_NAMES, Adapter, EncodedImage
-from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_signals
+from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_features, clip_signals
 
 
 class LlavaAdapter(Adapter):
     model_class = LlavaForConditionalGeneration
     encoder = "LLaVA's CLIP tower"
     offers_cls = True
+    resizes = True
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: Any) -> None:
         config = model.config
@@ -43,9 +45,24 @@ class LlavaAdapter(Adapter):
             self.tower, pixels.to(self.device, self.tower.dtype), self.model.config.vision_feature_layer
         )
 
-    def signals(self, encoded: dict[str, Tensor], image_ids: tuple[str, ...]) -> VisionSignals:
+    @torch.inference_mode()
+    def encode_resized(self, images: Sequence[Image.Image], grid: PatchGrid) -> Tensor:
+        """The preprocessed images, bicubically made smaller, through the same tower."""
+        pixels = self.pixels(images).to(self.device, self.tower.dtype)
+        patch = self.model.config.vision_config.patch_size
+        size = (grid.height * patch, grid.width * patch)
+        if size != tuple(pixels.shape[2:]):
+            pixels = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
+        return clip_features(self.tower, pixels, self.model.config.vision_feature_layer)
+
+    def signals(
+        self,
+        encoded: dict[str, Tensor],
+        image_ids: tuple[str, ...],
+        resized: Callable[[PatchGrid], Tensor] | None = None,
+    ) -> VisionSignals:
         parts = {name: encoded[name] for name in SIGNAL_NAMES}
-        return VisionSignals(self.grid, **parts, image_ids=image_ids, encoder=self.encoder_identity)
+        return VisionSignals(self.grid, **parts, image_ids=image_ids, encoder=self.encoder_identity, resized=resized)
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
         encoded = self.encode(self.pixels(images))

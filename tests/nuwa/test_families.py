@@ -79,7 +79,7 @@ def run(vlm, spec, images, asked):
     layout = encoded[0].layout
     planned = plan(vlm, spec, layout)
     ids = [f"photo {number}" for number in range(len(images))]
-    selection = select(planned, layout, encoded, ids)
+    selection = select(vlm, planned, layout, encoded, ids)
     prompts = [[vlm.encode_prompt(text) for text in texts] for texts in asked]
     trunk = Trunk(vlm, selection, prompts, spec.position, ids, layout)
     heard: list[torch.Tensor] = []

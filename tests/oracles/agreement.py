@@ -15,8 +15,8 @@ from nuwa.stage1 import METHODS, get_method
 from oracles.nuwa import Outcome
 from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
 
-# LearnPruner needs weights trained on its encoder; test_learnpruner.py shows the same of it.
-PRUNING = sorted(set(METHODS) - {"unpruned", "learnpruner"})
+# LearnPruner needs weights trained on its encoder and downsampling the images; their own tests show the same of them.
+PRUNING = sorted(set(METHODS) - {"unpruned", "learnpruner", "downsample"})
 SIGNALS = ("features", "cls_attention", "keys", "similarity")
 
 

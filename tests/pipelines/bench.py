@@ -18,24 +18,26 @@ GRIDS = [
     {"name": "methods", "method": ["nuwa", "visionzip", "random"], "position": ["perc", "pesp"]},
     {"name": "cuts", "method": "nuwa", "stage2_layer": [2, 6], "stage2_scorer": ["attention_last_token", "random"]},
     {"name": "several", "method": "sparsevlm", "budget": 48},
+    {"name": "several", "method": "downsample", "budget": 48, "position": ["perc", "pesp"]},
     {"name": "several", "method": "pyramiddrop", "budget": 48, "stage2_layer": [[1, 3, 6]]},
 ]
 
 
 @dataclass
 class Bench:
-    """A prepared sweep on a random model: twelve images, thirteen trials."""
+    """A prepared sweep on a random model: twelve images, fifteen trials."""
 
     model: str
     root: Path
     identity: str
+    images: Path
     trials: list
     questions: object
     context: str
     costs: Costs
 
     def spec(self, results: Path) -> SweepSpec:
-        return SweepSpec(self.model, str(self.root), self.identity, str(results), threads=1)
+        return SweepSpec(self.model, str(self.root), self.identity, str(results), str(self.images), threads=1)
 
     @property
     def examples(self):

@@ -74,6 +74,7 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
         str(model_folder),
         root,
         store.identity,
+        prepared / "images.parquet",
         expand(plan, vlm.grid, vlm.layers),
         questions,
         answer_context(vlm, store.identity),
