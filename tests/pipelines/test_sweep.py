@@ -28,7 +28,7 @@ from pipelines.sweep import branch
 
 
 def test_every_trial_answers_every_question_once(bench, undisturbed):
-    assert len(bench.trials) == 13
+    assert len(bench.trials) == 15
     assert undisturbed.predictions.num_rows == len(bench.trials) * len(bench.questions.examples)
     assert undisturbed.kept.num_rows == len(bench.trials) * 12
     frame = undisturbed.predictions.to_pandas()
