@@ -162,7 +162,7 @@ def repository(tmp_path, model_folder) -> Path:
     for name in subprocess.run(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines():
-        if not name.startswith(("tests/", "docs/", "models/")) and name != "dvc.lock" and (ROOT / name).exists():
+        if not name.startswith(("tests/", "docs/", "models/testbed")) and name != "dvc.lock" and (ROOT / name).exists():
             (top / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, top / name)
     shutil.copytree(model_folder, top / "models" / "tiny")
