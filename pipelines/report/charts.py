@@ -110,24 +110,24 @@ def _attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
-def budget_curves(outcomes: Outcomes, family: str, title: str) -> Panel:
-    """Retention against realised average tokens: a colour and marker a method, a line style a position strategy."""
-    series: dict[tuple[str, str], list[Trial]] = {}
+def budget_curves(outcomes: Outcomes, family: str, position: str, title: str) -> Panel:
+    """Retention against realised average tokens under one position strategy: a colour and marker a method."""
+    series: dict[str, list[Trial]] = {}
     for trial in outcomes.main:
-        if outcomes.retention(trial, family) is not None:
-            series.setdefault((outcomes.name(trial), trial.position), []).append(trial)
+        if trial.position == position and outcomes.retention(trial, family) is not None:
+            series.setdefault(outcomes.name(trial), []).append(trial)
     presets = _first_presets(outcomes)
 
     def draw(ax: Axes) -> None:
         ends = []
-        for index, ((name, position), trials) in enumerate(series.items()):
+        for index, (name, trials) in enumerate(series.items()):
             trials = sorted(trials, key=lambda trial: trial.average_tokens)
             shift = DODGE * (index - (len(series) - 1) / 2)
             x = np.array([trial.average_tokens for trial in trials]) + shift
             y = _percent_curve([outcomes.retention(trial, family) for trial in trials])
             method = trials[0].method
             _curve(ax, x, y, method, position, hollow=trials[0].preset != presets[method])
-            ends.append((float(x[-1]), float(y[0, -1]), f"{name} {position.upper()}", method_style(method).color))
+            ends.append((float(x[-1]), float(y[0, -1]), name, method_style(method).color))
         _curve_axes(ax, outcomes)
         _label_ends(ax, ends)
 

@@ -27,7 +27,7 @@ from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import FAMILIES, Outcomes
 from pipelines.report.published import MODEL_NAME, published_retention, published_scores
 from pipelines.report.style import FAMILIES as FAMILY_NAMES
-from pipelines.report.style import benchmark_name, plain_number
+from pipelines.report.style import benchmark_name, plain_number, position_name, position_rank
 from pipelines.report.tables import budget_table, failure_table, side_by_side
 
 DIRECTORY = Path(__file__).parent
@@ -86,7 +86,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "flops_convention": outcomes.unpruned.flops_convention,
         "headline": budget_table(outcomes, headline_budget),
         "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
-        "curves": _chart("retention", [budget_curves(outcomes, family, FAMILY_NAMES[family]) for family in FAMILIES]),
+        "curves": _chart("retention", _curves(outcomes)),
         "ablations": [(item, _ablation_chart(item)) for item in ablations],
         "cases": gallery(inputs, outcomes, headline_budget),
         "beside": side_by_side(outcomes, rows, unanchored),
@@ -97,6 +97,16 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "provenance": dict(sorted(inputs.provenance.items())),
         "questions": {family: sum(c.n for c in outcomes.columns if c.family == family) for family in FAMILIES},
     }
+
+
+def _curves(outcomes: Outcomes) -> list[Panel]:
+    """One row a position strategy, one column a family."""
+    positions = sorted({trial.position for trial in outcomes.main}, key=position_rank)
+    return [
+        budget_curves(outcomes, family, position, f"{FAMILY_NAMES[family]}, {position_name(position)} ids")
+        for position in positions
+        for family in FAMILIES
+    ]
 
 
 def _facts(inputs: ReportInputs, outcomes: Outcomes) -> list[tuple[str, str]]:
