@@ -11,7 +11,7 @@ from nuwa.benchmarks import RecordError, SchemaError
 from nuwa.grid import PatchGrid
 from nuwa.stage1.learnpruner import WeightsError
 from nuwa.vlm import LlavaAdapter, adapter_class
-from nuwa.vlm.shapes import model_shape
+from nuwa.vlm.shapes import SHAPES, model_shape
 from pipelines.evidence import IncompleteTrials
 from pipelines.executor import ClusterUnavailable, UnitsFailed
 from pipelines.features import DYNAMIC_GRIDS, MissingFeatures
@@ -70,11 +70,17 @@ def check_tracking(settings: Settings) -> None:
         raise SettingsError(f"tracking.uri: {error}") from None
 
 
+def _published(path: str) -> str:
+    """The hub id of a folder called like a published checkpoint that is not there yet; any other path as it is."""
+    hub_id = "/".join(Path(path).parts[-2:])
+    return hub_id if hub_id in SHAPES and not Path(path).exists() else path
+
+
 def planned_trials(settings: Settings) -> list[Trial]:
     """All trials the settings mean on their model, whose shape is read without its weights."""
     path = settings.model.path
     try:
-        config = model_shape(path)
+        config = model_shape(_published(path))
         if adapter_class(config.model_type) is not LlavaAdapter:
             raise SettingsError(f"model.path = {path!r}: {DYNAMIC_GRIDS}")
         side = config.vision_config.image_size // config.vision_config.patch_size

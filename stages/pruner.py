@@ -1,6 +1,7 @@
 """``pruner``: train LearnPruner's module on the model of ``model.path`` (two minutes on two CPU cores; resumes).
 
-Runs within ``dvc repro`` whenever the model, the recipe or the code of the training has changed; the weights are in
+For any other model weights are trained elsewhere and named in ``parameters.weights`` of a grid; the stage leaves all as
+it is. Runs within ``dvc repro`` whenever the model, the recipe or the code of the training has changed; the weights are in
 git, so a fresh clone has them. ``make pruner`` trains them anyway. On several GPUs:
 ``accelerate launch --multi_gpu -m stages.pruner``.
 """
@@ -23,12 +24,16 @@ from pipelines.settings import Settings
 from pipelines.tracking import training_log
 from stages.entry import CACHE, run_stage
 
-TRAINING = ("pruner", "training", "stage1/learnpruner", "testbed", "vlm")  # the code that decides the weights
+# The code that decides the weights.
+TRAINING = ("grid", "pruner", "selection", "signals", "stage1/learnpruner", "testbed", "training", "vlm")
 WARMUP, DECAY_SHARE = 10, 0.5
 LOG_EVERY, EVALUATE_EVERY, CHECKPOINT_EVERY = 10, 30, 30
 
 
 def pruner(settings: Settings) -> None:
+    if settings.model.prompt_style != "testbed":
+        print(f"the recipe teaches with the testbed's scenes: nothing is trained for {settings.model.path}")
+        return
     recipe = settings.pruner
     vlm = LlavaAdapter.load(settings.model.path)
     facts = {"parameters": recipe.model_dump(), "model": vlm.fingerprint()}

@@ -17,7 +17,8 @@ def describe(estimate: Estimate) -> str:
 
 
 def finding(outcomes: Outcomes, budget: float) -> list[str]:
-    """One to three sentences: what Nüwa and VisionZip keep, who keeps most, what position ids change."""
+    """A few sentences: what Nüwa and VisionZip keep, who keeps most, what position ids change, and whether
+    LearnPruner's learned choice beats a random one."""
     trials = outcomes.at_budget(budget)
     nuwa = _first(trials, "nuwa", ("pesp", "rpme", "perc"))
     if nuwa is None or outcomes.retention(nuwa, "grounding") is None:
@@ -27,8 +28,7 @@ def finding(outcomes: Outcomes, budget: float) -> list[str]:
     if rivals:
         best = max(rivals, key=lambda trial: outcomes.retention(trial, "grounding").value)
         sentences.append(_verdict(outcomes, nuwa, best))
-    positions = _positions(outcomes, trials)
-    return [*sentences, positions] if positions else sentences
+    return sentences + [text for text in (_positions(outcomes, trials), _learned(outcomes, trials)) if text]
 
 
 def share_of_tokens(outcomes: Outcomes, budget: float) -> str:
@@ -101,6 +101,35 @@ def _positions(outcomes: Outcomes, trials: list[Trial]) -> str | None:
     return (
         f"Position ids {word}: the same VisionZip tokens keep {parts}, and {describe(compressed)} with compressed ones."
     )
+
+
+def _learned(outcomes: Outcomes, trials: list[Trial]) -> str | None:
+    """LearnPruner against its control: random tokens behind the same stage 2."""
+    learned = _first(trials, "learnpruner", ("pesp", "rpme", "perc"))
+    if learned is None:
+        return None
+    alike = ("position", "stage1_keep", "cuts", "stage2_scorer", "budget")
+    controls = [
+        trial
+        for trial in trials
+        if trial.method == "random" and all(getattr(trial, name) == getattr(learned, name) for name in alike)
+    ]
+    if not controls:
+        return None
+    parts = []
+    for family, name in (("grounding", "grounding"), ("vqa", "visual question answering")):
+        ours, other = outcomes.retention(learned, family), outcomes.retention(controls[0], family)
+        if ours is not None and other is not None:
+            if ours.low > other.high:
+                verdict = "beats its control"
+            elif ours.high < other.low:
+                verdict = "does not beat its control"
+            else:
+                verdict = "is not told from its control, as their intervals overlap"
+            parts.append(f"on {name} it {verdict} ({describe(ours)} against {describe(other)})")
+    if not parts:
+        return None
+    return f"LearnPruner’s learned choice of tokens against a random one behind the same stage 2: {'; '.join(parts)}."
 
 
 def _without_nuwa(outcomes: Outcomes, trials: list[Trial], budget: float) -> str:

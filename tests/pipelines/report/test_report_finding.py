@@ -47,6 +47,29 @@ def test_behind_beyond_the_intervals_contradicts_the_paper(sentences):
     )
 
 
+@pytest.mark.parametrize(
+    ("control", "verdict"),
+    [
+        (0.30, "beats its control"),
+        (0.58, "is not told from its control, as their intervals overlap"),
+        (0.90, "does not beat its control"),
+    ],
+)
+def test_learnpruner_is_held_against_its_random_control(sentences, control, verdict):
+    text = sentences({("nuwa", "pesp"): 0.40, ("learnpruner", "pesp"): 0.60, ("random", "pesp"): control})[-1]
+    span = f"{100 * control:.1f} % [{100 * control - 3:.1f}, {100 * control + 3:.1f}]"
+    assert text == (
+        "LearnPruner’s learned choice of tokens against a random one behind the same stage 2: on grounding it "
+        f"{verdict} (60.0 % [57.0, 63.0] against {span}); on visual question answering it is not told from its "
+        "control, as their intervals overlap (90.0 % [87.0, 93.0] against 90.0 % [87.0, 93.0])."
+    )
+
+
+def test_without_its_control_nothing_is_said_of_learnpruner(sentences):
+    texts = sentences({("nuwa", "pesp"): 0.40, ("learnpruner", "pesp"): 0.60, ("random", "perc"): 0.1})
+    assert not any("random one behind" in text for text in texts)
+
+
 @pytest.mark.parametrize(("other", "order"), [(0.38, "ahead of"), (0.40, "level with"), (0.42, "behind")])
 def test_overlapping_intervals_settle_nothing(sentences, other, order):
     text = sentences({("nuwa", "pesp"): 0.40, ("divprune", "pesp"): other})[1]
