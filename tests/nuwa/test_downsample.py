@@ -18,7 +18,7 @@ from nuwa.stage1 import get_method
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
     rng = np.random.default_rng(5)
-    return [Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)) for _ in range(9)]
+    return [Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)) for _ in range(64)]
 
 
 def chosen(vlm, images, keep):
@@ -51,12 +51,14 @@ def test_at_full_size_nothing_changes(tiny_vlm, images):
     assert found.indices[0].tolist() == list(range(tiny_vlm.grid.tokens))
 
 
-def test_images_alone_or_together_are_the_same(tiny_vlm, images):
+@pytest.mark.parametrize("size", [1, 8])
+def test_images_of_any_batch_are_the_same(tiny_vlm, images, size):
     together, _ = chosen(tiny_vlm, images, 16)
-    for row, image in enumerate(images):
-        alone, _ = chosen(tiny_vlm, [image], 16)
-        assert torch.equal(alone.indices[0], together.indices[row])
-        torch.testing.assert_close(alone.features[0], together.features[row], rtol=1e-6, atol=1e-6)
+    for start in (0, 24, 64 - size):
+        rows = slice(start, start + size)
+        found, _ = chosen(tiny_vlm, images[rows], 16)
+        assert torch.equal(found.indices, together.indices[rows])
+        torch.testing.assert_close(found.features, together.features[rows], rtol=1e-5, atol=1e-5)
 
 
 def test_the_library_call_has_the_images(tiny_vlm, images):
@@ -78,11 +80,13 @@ def test_the_library_call_has_the_images(tiny_vlm, images):
 
 
 def test_a_model_that_chooses_its_own_sizes_refuses_it(family):
-    if family.resizes:
-        return
     layout = family.encode_images([Image.new("RGB", (70, 50))])[0].layout
+    spec = specify("downsample", budget=layout.tokens)
+    if family.resizes:
+        assert plan(family, spec, layout).keeps == (layout.tokens,)
+        return
     with pytest.raises(ValueError) as raised:
-        plan(family, specify("downsample", budget=layout.tokens), layout)
+        plan(family, spec, layout)
     assert str(raised.value) == (
         f"method 'downsample' makes images smaller before the encoder, and {family.encoder} chooses sizes by itself; "
         "it can be asked of LLaVA-1.5"

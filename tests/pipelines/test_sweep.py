@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from nuwa.decoder import Trunk
 from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
 from pipelines.executor import UnitsFailed, run_units
-from pipelines.features import FeatureStore
+from pipelines.features import FeatureStore, read_images
 from pipelines.lock import exclusive
 from pipelines.plan import read_examples
 from pipelines.results import ResultStore
@@ -37,14 +38,18 @@ def test_every_trial_answers_every_question_once(bench, undisturbed):
 
 
 def test_shared_trunks_answer_as_each_trial_alone(bench, undisturbed):
-    """The slow way: a trunk of its own for every trial and image, one question at a time."""
+    """The slow way: a trunk of its own for every trial and image, one question at a time, one image encoded alone."""
     vlm = LlavaAdapter.load(bench.model)
+    pictures = read_images(bench.images, sorted(set(bench.questions.examples["image"])))
     features = FeatureStore(bench.root, bench.identity)
     answers = undisturbed.predictions.to_pandas().set_index(["trial_id", "example_id"])["prediction"]
-    for trial in bench.trials[::2]:
+    checked = bench.trials[::2]
+    assert any(get_method(trial.spec.stage1).reads_images for trial in checked), "one that encodes images anew"
+    for trial in checked:
         method = get_method(trial.spec.stage1)
         for example in bench.questions.examples.iloc[::3].itertuples():
-            signals = vlm.signals(features.read([example.image]), (example.image,))
+            resized = partial(vlm.encode_resized, [pictures[example.image]])
+            signals = vlm.signals(features.read([example.image]), (example.image,), resized)
             selection = method.select(signals, trial.schedule.stage1_keep, trial.spec.config, trial.spec.seed)
             trunk = Trunk(vlm, selection, [[vlm.encode_prompt(example.prompt)]], trial.spec.position, (example.image,))
             if trial.cuts:
