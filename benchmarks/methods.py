@@ -1,7 +1,9 @@
 """Time and peak memory of every stage-1 method, against the same equations written straightforwardly.
 
 Ours runs the whole batch at once. The reference (``tests/oracles/dense.py``) forms full tokens x tokens matrices; all but
-Nüwa's go image by image and are measured on one. Methods that only index (random, uniform) have no reference.
+Nüwa's go image by image and are measured on one. Methods that only index (random, uniform) have no reference, nor has
+LearnPruner, whose module is drawn at random here. What downsampling costs is the encoder's, and what methods inside the
+language model cost is its layers': ``make profile`` times both.
 Repetitions alternate between the two; figures are medians, all of them per image.
 
 Memory is the peak of tensor memory allocated above the inputs, over the images: from the profiler's allocator events on
@@ -22,6 +24,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from nuwa.grid import PatchGrid
 from nuwa.signals import VisionSignals
 from nuwa.stage1 import METHODS
+from nuwa.stage1.learnpruner import Lpm, save_lpm
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from oracles import dense
@@ -40,6 +44,7 @@ from oracles import dense
 GRIDS = {576: (PatchGrid(24, 24), 112), 2880: (PatchGrid(60, 48), 290)}
 DIM = 1024  # CLIP-L
 LIMIT = 0.5
+TIMED = sorted(name for name, method in METHODS.items() if name != "unpruned" and not method.reads_images)
 Run = Callable[[], object]
 
 
@@ -83,10 +88,20 @@ def peak_bytes(run: Run, device: str) -> int:
     return peak
 
 
-def measure(name: str, signals: VisionSignals, keep: int, repetitions: int, device: str) -> dict[str, float]:
+def random_weights(folder: Path) -> str:
+    """A file of an untrained LearnPruner module of the width at hand."""
+    torch.manual_seed(0)
+    save_lpm(Lpm(DIM), folder / "lpm.safetensors", "none", {})
+    return str(folder / "lpm.safetensors")
+
+
+def measure(
+    name: str, weights: str, signals: VisionSignals, keep: int, repetitions: int, device: str
+) -> dict[str, float]:
     """Median milliseconds and peak MiB an image, of ours and of the reference where there is one, and their ratios."""
     method, batch = METHODS[name], len(signals.image_ids)
-    runs: dict[str, tuple[Run, int]] = {"ours": (lambda: method.select(signals, keep, method.configure(), 0), batch)}
+    config = method.configure(**({"weights": weights} if name == "learnpruner" else {}))
+    runs: dict[str, tuple[Run, int]] = {"ours": (lambda: method.select(signals, keep, config, 0), batch)}
     if name == "nuwa":
         runs["reference"] = (lambda: dense.nuwa(signals, keep), batch)
     elif name in dense.PER_IMAGE:
@@ -114,10 +129,11 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, help="images at once (default: 1, 8 and 64)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repetitions", type=int, default=5, help="of each side (default: 5)")
-    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), help="only these (default: all that prune)")
+    parser.add_argument("--methods", nargs="+", choices=TIMED, help="only these (default: all)")
     chosen = parser.parse_args()
-    # Downsampling has no tokens to choose from and LearnPruner needs weights of the width at hand.
-    names = chosen.methods or [name for name in METHODS if name not in ("unpruned", "downsample", "learnpruner")]
+    names = chosen.methods or TIMED
+    folder = tempfile.TemporaryDirectory()
+    weights = random_weights(Path(folder.name))
     results: dict[str, dict[str, float]] = {}
     columns = ("ours ms", "ref. ms", "ours MiB", "ref. MiB", "time", "memory")
     print(f"{chosen.device}, {torch.get_num_threads()} threads; milliseconds and MiB an image, ours over reference")
@@ -128,7 +144,7 @@ def main() -> None:
             signals = draw_signals(grid, batch, chosen.device)
             for name in names:
                 with torch.inference_mode():
-                    figures = measure(name, signals, keep, chosen.repetitions, chosen.device)
+                    figures = measure(name, weights, signals, keep, chosen.repetitions, chosen.device)
                 results[f"{name}_{tokens}_{batch}"] = figures
                 keys = ("ours_ms", "reference_ms", "ours_mib", "reference_mib", "time_ratio", "memory_ratio")
                 cells = "".join(f"{figures[key]:>10.2f}" if key in figures else f"{'-':>10}" for key in keys)
