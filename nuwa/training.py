@@ -57,6 +57,7 @@ def _save(accelerator: Accelerator, folder: Path, step: int) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(fresh))
+    accelerator.wait_for_everyone()  # every process writes its random state there; none may find the folder moved
     if accelerator.is_main_process:
         (fresh / "step.json").write_text(json.dumps({"step": step}))
         old = folder.with_name(folder.name + ".old")
