@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout
 from pipelines.features import FeatureStore
 
 ROUNDS = 5
@@ -35,7 +37,8 @@ def fill(store: FeatureStore, images: list[str], tokens: int, dim: int, dtype: t
         wide = [rng.standard_normal((len(names), tokens, dim), np.float32).astype(dtype) for _ in range(3)]
         salience = rng.random((len(names), tokens), np.float32).astype(dtype)
         signals = dict(zip(("features", "keys", "similarity"), wide, strict=True)) | {"cls_attention": salience}
-        store.write(names, {key: torch.from_numpy(value) for key, value in signals.items()})
+        layout = VisualLayout((View(PatchGrid(1, tokens)),))
+        store.write(names, {key: torch.from_numpy(value) for key, value in signals.items()}, layout)
     store.refresh()
 
 

@@ -41,7 +41,7 @@ from nuwa.vlm import LlavaAdapter
 from nuwa.vlm.shapes import model_shape
 from pipelines.datasets import write_examples
 from pipelines.features import FeatureStore, encode_missing, read_images
-from pipelines.grid import Trial, expand
+from pipelines.grid import Layouts, Trial, expand
 from pipelines.plan import (
     Costs,
     Example,
@@ -109,7 +109,7 @@ class Bench:
     store: FeatureStore
     table: pd.DataFrame
     examples: list[Example]
-    costs: Costs
+    costs: list[Costs]
     words: Words
 
     @classmethod
@@ -249,7 +249,7 @@ class Bench:
 
 def _select(trial: Trial, signals) -> Selection:
     method = get_method(trial.spec.stage1)
-    return method.select(signals, trial.schedule.stage1_keep, trial.spec.config, trial.spec.seed)
+    return method.select(signals, *trial.plan.keeps, trial.spec.config, trial.spec.seed)
 
 
 def _sample(examples: Sequence[Example], count: int) -> list[Example]:
@@ -312,8 +312,8 @@ def planning(count: int) -> float:
     text = [[((q, 1, 2, 3, 4, 5, 6, 7, 8), 5) for q in range(12)]] * 200
     model = ModelCost(layers=8, token=4e5, pair=5e2, head=4e4, projector=1e5, system=2)
     began = time.process_time()
-    trials = expand(settings, PatchGrid(12, 12), 8)
-    costs = Costs(model, Load.of(text))
+    trials = expand(settings, Layouts.fixed(PatchGrid(12, 12)), 8)
+    costs = [Costs(model, Load.of(text))]
     forecast(trials, costs)
     half = [([trial.trial_id for trial in trials[::2]], [example.digest for example in examples])]
     plan_units(trials, examples, half, costs, usual_speed("cpu", 1), UNIT_IMAGES)
@@ -326,7 +326,7 @@ def llava_7b() -> None:
     # box of about 24 tokens.
     common = tuple(range(20))
     questions = [((*common, 100 + q, 200 + q, 300, 301, 302, 303, 304, 305, 306), 24) for q in range(7)]
-    costs = Costs(ModelCost.of(model_shape("llava-hf/llava-1.5-7b-hf"), system=40), Load.of([questions] * 1548))
+    costs = [Costs(ModelCost.of(model_shape("llava-hf/llava-1.5-7b-hf"), system=40), Load.of([questions] * 1548))]
     grids = {
         "stage-1": stage1_grid(576, 32, (64, 128, 192)),
         "stage-2": stage2_grid(576, 32, 192, (12, 16, 20, 24), (8, 16, 32, 64)),

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from nuwa import UNPRUNED
 from nuwa.decoder import Trunk
-from nuwa.grid import PatchGrid
 from nuwa.layout import VisualLayout, place
-from nuwa.methods import MethodSpec, check_encoder, specify
+from nuwa.methods import LayoutPlan, MethodSpec, check_encoder, specify
 from nuwa.positions import visual_positions
-from nuwa.schedule import TokenSchedule, UnreachableBudget
+from nuwa.schedule import TokenSchedule
 from nuwa.selection import Selection
+from nuwa.signals import SIGNAL_NAMES, VisionSignals
 from nuwa.stage1 import get_method
 from nuwa.vlm import Adapter, EncodedImage, adapt, view_signals
 
@@ -164,54 +164,13 @@ def answer_encoded(
     return found
 
 
-@dataclass(frozen=True)
-class LayoutPlan:
-    """A method on images of one layout: how many tokens each view keeps, and the schedule that comes of it."""
-
-    spec: MethodSpec
-    keeps: tuple[int, ...]
-    schedule: TokenSchedule
-
-
 def plan(vlm: Adapter, spec: MethodSpec, layout: VisualLayout) -> LayoutPlan:
     """Raises ``ValueError`` where the encoder lacks what the method reads or the budget is out of reach."""
-    check_encoder(spec, vlm.encoder, vlm.offers_cls)
-    method = get_method(spec.stage1)
-    if method.reads_images and not vlm.resizes:
-        raise ValueError(
-            f"method {spec.method!r} makes images smaller before the encoder, and {vlm.encoder} chooses sizes by itself; "
-            "it can be asked of LLaVA-1.5"
-        )
-    if method.check is not None:
-        method.check(spec.config, vlm.encoder_identity)
-    whole = layout.views[0].grid if len(layout.views) == 1 else PatchGrid(1, layout.tokens)
-    schedule = spec.schedule(whole, vlm.layers)
-    keeps = tuple(shares(layout, schedule.stage1_keep))
-    entering = sum(method.kept(view.grid, keep) for view, keep in zip(layout.views, keeps, strict=True))
-    entering += int(layout.newlines.sum())
-    cuts = tuple((layer, min(keep, entering)) for layer, keep in schedule.cuts)
-    return LayoutPlan(spec, keeps, replace(schedule, stage1_keep=entering, cuts=cuts))
-
-
-def shares(layout: VisualLayout, keep: int) -> list[int]:
-    """How many of its tokens each view keeps when ``keep`` visual tokens enter the language model.
-
-    Newline tokens are put back at every row's end and count. The rest is dealt out by crops, ``total // crops``
-    to each; what division or a view's size leaves over goes to the later views first. Raises
-    :class:`UnreachableBudget`.
-    """
-    newlines = int(layout.newlines.sum())
-    least = newlines + len(layout.views)
-    if not least <= keep <= layout.tokens:
-        raise UnreachableBudget(
-            f"{keep} tokens before the first cut are out of reach on this image: allowed {least}..{layout.tokens}, "
-            f"{newlines} of them newline tokens"
-        )
-    patches, crops = keep - newlines, sum(view.crops for view in layout.views)
-    dealt = [min(max(1, patches * view.crops // crops), view.grid.tokens) for view in layout.views]
-    for number in reversed(range(len(dealt))):
-        dealt[number] += min(patches - sum(dealt), layout.views[number].grid.tokens - dealt[number])
-    return dealt
+    check_encoder(spec, vlm)
+    check = get_method(spec.stage1).check
+    if check is not None:
+        check(spec.config, vlm.encoder_identity)
+    return spec.on(layout, vlm.layers)
 
 
 def select(
@@ -223,12 +182,17 @@ def select(
     images: Sequence[Image.Image] | None = None,
 ) -> Selection:
     """Stage 1 on every view of images of one layout, over slots; ``images`` where they are at hand."""
+    resized = None if images is None else lambda grid: vlm.encode_resized(images, grid)
+    together = {name: torch.stack([image.signals[name] for image in encoded]) for name in SIGNAL_NAMES}
+    return select_views(planned, layout, view_signals(layout, together, image_ids, resized))
+
+
+def select_views(planned: LayoutPlan, layout: VisualLayout, views: Sequence[VisionSignals]) -> Selection:
+    """Stage 1 on the signals of every view (:func:`nuwa.vlm.view_signals`), over slots."""
     spec = planned.spec
     method = get_method(spec.stage1)
-    resized = None if images is None else lambda grid: vlm.encode_resized(images, grid)
     chosen = [
-        method.select(view_signals(encoded, view, image_ids, resized), keep, spec.config, spec.seed)
-        for view, keep in enumerate(planned.keeps)
+        method.select(signals, keep, spec.config, spec.seed) for signals, keep in zip(views, planned.keeps, strict=True)
     ]
     return place(layout, chosen)
 

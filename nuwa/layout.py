@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nuwa.grid import PatchGrid
+from nuwa.schedule import UnreachableBudget
 from nuwa.selection import Selection, gather_tokens
 
 
@@ -51,10 +53,15 @@ class VisualLayout:
             marks.append(rows.flatten())
         return torch.cat(marks)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Visual tokens of the unpruned image, newline tokens included."""
         return len(self.newlines)
+
+    @property
+    def patches(self) -> int:
+        """Tokens that the encoder made: all but newline tokens."""
+        return sum(view.grid.tokens for view in self.views)
 
     @cached_property
     def slots(self) -> tuple[Tensor, ...]:
@@ -73,6 +80,44 @@ class VisualLayout:
     def length(self) -> int:
         """How far the unpruned image moves the position of the text behind it."""
         return int(self.offsets.max()) + 1
+
+
+def layout_order(layout: VisualLayout) -> tuple[int, str]:
+    """Sorts layouts from small to large."""
+    return layout.tokens, repr(layout.views)
+
+
+def layout_to_json(layout: VisualLayout) -> dict[str, Any]:
+    """As a manifest keeps it; :func:`layout_from_json` reads it."""
+    views = [[view.grid.height, view.grid.width, view.crops, view.newline] for view in layout.views]
+    return {"views": views, "axes": layout.axes}
+
+
+def layout_from_json(held: dict[str, Any]) -> VisualLayout:
+    """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what no layout was written as."""
+    views = tuple(View(PatchGrid(height, width), crops, newline) for height, width, crops, newline in held["views"])
+    return VisualLayout(views, held["axes"])
+
+
+def shares(layout: VisualLayout, keep: int) -> list[int]:
+    """How many of its tokens each view keeps when ``keep`` visual tokens enter the language model.
+
+    Newline tokens are put back at every row's end and count. The rest is dealt out by crops, ``total // crops``
+    to each; what division or a view's size leaves over goes to the later views first. Raises
+    :class:`UnreachableBudget`.
+    """
+    newlines = int(layout.newlines.sum())
+    least = newlines + len(layout.views)
+    if not least <= keep <= layout.tokens:
+        raise UnreachableBudget(
+            f"{keep} tokens before the first cut are out of reach on this image: allowed {least}..{layout.tokens}, "
+            f"{newlines} of them newline tokens"
+        )
+    patches, crops = keep - newlines, sum(view.crops for view in layout.views)
+    dealt = [min(max(1, patches * view.crops // crops), view.grid.tokens) for view in layout.views]
+    for number in reversed(range(len(dealt))):
+        dealt[number] += min(patches - sum(dealt), layout.views[number].grid.tokens - dealt[number])
+    return dealt
 
 
 def place(layout: VisualLayout, selections: Sequence[Selection]) -> Selection:

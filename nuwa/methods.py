@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout, shares
 from nuwa.positions import STRATEGIES, PositionStrategy
 from nuwa.schedule import Decay, KeepShares, Published, TokenSchedule, solve_schedule
 from nuwa.stage1 import METHODS, get_method
@@ -85,6 +86,7 @@ RECIPES: dict[str, Recipe] = {
         "nuwa",
         {
             "released": Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)),
+            "released_next": Stage2("attention_last_token", (1 / 2,), Decay(1 / 10)),  # 290, 582, 1162 of 2880 tokens
             # After layer 14 of 28, counted from 0; published for 25 % of the tokens (0.66 and 0.70 for 50 and 75 %).
             "released_qwen": Stage2("attention_last_three", (15 / 28,), Decay(0.42)),
             "paper": Stage2("cosine_mean_text", (1 / 2,), Decay(1 / 7)),
@@ -113,14 +115,25 @@ class MethodSpec:
         return RECIPES[self.method].stage1
 
     def schedule(self, grid: PatchGrid, layers: int) -> TokenSchedule:
-        """Tokens per layer on an image of ``grid``; raises ``UnreachableBudget`` or ``ValueError`` with the range."""
+        """Tokens per layer on an image of one ``grid``; raises as :meth:`on`."""
+        return self.on(VisualLayout((View(grid),)), layers).schedule
+
+    def on(self, layout: VisualLayout, layers: int) -> LayoutPlan:
+        """What the method does with images of ``layout``.
+
+        Raises ``UnreachableBudget`` or ``ValueError`` with the range that can be reached.
+        """
         if self.budget is None:
-            return TokenSchedule(grid.tokens, layers, grid.tokens)
-        at, keep = (self.stage2.layers_of(layers), self.stage2.keep) if self.stage2 else ((), None)
-        schedule = _solve_once(self.budget, grid.tokens, layers, at, keep)
-        kept = get_method(self.stage1).kept(grid, schedule.stage1_keep)
-        cuts = tuple((layer, min(keep, kept)) for layer, keep in schedule.cuts)
-        return replace(schedule, stage1_keep=kept, cuts=cuts)
+            asked = TokenSchedule(layout.tokens, layers, layout.tokens)
+        else:
+            at, keep = (self.stage2.layers_of(layers), self.stage2.keep) if self.stage2 else ((), None)
+            asked = _solve_once(self.budget, layout.tokens, layers, at, keep)
+        keeps = tuple(shares(layout, asked.stage1_keep))
+        kept = get_method(self.stage1).kept
+        entering = sum(kept(view.grid, keep) for view, keep in zip(layout.views, keeps, strict=True))
+        entering += layout.tokens - layout.patches
+        cuts = tuple((layer, min(keep, entering)) for layer, keep in asked.cuts)
+        return LayoutPlan(self, keeps, replace(asked, stage1_keep=entering, cuts=cuts))
 
     def cuts(self, schedule: TokenSchedule) -> list[Cut]:
         """The schedule's cuts, as the decoder makes them."""
@@ -128,13 +141,39 @@ class MethodSpec:
         return [Cut(layer, keep, scorer, self.stage2.recycling) for layer, keep in schedule.cuts]
 
 
-def check_encoder(spec: MethodSpec, encoder: str, offers_cls: bool) -> None:
-    """Refuse a method whose stage 1 reads what an encoder does not offer (see :class:`nuwa.vlm.Adapter`)."""
-    if get_method(spec.stage1).reads_cls and not offers_cls:
+@dataclass(frozen=True)
+class LayoutPlan:
+    """A method on images of one layout: how many tokens each view is asked to keep, and the schedule that comes of it.
+
+    A pooled grid may keep fewer than it is asked for; the schedule has what is kept.
+    """
+
+    spec: MethodSpec
+    keeps: tuple[int, ...]
+    schedule: TokenSchedule
+
+
+class Encoder(Protocol):
+    """What a vision encoder offers, as :class:`nuwa.vlm.Adapter` says it of a model or of a family."""
+
+    encoder: str
+    offers_cls: bool
+    resizes: bool
+
+
+def check_encoder(spec: MethodSpec, vlm: Encoder | type[Encoder]) -> None:
+    """Refuse a method whose stage 1 reads what an encoder does not offer."""
+    method = get_method(spec.stage1)
+    if method.reads_cls and not vlm.offers_cls:
         without = ", ".join(sorted(name for name, recipe in RECIPES.items() if not get_method(recipe.stage1).reads_cls))
         raise ValueError(
-            f"method {spec.method!r} needs the attention of a CLS token, and {encoder} has none; "
+            f"method {spec.method!r} needs the attention of a CLS token, and {vlm.encoder} has none; "
             f"methods that do without: {without}"
+        )
+    if method.reads_images and not vlm.resizes:
+        raise ValueError(
+            f"method {spec.method!r} makes images smaller before the encoder, and {vlm.encoder} chooses sizes by itself; "
+            "it can be asked of LLaVA-1.5"
         )
 
 

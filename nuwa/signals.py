@@ -12,12 +12,13 @@ from torch import Tensor
 
 from nuwa.grid import PatchGrid
 
+SIGNAL_NAMES = ("features", "cls_attention", "keys", "similarity")
 NORM_EPSILON = 1e-12  # a vector shorter than this is like nothing, not even like itself
 
 
 @dataclass(frozen=True)
 class VisionSignals:
-    """Signals of the vision encoder, all without CLS, of images that share one grid.
+    """Signals of the vision encoder, all without CLS, of images that share one grid. Null: not kept.
 
     Images of other grids go into batches of their own: a result never depends on who else is in the batch.
 
@@ -34,19 +35,20 @@ class VisionSignals:
 
     grid: PatchGrid
     features: Tensor
-    cls_attention: Tensor
-    keys: Tensor
-    similarity: Tensor
+    cls_attention: Tensor | None
+    keys: Tensor | None
+    similarity: Tensor | None
     image_ids: tuple[str, ...]
     encoder: str | None = None
     resized: Callable[[PatchGrid], Tensor] | None = None
 
     def __post_init__(self) -> None:
         expected = (len(self.image_ids), self.grid.tokens)
-        for name in ("features", "cls_attention", "keys", "similarity"):
-            if tuple(getattr(self, name).shape[:2]) != expected:
+        for name in SIGNAL_NAMES:
+            signal = getattr(self, name)
+            if signal is not None and tuple(signal.shape[:2]) != expected:
                 raise ValueError(
-                    f"signals.{name} has shape {tuple(getattr(self, name).shape)}; its first two sizes must be "
+                    f"signals.{name} has shape {tuple(signal.shape)}; its first two sizes must be "
                     f"{expected}: images and tokens of the {self.grid.height}x{self.grid.width} grid"
                 )
 
@@ -57,12 +59,10 @@ class VisionSignals:
 
     def __getitem__(self, rows: slice) -> VisionSignals:
         """A slice of the batch."""
+        signals = (getattr(self, name) for name in SIGNAL_NAMES)
         return VisionSignals(
             self.grid,
-            self.features[rows],
-            self.cls_attention[rows],
-            self.keys[rows],
-            self.similarity[rows],
+            *(None if signal is None else signal[rows] for signal in signals),
             self.image_ids[rows],
             self.encoder,
             None if self.resized is None else lambda grid: self.resized(grid)[rows],

@@ -33,7 +33,7 @@ EXAMPLES = pa.schema(
         "max_new_tokens": pa.int32(),
     }
 )
-IMAGES = pa.schema({"image": pa.string(), "bytes": pa.binary()})
+IMAGES = pa.schema({"image": pa.string(), "width": pa.int32(), "height": pa.int32(), "bytes": pa.binary()})
 IMAGES_PER_ROW_GROUP = 64
 
 
@@ -60,7 +60,7 @@ def write_examples(sources: Mapping[str, Path], style: str, examples: Path, imag
                     sizes[digest] = image_size(example.image)
                     pending[digest] = example.image
                 if len(pending) == IMAGES_PER_ROW_GROUP:
-                    _flush(writer, pending)
+                    _flush(writer, pending, sizes)
                 width, height = sizes[digest]
                 rows.append(
                     {
@@ -77,16 +77,18 @@ def write_examples(sources: Mapping[str, Path], style: str, examples: Path, imag
                         "max_new_tokens": benchmark.max_new_tokens,
                     }
                 )
-        _flush(writer, pending)
+        _flush(writer, pending, sizes)
     rows.sort(key=lambda row: (row["image"], row["example_id"]))
     with atomic_path(examples) as path:
         pq.write_table(pa.Table.from_pylist(rows, EXAMPLES), path)
 
 
-def _flush(writer: pq.ParquetWriter, pending: dict[str, bytes]) -> None:
+def _flush(writer: pq.ParquetWriter, pending: dict[str, bytes], sizes: Mapping[str, tuple[int, int]]) -> None:
     """Write the ``pending`` images as one row group and forget them."""
     if pending:
-        writer.write_table(pa.table({"image": list(pending), "bytes": list(pending.values())}, schema=IMAGES))
+        widths, heights = zip(*(sizes[image] for image in pending), strict=True)
+        columns = {"image": list(pending), "width": widths, "height": heights, "bytes": list(pending.values())}
+        writer.write_table(pa.table(columns, schema=IMAGES))
         pending.clear()
 
 

@@ -1,8 +1,9 @@
 """The feature store: what the vision encoder says of an image, encoded once, addressed by content.
 
-A store is a folder per encoder identity (weights, layers read, preprocessing, dtype), local or behind a storage URI. A
-shard is one Arrow IPC file beside a small JSON manifest that is written last: size, the images it holds and a checksum
-of each. A shard without a manifest, or that does not match it, is never used; it is encoded again.
+A store is a folder per encoder identity (weights, layers read, preprocessing, dtype, signals kept), local or behind a
+storage URI. A shard holds images of one layout: one Arrow IPC file beside a small JSON manifest that is written last:
+size, layout, the images it holds and a checksum of each. A shard without a manifest, or that does not match it, is never
+used; it is encoded again.
 
 Readers map shards and hand out what is mapped, without a copy where the images stand side by side. An image's checksum
 is compared the first time a process reads it, so a worker starts without reading a store through, and no damaged byte
@@ -13,17 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import shutil
 import tempfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +33,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nuwa.layout import VisualLayout, layout_from_json, layout_order, layout_to_json
+from nuwa.signals import SIGNAL_NAMES
 from nuwa.source import code_fingerprint
-from nuwa.vlm import SIGNAL_NAMES, LlavaAdapter, load_adapter
+from nuwa.vlm import load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.settings import ClusterSettings, FeatureSettings
@@ -43,11 +46,6 @@ ENCODING = ("grid", "layout", "signals", "vlm")  # the code that decides what is
 CACHE_BYTES = 1024**3  # what a worker keeps of what it read
 SHARD_CACHE = Path(tempfile.gettempdir()) / "nuwa-features"  # shards of remote stores, on each machine
 
-DYNAMIC_GRIDS = (
-    "its images have grids of their own, and the pipeline holds one grid for all images; "
-    "ask this model with nuwa.generate, or name one of model type llava"
-)
-
 
 class MissingFeatures(LookupError):
     """An image is not in the store."""
@@ -55,9 +53,9 @@ class MissingFeatures(LookupError):
     stops_the_run = True
 
 
-def store_identity(encoder_fingerprint: str, dtype: str) -> str:
+def store_identity(encoder_fingerprint: str, dtype: str, keep: Sequence[str] = SIGNAL_NAMES) -> str:
     """What decides the stored numbers; batch size, device and worker count do not belong to it."""
-    content = json.dumps([code_fingerprint(ENCODING), encoder_fingerprint, dtype, SIGNAL_NAMES])
+    content = json.dumps([code_fingerprint(ENCODING), encoder_fingerprint, dtype, list(keep)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -65,22 +63,20 @@ class NoRoom(UnitsFailed):
     """The features of all images do not fit where they are stored."""
 
 
-def signal_bytes(config: Any, dtype: str) -> int:
-    """Bytes the store takes for one image, from the configuration of a LLaVA-style model."""
-    vision = config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2
-    numbers = tokens * (3 * vision.hidden_size + 1)  # features, keys and similarity; CLS attention
-    return numbers * np.dtype(dtype).itemsize
+def signal_bytes(widths: Mapping[str, int], layout: VisualLayout, settings: FeatureSettings) -> int:
+    """Bytes the store takes for one image of ``layout``; ``widths`` as of :meth:`nuwa.vlm.Adapter.signal_widths`."""
+    return layout.patches * sum(widths[name] for name in settings.keep) * np.dtype(settings.dtype).itemsize
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a manifest says: the Arrow file's name and bytes, its images and the CRC-32 of each one's signals."""
+    """What a manifest says: the Arrow file's name and bytes, its images, the CRC-32 of each one's signals, their layout."""
 
     name: str
     size: int
     images: tuple[str, ...]
     checksums: tuple[int, ...]
+    layout: VisualLayout
 
     @classmethod
     def parse(cls, manifest: str, content: bytes) -> Shard | None:
@@ -88,10 +84,11 @@ class Shard:
         try:
             held = json.loads(content)
             images, sums = tuple(held["images"]), tuple(held["checksums"])
+            size, layout = held["size"], layout_from_json(held["layout"])
         except (ValueError, KeyError, TypeError):
             return None
-        whole = len(images) == len(sums) and isinstance(held["size"], int)
-        return cls(f"{Path(manifest).stem}.arrow", held["size"], images, sums) if whole else None
+        whole = len(images) == len(sums) and isinstance(size, int)
+        return cls(f"{Path(manifest).stem}.arrow", size, images, sums, layout) if whole else None
 
     @property
     def manifest(self) -> str:
@@ -115,7 +112,7 @@ class MappedShard:
         if batch.num_rows != len(shard.images):
             raise OSError(f"{batch.num_rows} images, not {len(shard.images)}")
         self.signals: dict[str, np.ndarray] = {}
-        for key in SIGNAL_NAMES:
+        for key in batch.schema.names[1:]:
             stored = batch.column(key).to_numpy_ndarray()
             offset = stored.__array_interface__["data"][0] - whole.address
             self.signals[key] = np.ndarray(stored.shape, stored.dtype, mapped, offset)
@@ -130,7 +127,7 @@ class MappedShard:
 
 
 def checksum(signals: Sequence[np.ndarray]) -> int:
-    """CRC-32 of one image's signals, in the order of ``SIGNAL_NAMES``."""
+    """CRC-32 of one image's signals, in the order they are stored."""
     value = 0
     for array in signals:
         value = zlib.crc32(memoryview(np.ascontiguousarray(array)).cast("B"), value)
@@ -203,12 +200,22 @@ class FeatureStore:
     def missing(self, images: Sequence[str]) -> list[str]:
         return [image for image in images if image not in self._index]
 
-    def write(self, images: Sequence[str], signals: dict[str, Tensor]) -> str:
-        """Store ``signals`` (each ``(images, ...)``) as one shard, visible only when whole; returns its name."""
+    def by_layout(self, images: Sequence[str]) -> dict[VisualLayout, tuple[str, ...]]:
+        """``images`` grouped by layout, in their order; raises :class:`MissingFeatures`."""
+        self._refuse_missing(images)
+        groups: dict[VisualLayout, list[str]] = {}
+        for image in images:
+            groups.setdefault(self._index[image][0].layout, []).append(image)
+        return {layout: tuple(mine) for layout, mine in groups.items()}
+
+    def write(self, images: Sequence[str], signals: Mapping[str, Tensor], layout: VisualLayout) -> str:
+        """Store ``signals`` (each ``(images, layout.patches, ...)``) as one shard, visible only when whole; returns its
+        name."""
         name = hashlib.sha256("".join(images).encode()).hexdigest()[:24]
         columns, fields = [pa.array(list(images), pa.string())], [pa.field("image", pa.string())]
-        arrays = [np.ascontiguousarray(signals[key].numpy()) for key in SIGNAL_NAMES]
-        for key, array in zip(SIGNAL_NAMES, arrays, strict=True):
+        names = [key for key in SIGNAL_NAMES if key in signals]
+        arrays = [np.ascontiguousarray(signals[key].numpy()) for key in names]
+        for key, array in zip(names, arrays, strict=True):
             column = pa.FixedShapeTensorArray.from_numpy_ndarray(array)
             columns.append(column)
             fields.append(pa.field(key, column.type))
@@ -221,7 +228,7 @@ class FeatureStore:
         if self.storage.local is None:
             self.storage.publish(path, path.name)
         sums = [checksum([array[row] for array in arrays]) for row in range(len(images))]
-        manifest = {"size": size, "images": list(images), "checksums": sums}
+        manifest = {"size": size, "layout": layout_to_json(layout), "images": list(images), "checksums": sums}
         self.storage.write(f"{name}.json", json.dumps(manifest).encode())
         return path.name
 
@@ -246,17 +253,20 @@ class FeatureStore:
         )
 
     def read(self, images: Sequence[str]) -> dict[str, Tensor]:
-        """Signals of ``images`` in their order, in the stored dtype; raises :class:`MissingFeatures`."""
+        """Signals of ``images`` of one layout in their order, in the stored dtype; raises :class:`MissingFeatures`."""
+        self._refuse_missing(images)
+        if self.cache_bytes:
+            rows = [self._held_row(image) for image in images]
+            return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+        return self._mapped_rows([self._find(image) for image in images])
+
+    def _refuse_missing(self, images: Sequence[str]) -> None:
         absent = self.missing(images)
         if absent:
             raise MissingFeatures(
                 f"{len(absent)} of {len(images)} images are not in {self.storage.place}, first {absent[0][:12]}; "
                 "`dvc repro -f features` encodes them"
             )
-        if self.cache_bytes:
-            rows = [self._held_row(image) for image in images]
-            return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in SIGNAL_NAMES}
-        return self._mapped_rows([self._find(image) for image in images])
 
     def _find(self, image: str) -> tuple[MappedShard, int]:
         """Where ``image`` is mapped, its checksum compared."""
@@ -291,16 +301,16 @@ class FeatureStore:
             return {key: torch.from_numpy(values[run]) for key, values in shard.signals.items()}
         return {
             key: torch.from_numpy(np.stack([mapped.signals[key][row] for mapped, row in places]))
-            for key in SIGNAL_NAMES
+            for key in shard.signals
         }
 
 
-def _check_room(store: FeatureStore, images: int, image_bytes: int) -> None:
+def _check_room(store: FeatureStore, images: int, needed: int) -> None:
     """Refuse before anything is encoded; of remote storage the room is not known."""
     if store.storage.local is None or not images:
         return
     store.folder.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(store.folder).free, images * image_bytes
+    free = shutil.disk_usage(store.folder).free
     if needed > free:
         raise NoRoom(
             f"features of {images} images need {needed / 1e9:.1f} GB in {store.folder}, which has {free / 1e9:.1f} GB "
@@ -308,16 +318,8 @@ def _check_room(store: FeatureStore, images: int, image_bytes: int) -> None:
         )
 
 
-def load_fixed_grid(path: str, device: str = "cpu") -> LlavaAdapter:
-    """A model all of whose images have one grid; other kinds are refused with one line."""
-    vlm = load_adapter(path, device)
-    if not isinstance(vlm, LlavaAdapter):
-        raise ValueError(f"{path}: {DYNAMIC_GRIDS}")
-    return vlm
-
-
 # One model a process, however many workers it hosts in turn.
-load_model = cache(load_fixed_grid)
+load_model = cache(load_adapter)
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,7 @@ class EncodeSpec:
     root: str
     identity: str
     dtype: str
+    keep: tuple[str, ...]
     batch_size: int
     threads: int
     device: str
@@ -344,14 +347,16 @@ class EncodeWorker:
         self.store = FeatureStore(spec.root, spec.identity)
 
     def run(self, images: Sequence[str], _upcoming: Sequence[str] | None = None) -> int:
-        """Encode one shard's ``images``; returns how many."""
+        """Encode one shard's ``images``, all of one layout; returns how many."""
         content = read_images(Path(self.spec.images), images)
-        parts: dict[str, list[Tensor]] = {key: [] for key in SIGNAL_NAMES}
+        encoded = []
         for start in range(0, len(images), self.spec.batch_size):
-            batch = [content[image] for image in images[start : start + self.spec.batch_size]]
-            for key, value in self.vlm.encode(self.vlm.pixels(batch)).items():
-                parts[key].append(value.to("cpu", getattr(torch, self.spec.dtype)))
-        self.store.write(images, {key: torch.cat(value) for key, value in parts.items()})
+            batch = self.vlm.encode_images([content[image] for image in images[start : start + self.spec.batch_size]])
+            encoded += [image.to("cpu", getattr(torch, self.spec.dtype)) for image in batch]
+        (layout,) = {image.layout for image in encoded}
+        self.store.write(
+            images, {key: torch.stack([image.signals[key] for image in encoded]) for key in self.spec.keep}, layout
+        )
         return len(images)
 
 
@@ -376,20 +381,27 @@ def encode_missing(
 
     Damaged shards are discarded first and encoded again.
     """
-    vlm = load_fixed_grid(model)
-    identity = store_identity(vlm.encoder_fingerprint(), settings.dtype)
+    vlm = load_adapter(model)
+    identity = store_identity(vlm.encoder_fingerprint(), settings.dtype, settings.keep)
     store = FeatureStore(root, identity)
     store.discard_damaged()
-    wanted = pq.read_table(images_path, columns=["image"])["image"].to_pylist()
-    missing = sorted(store.missing(wanted))
-    _check_room(store, len(missing), signal_bytes(vlm.model.config, settings.dtype))
-    shards = [missing[i : i + settings.shard_images] for i in range(0, len(missing), settings.shard_images)]
+    columns = pq.read_table(images_path, columns=["image", "width", "height"]).to_pydict().values()
+    sizes = {image: (width, height) for image, width, height in zip(*columns, strict=True)}
+    layouts = {image: vlm.layout_of(sizes[image]) for image in store.missing(sorted(sizes))}
+    missing = sorted(layouts, key=lambda image: (layout_order(layouts[image]), image))
+    widths = vlm.signal_widths(vlm.model.config)
+    _check_room(store, len(missing), sum(signal_bytes(widths, layout, settings) for layout in layouts.values()))
+    shards = []
+    for _, group in itertools.groupby(missing, key=layouts.__getitem__):
+        alike = list(group)
+        shards += [alike[i : i + settings.shard_images] for i in range(0, len(alike), settings.shard_images)]
     spec = EncodeSpec(
         model,
         str(images_path.resolve()),
         str(root if is_uri(root) else Path(root).resolve()),
         identity,
         settings.dtype,
+        settings.keep,
         settings.batch_size,
         cluster.cpus,
         cluster.device,

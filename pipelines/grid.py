@@ -2,6 +2,10 @@
 
 A trial's id is the digest of what decides its answers: the configured method, the tokens per layer, the position
 strategy and, where anything random is involved, the seed. Entries that come to the same trial give one trial.
+
+Where images have layouts of their own (LLaVA-NeXT, Qwen2.5-VL), a trial means another schedule on each of them; there
+the budget as it was asked for stands in the id instead of the tokens per layer, and :meth:`Trial.on` is the trial on
+one layout.
 """
 
 from __future__ import annotations
@@ -10,24 +14,72 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from nuwa import UNPRUNED
 from nuwa.grid import PatchGrid
-from nuwa.methods import MethodSpec, specify
+from nuwa.layout import View, VisualLayout, layout_order
+from nuwa.methods import LayoutPlan, MethodSpec, specify
 from nuwa.schedule import TokenSchedule, UnreachableBudget
 from nuwa.stage1 import get_method
-from pipelines.settings import GridEntry, SettingsError, SweepSettings
+from pipelines.settings import BudgetUnit, GridEntry, SettingsError, SweepSettings
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The layouts of a sweep's images and how many images have each; ``dynamic``: whether they may differ at all."""
+
+    counts: Mapping[VisualLayout, int]
+    dynamic: bool
+
+    @classmethod
+    def fixed(cls, grid: PatchGrid) -> Layouts:
+        """All images on one grid."""
+        return cls({VisualLayout((View(grid),)): 1}, dynamic=False)
+
+    @classmethod
+    def of(cls, layouts: Iterable[VisualLayout], dynamic: bool) -> Layouts:
+        """From the layout of every image."""
+        counts = Counter(layouts)
+        return cls({layout: counts[layout] for layout in sorted(counts, key=layout_order)}, dynamic)
+
+    @cached_property
+    def typical(self) -> VisualLayout:
+        """The layout of the image of median size."""
+        layouts = list(self.counts)
+        passed = itertools.accumulate(self.counts.values())
+        half = sum(self.counts.values()) / 2
+        return next(layout for layout, count in zip(layouts, passed, strict=True) if count >= half)
+
+    def mean(self, value: Callable[[VisualLayout], float]) -> float:
+        """Mean over images."""
+        if len(self.counts) == 1:
+            return value(self.typical)
+        return sum(count * value(layout) for layout, count in self.counts.items()) / sum(self.counts.values())
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of an image, on average."""
+        return round(self.mean(lambda layout: layout.tokens))
+
+
+def budget_on(layout: VisualLayout, budget: float, unit: BudgetUnit, dynamic: bool) -> float:
+    """Average tokens that ``budget`` means on an image; where images differ, one that has fewer keeps all it has."""
+    if unit == "share":
+        return max(1.0, budget * layout.tokens)
+    return min(budget, layout.tokens) if dynamic else budget
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration, with the schedule it means on this model.
+    """One configuration, with what it means on this model: of dynamic layouts, on the typical image.
 
-    ``grids``: names of the grids that asked for it. ``budgets``: every budget that comes to this schedule.
+    ``grids``: names of the grids that asked for it. ``budgets``: every budget that comes to this trial, in
+    ``unit``, the first one first.
     """
 
     spec: MethodSpec
@@ -35,6 +87,39 @@ class Trial:
     parameters: dict[str, Any]  # stage-1 parameters set beside the preset
     grids: tuple[str, ...] = ()
     budgets: tuple[float, ...] = ()
+    keeps: tuple[int, ...] = ()  # asked of each view; empty: what the schedule says, of the one there is
+    unit: BudgetUnit = "tokens"
+    dynamic: bool = False
+
+    def on(self, layout: VisualLayout | None) -> Trial:
+        """The trial on images of ``layout``; itself where all images have one."""
+        if not self.dynamic or layout is None:
+            return self
+        spec = self.spec
+        if spec.budget is not None:
+            spec = dataclasses.replace(spec, budget=budget_on(layout, self.budgets[0], self.unit, dynamic=True))
+        plan = spec.on(layout, self.schedule.layers)
+        return dataclasses.replace(self, spec=spec, schedule=plan.schedule, keeps=plan.keeps, dynamic=False)
+
+    def named(self, grids: Iterable[str], budgets: Iterable[float]) -> Trial:
+        """The same work under all names and budgets that came to it; what was computed of it stays."""
+        trial = dataclasses.replace(self, grids=tuple(grids), budgets=tuple(budgets))
+        for name in ("trial_id", "selection_identity", "cuts", "seeded", "_asked"):
+            if name in self.__dict__:
+                trial.__dict__[name] = self.__dict__[name]
+        return trial
+
+    @property
+    def plan(self) -> LayoutPlan:
+        """Of a trial on one layout: what its stage 1 keeps of every view."""
+        return LayoutPlan(self.spec, self.keeps or (self.schedule.stage1_keep,), self.schedule)
+
+    @cached_property
+    def _asked(self) -> list[Any]:
+        """What decides the schedule on every layout."""
+        stage2 = self.spec.stage2
+        cuts = [stage2.layers_of(self.schedule.layers), repr(stage2.keep)] if stage2 else None
+        return [self.budgets[0] if self.budgets else None, self.unit, cuts]
 
     @cached_property
     def seeded(self) -> bool:
@@ -64,7 +149,8 @@ class Trial:
         """Digest of the stage-1 selection: trials that agree in it share it, whatever their positions."""
         method = get_method(self.spec.stage1)
         seed = self.spec.seed if method.seeded else None
-        return _digest([method.name, method.identity(self.spec.config), self.schedule.stage1_keep, seed])
+        keep = self._asked if self.dynamic else self.schedule.stage1_keep
+        return _digest([method.name, method.identity(self.spec.config), keep, seed])
 
     @property
     def trunk(self) -> tuple[str, str]:
@@ -76,6 +162,9 @@ class Trial:
         recycling = vars(self.spec.stage2.recycling) if self.cuts and self.spec.stage2.recycling else None
         cuts = [[*cut, self.spec.stage2.scorer, recycling] for cut in self.cuts]
         position = self.spec.position if self.final_keep < self.schedule.tokens else None
+        if self.dynamic:  # what the typical image keeps says nothing of the others
+            position = self.spec.position if self.budgets else None
+            cuts = [self._asked, self.spec.stage2.scorer, recycling] if self.spec.stage2 else None
         return _digest([self.selection_identity, cuts, position, self.spec.seed if self.seeded else None])[:16]
 
     @property
@@ -86,7 +175,9 @@ class Trial:
             spec.method if spec.preset == get_method(spec.stage1).default_preset else f"{spec.method} ({spec.preset})"
         ]
         if spec.budget is not None:
-            parts += [" = ".join(f"{budget:g}" for budget in self.budgets or (spec.budget,)), spec.position]
+            budgets = sorted(self.budgets or (spec.budget,))
+            words = [f"{100 * one:g} %" if self.unit == "share" else f"{one:g}" for one in budgets]
+            parts += [" = ".join(words), spec.position]
         if usual.stage2 and not spec.stage2:
             parts.append("no stage 2")
         elif spec.stage2 and spec.stage2 != usual.stage2:
@@ -99,14 +190,26 @@ class Trial:
             parts.append(f"seed {spec.seed}")
         return " · ".join(parts)
 
-    def row(self) -> dict[str, Any]:
-        """The trial as a row of ``trials.parquet``.
+    def row(self, layouts: Layouts, costs: Callable[[TokenSchedule], dict[str, Any]]) -> dict[str, Any]:
+        """The trial as a row of ``trials.parquet``; tokens and ``costs`` are means over images.
 
         ``stage2_layer`` is the first cut's, ``stage2_keep`` what the last one leaves; ``stage2_cuts`` lists all as
-        ``layer:keep``.
+        ``layer:keep``, on the typical image where images differ. Budgets are average tokens, whatever their unit.
         """
-        spec, schedule = self.spec, self.schedule
-        cuts = schedule.cuts
+        spec, cuts = self.spec, self.schedule.cuts
+        there = {layout: self.on(layout).schedule for layout in layouts.counts}
+
+        def mean(value: Callable[[TokenSchedule], float]) -> float:
+            return layouts.mean(lambda layout: value(there[layout]))
+
+        costs_there = {layout: costs(schedule) for layout, schedule in there.items()}
+        priced = {
+            name: layouts.mean(lambda layout, name=name: costs_there[layout][name])
+            if isinstance(value, float)
+            else value
+            for name, value in costs(self.schedule).items()
+        }
+        budgets = [budget_tokens(budget, self.unit, layouts.tokens) for budget in self.budgets]
         return {
             "trial_id": self.trial_id,
             "label": self.label,
@@ -114,19 +217,25 @@ class Trial:
             "method": spec.method,
             "preset": spec.preset,
             "position": spec.position,
-            "budget": spec.budget,
-            "budgets": list(self.budgets),
-            "average_tokens": schedule.average_tokens,
-            "image_tokens": schedule.tokens,
-            "stage1_keep": schedule.stage1_keep,
+            "budget": budgets[0] if budgets else None,
+            "budgets": sorted(budgets),
+            "average_tokens": mean(lambda schedule: schedule.average_tokens),
+            "image_tokens": layouts.tokens,
+            "stage1_keep": round(mean(lambda schedule: schedule.stage1_keep)),
             "stage2_layer": cuts[0][0] if cuts else None,
-            "stage2_keep": cuts[-1][1] if cuts else None,
+            "stage2_keep": round(mean(lambda schedule: schedule.entering[-1])) if cuts else None,
             "stage2_cuts": " ".join(f"{layer}:{keep}" for layer, keep in cuts) or None,
             "stage2_scorer": spec.stage2.scorer if cuts else None,
             "stage2_recycling": bool(cuts and spec.stage2.recycling),
             "seed": spec.seed,
             "params": json.dumps(self.parameters, sort_keys=True),
+            **priced,
         }
+
+
+def budget_tokens(budget: float, unit: BudgetUnit, tokens: int) -> float:
+    """A budget in average tokens, of images of ``tokens`` tokens; of shares the nearest whole number."""
+    return float(round(budget * tokens)) if unit == "share" else budget
 
 
 def _short(value: Any) -> str:
@@ -168,26 +277,38 @@ def _specifications(entry: GridEntry, budgets: list[float]) -> Iterator[dict[str
         }
 
 
-def expand(sweep: SweepSettings, grid: PatchGrid, layers: int) -> list[Trial]:
+def expand(sweep: SweepSettings, layouts: Layouts, layers: int) -> list[Trial]:
     """All trials of a sweep, the unpruned one first, each once; raises :class:`SettingsError` for impossible ones."""
-    everything = specify(UNPRUNED)
-    trials = {}
+    unit, dynamic = sweep.budget_unit, layouts.dynamic
+    trials: dict[str, Trial] = {}
+    grids: dict[str, dict[str, None]] = {}  # in the order of asking
+    budgets: dict[str, dict[float, None]] = {}
+    plans: dict[Any, LayoutPlan] = {}  # of specifications alike in what decides the schedule
 
-    def add(trial: Trial, name: str) -> None:
-        known = trials.setdefault(trial.trial_id, trial)
-        budget = () if trial.spec.budget is None else (trial.spec.budget,)
-        trials[trial.trial_id] = dataclasses.replace(
-            known,
-            grids=tuple(dict.fromkeys((*known.grids, name))),
-            budgets=tuple(sorted({*known.budgets, *budget})),
-        )
+    def add(spec: MethodSpec, asked: float | None, parameters: dict[str, Any], name: str) -> None:
+        def there(layout: VisualLayout) -> MethodSpec:
+            if asked is None:
+                return spec
+            return dataclasses.replace(spec, budget=budget_on(layout, asked, unit, dynamic))
 
-    add(Trial(everything, everything.schedule(grid, layers), {}), sweep.grids[0].name)
+        own = (asked,) if asked is not None else ()
+        key = (spec.stage1, asked, spec.stage2)
+        if key not in plans:
+            everywhere = {layout: there(layout).on(layout, layers) for layout in layouts.counts}
+            plans[key] = everywhere[layouts.typical]
+        plan = plans[key]
+        if spec.budget != plan.spec.budget:
+            spec = dataclasses.replace(spec, budget=plan.spec.budget)
+        trial = Trial(spec, plan.schedule, parameters, (), own, plan.keeps, unit, dynamic)
+        trials.setdefault(trial.trial_id, trial)
+        grids.setdefault(trial.trial_id, {})[name] = None
+        budgets.setdefault(trial.trial_id, {}).update(dict.fromkeys(own))
+
+    add(specify(UNPRUNED), None, {}, sweep.grids[0].name)
     for number, entry in enumerate(sweep.grids):
         for arguments in _specifications(entry, sweep.budgets):
             try:
-                spec = specify(**arguments)
-                add(Trial(spec, spec.schedule(grid, layers), arguments["parameters"]), entry.name)
+                add(specify(**arguments), arguments["budget"], arguments["parameters"], entry.name)
             except UnreachableBudget as error:
                 if not entry.where_reachable:
                     raise SettingsError(
@@ -196,4 +317,4 @@ def expand(sweep: SweepSettings, grid: PatchGrid, layers: int) -> list[Trial]:
                     ) from None
             except (ValueError, TypeError) as error:
                 raise SettingsError(f"sweep.grids.{number} ({entry.name}): {error}") from None
-    return list(trials.values())
+    return [trial.named(grids[trial_id], budgets[trial_id]) for trial_id, trial in trials.items()]

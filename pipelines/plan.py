@@ -8,10 +8,11 @@ set of examples, and runs them depth first, so that one trunk is held at a time.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,13 +21,15 @@ import pandas as pd
 
 from nuwa.cost import LlmShape
 from nuwa.decoder import share_beginnings
-from nuwa.vlm import LlavaAdapter
+from nuwa.layout import VisualLayout, layout_order
+from nuwa.vlm import Adapter
 from pipelines.grid import Trial
 
 UNIT_SECONDS = 10.0
 TYPICAL_ANSWERS = {"grounding": "[0.12, 0.34, 0.56, 0.78]", "vqa": "yes"}  # their length forecasts decoding
 SPEEDS = {"cpu": 3e10, "cuda": 5e13}  # FLOP/s of one thread, of one GPU; until a sweep has measured its own
 SAMPLED = 500  # images whose questions are tokenised for a forecast
+STRATA = 12  # layouts that are costed, where images have layouts of their own
 RESULT_BYTES = 40  # of an answer, beside the patches it kept
 
 
@@ -48,10 +51,21 @@ class Example(NamedTuple):
     max_new_tokens: int
 
 
-def read_examples(table: pd.DataFrame, context: str) -> list[Example]:
-    """The rows of ``table``, those of an image together; ``context``: digest of model, features and code."""
+def image_layouts(vlm: Adapter, table: pd.DataFrame) -> dict[str, VisualLayout]:
+    """The layout of every image of the questions in ``table``; ``vlm`` needs no weights."""
+    sizes = table.drop_duplicates("image")[["image", "width", "height"]].itertuples(index=False)
+    of = functools.cache(vlm.layout_of)
+    return {image: of((width, height)) for image, width, height in sizes}
+
+
+def read_examples(
+    table: pd.DataFrame, context: str, layouts: Mapping[str, VisualLayout] | None = None
+) -> list[Example]:
+    """The rows of ``table``, those of an image together and images of one layout side by side; ``context``: digest of
+    model, features and code."""
     columns = [table[name].tolist() for name in ("example_id", "image", "prompt", "max_new_tokens")]
-    rows = sorted(zip(*columns, strict=True), key=lambda row: (row[1], row[0]))
+    orders = {image: layout_order(layout) for image, layout in (layouts or {}).items()}
+    rows = sorted(zip(*columns, strict=True), key=lambda row: (orders.get(row[1], ()), row[1], row[0]))
     digests = (hashlib.sha256(json.dumps([context, *row]).encode()).hexdigest()[:24] for row in rows)
     return [Example(digest, *row) for digest, row in zip(digests, rows, strict=True)]
 
@@ -128,7 +142,7 @@ class ModelCost:
 
     @classmethod
     def of(cls, config: Any, system: int) -> ModelCost:
-        """From the configuration of a LLaVA-style model of transformers."""
+        """From the configuration of a model of transformers. Qwen's merger projects inside the encoder."""
         shape, dim = LlmShape.from_config(config), config.text_config.hidden_size
         attention = 2 * dim * shape.head_dim * (shape.heads + shape.kv_heads)
         return cls(
@@ -136,7 +150,9 @@ class ModelCost:
             token=2.0 * (attention + shape.ffn_matrices * dim * shape.intermediate),
             pair=4.0 * shape.heads * shape.head_dim,
             head=2.0 * dim * config.text_config.vocab_size,
-            projector=2.0 * (config.vision_config.hidden_size + dim) * dim,
+            projector=2.0 * (config.vision_config.hidden_size + dim) * dim
+            if getattr(config, "projector_hidden_act", None)
+            else 0.0,
             system=system,
         )
 
@@ -184,10 +200,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Costs:
-    """What parts of the tree cost on a load, in FLOPs."""
+    """What parts of the tree cost on a load, in FLOPs; trials are those on ``layout``, of which the images are."""
 
     model: ModelCost
     load: Load
+    layout: VisualLayout | None = None
     known: dict[Any, float] = field(default_factory=dict, compare=False, repr=False)  # of trials alike in tokens
 
     def alone(self, trial: Trial) -> float:
@@ -272,8 +289,14 @@ class Forecast:
         return self.shared_flops / speed
 
 
-def forecast(trials: Sequence[Trial], costs: Costs) -> Forecast:
-    """Count and cost the tree of ``trials`` on the whole load."""
+def forecast(trials: Sequence[Trial], costs: Sequence[Costs]) -> Forecast:
+    """Count and cost the tree of ``trials`` on the whole load, layout by layout; sizes are of the first layout's tree."""
+    parts = [_forecast([trial.on(part.layout) for trial in trials], part) for part in costs]
+    sums = ("answers", "alone_flops", "trunk_flops", "branch_flops", "result_bytes")
+    return replace(parts[0], **{name: sum(getattr(part, name) for part in parts) for name in sums})
+
+
+def _forecast(trials: Sequence[Trial], costs: Costs) -> Forecast:
     tree, load = work_tree(trials), costs.load
     trunks = [mine for positions in tree.values() for mine in positions.values()]
     kept = sum(trial.final_keep for trial in trials) * load.questions
@@ -296,27 +319,47 @@ def _depth(trials: Sequence[Trial]) -> int:
     return min(trials[-1].first_cut, trials[-1].schedule.layers)
 
 
-def sweep_costs(vlm: LlavaAdapter, table: pd.DataFrame) -> Costs:
-    """Costs on the questions of ``table``; ``vlm`` needs no weights. Beyond ``SAMPLED`` images a sample stands for all."""
+def sweep_costs(vlm: Adapter, table: pd.DataFrame) -> list[Costs]:
+    """Costs on the questions of ``table``; ``vlm`` needs no weights.
+
+    Beyond ``SAMPLED`` images a sample stands for all, and beyond ``STRATA`` layouts images of like size for each other.
+    """
     tokenizer = vlm.processor.tokenizer
     made = {
         family: len(tokenizer(answer, add_special_tokens=False).input_ids) for family, answer in TYPICAL_ANSWERS.items()
     }
-    groups = [mine for _, mine in table.groupby("image")]
-    step = -(-len(groups) // SAMPLED)
-    sample = [
-        [(vlm.encode_prompt(row.prompt).after, min(made[row.family], row.max_new_tokens)) for row in mine.itertuples()]
-        for mine in groups[::step]
-    ]
-    load = Load.of(sample).scaled(len(table) / sum(map(len, sample)))
-    return Costs(ModelCost.of(vlm.model.config, len(vlm.encode_prompt("?").before)), load)
+    layouts = image_layouts(vlm, table)
+    groups = [mine for _, mine in table.groupby("image")][:: -(-table["image"].nunique() // SAMPLED)]
+    groups.sort(key=lambda mine: layout_order(layouts[mine["image"].iloc[0]]))
+    factor = len(table) / sum(map(len, groups))
+    model = ModelCost.of(vlm.model.config, len(vlm.encode_prompt("?").before))
+    found = []
+    for part in _strata([layouts[mine["image"].iloc[0]] for mine in groups]):
+        sample = [
+            [
+                (vlm.encode_prompt(row.prompt).after, min(made[row.family], row.max_new_tokens))
+                for row in mine.itertuples()
+            ]
+            for mine in groups[part]
+        ]
+        middle = groups[(part.start + part.stop - 1) // 2]
+        found.append(Costs(model, Load.of(sample).scaled(factor), layouts[middle["image"].iloc[0]]))
+    return found
+
+
+def _strata(layouts: Sequence[VisualLayout]) -> list[slice]:
+    """Stretches of sorted layouts: one a layout, or ``STRATA`` of like length where there are more."""
+    starts = [place for place, layout in enumerate(layouts) if not place or layout != layouts[place - 1]]
+    if len(starts) > STRATA:
+        starts = sorted({place * len(layouts) // STRATA for place in range(STRATA)})
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(layouts)], strict=True)]
 
 
 def plan_units(
     trials: Sequence[Trial],
     examples: Sequence[Example],
     done: Iterable[tuple[Sequence[str], Sequence[str]]],
-    costs: Costs,
+    costs: Sequence[Costs],
     speed: float,
     unit_images: int,
     unit_seconds: float = UNIT_SECONDS,
@@ -383,14 +426,17 @@ class _OpenUnit:
 
 
 def _seconds_an_example(
-    ordered: Sequence[Trial], costs: Costs, speed: float
+    ordered: Sequence[Trial], costs: Sequence[Costs], speed: float
 ) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Seconds an example: of each trial's branch, and of each trunk."""
-    each = speed * max(costs.load.questions, 1)
+    """Seconds an example, on average: of each trial's branch, and of each trunk."""
+    each = speed * max(sum(part.load.questions for part in costs), 1)
     trunks: dict[tuple[str, str], float] = {}
+    branches: dict[str, float] = {}
     for trial in ordered:  # a trunk's last trial reaches deepest
-        trunks[trial.trunk] = costs.trunk(trial.schedule.stage1_keep, _depth([trial])) / each
-    return {trial.trial_id: costs.branch(trial) / each for trial in ordered}, trunks
+        there = [(part, trial.on(part.layout)) for part in costs]
+        trunks[trial.trunk] = sum(part.trunk(one.schedule.stage1_keep, _depth([one])) for part, one in there) / each
+        branches[trial.trial_id] = sum(part.branch(one) for part, one in there) / each
+    return branches, trunks
 
 
 def _batches(

@@ -17,9 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, kv_cache_bytes
@@ -29,7 +26,7 @@ from nuwa.layout import VisualLayout
 from nuwa.methods import MethodSpec, specify
 from nuwa.selection import Selection
 from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, adapt
-from nuwa.vlm.shapes import model_shape
+from nuwa.vlm.shapes import model_shape, usual_image_processor
 from pipelines.settings import ProfileSettings
 
 PREFILL_TOKENS = 1
@@ -75,21 +72,9 @@ def random_model(path: str, device: str, dtype: torch.dtype, attention: str) -> 
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
-    adapter = adapt(model.eval().requires_grad_(False), SimpleNamespace(image_processor=_image_processor(config)))
+    adapter = adapt(model.eval().requires_grad_(False), SimpleNamespace(image_processor=usual_image_processor(config)))
     adapter.end_tokens = ()  # every answer has its full length
     return adapter
-
-
-def _image_processor(config: Any) -> Any:
-    if config.model_type == "qwen2_5_vl":
-        return Qwen2VLImageProcessorPil(
-            patch_size=config.vision_config.patch_size, merge_size=config.vision_config.spatial_merge_size
-        )
-    side = config.vision_config.image_size
-    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    if config.model_type == "llava_next":
-        return LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=config.image_grid_pinpoints)
-    return CLIPImageProcessorPil(**sizes)
 
 
 class Bench:

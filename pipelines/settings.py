@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nuwa import UNPRUNED
 from nuwa.methods import RECIPES
 from nuwa.positions import PositionStrategy
+from nuwa.signals import SIGNAL_NAMES
 from pipelines.tables import BenchmarkName, hub_address
 
 PARAMS_FILE = Path("params.yaml")
@@ -23,6 +24,7 @@ TESTBED_TASKS = ("refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa")
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Budget = Annotated[float, Field(gt=0)]
+BudgetUnit = Literal["tokens", "share"]
 
 
 class SettingsError(ValueError):
@@ -89,8 +91,15 @@ class PrunerSettings(Section):
     learning_rate: Annotated[float, Field(gt=0)]
 
 
+def _place(name: str) -> int:
+    """Signals in the order of ``SIGNAL_NAMES``; unknown ones last, to be refused."""
+    return SIGNAL_NAMES.index(name) if name in SIGNAL_NAMES else len(SIGNAL_NAMES)
+
+
 class FeatureSettings(Section):
     """``dtype`` of cached signals, images in a shard, images in a forward pass.
+
+    ``keep``: the signals that are cached (``nuwa.signals``); a method that reads another one is refused.
 
     ``store``: where features are kept, a folder or a storage URI such as ``s3://bucket/features``; null: ``cache/``.
     """
@@ -98,7 +107,15 @@ class FeatureSettings(Section):
     dtype: Literal["float16", "float32"]
     shard_images: Positive
     batch_size: Positive
+    keep: tuple[Literal["features", "cls_attention", "keys", "similarity"], ...] = SIGNAL_NAMES
     store: Annotated[str, Field(min_length=1)] | None = None
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _in_one_order(cls, names: Any) -> Any:
+        if isinstance(names, list) and "features" not in names:
+            raise ValueError("keep must hold features, which every method reads")
+        return tuple(sorted(set(names), key=_place)) if isinstance(names, list) else names
 
 
 class ClusterSettings(Section):
@@ -160,7 +177,7 @@ class GridEntry(Section):
 
 class SweepSettings(Section):
     """``images``: how many of the test images are used, a seeded subset (null: all). ``unit_images``: images a work
-    unit covers at most. ``quarantine``: whether trials with answers that cannot be made stop the pipeline or are left
+    unit covers at most. ``budget_unit``: budgets are average tokens, or shares of each image's own tokens. ``quarantine``: whether trials with answers that cannot be made stop the pipeline or are left
     out."""
 
     benchmarks: Annotated[list[str], Field(min_length=1)]
@@ -168,6 +185,7 @@ class SweepSettings(Section):
     subset_seed: Seed
     unit_images: Positive
     quarantine: Literal["refuse", "allow"] = "refuse"
+    budget_unit: BudgetUnit = "tokens"
     budgets: Annotated[list[Budget], Field(min_length=1)]
     grids: Annotated[list[GridEntry], Field(min_length=1)]
 
@@ -187,6 +205,9 @@ class SweepSettings(Section):
                     raise ValueError(
                         f"method {method!r} of grid {entry.name!r} is unknown; allowed: {', '.join(sorted(RECIPES))}"
                     )
+            above = [budget for budget in _budgets(entry, self.budgets) if budget > 1]
+            if self.budget_unit == "share" and above:
+                raise ValueError(f"budget {above[0]:g} of grid {entry.name!r} must lie in (0, 1]: budget_unit is share")
         return self
 
 

@@ -11,10 +11,11 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,21 +24,22 @@ import torch
 from torch import Tensor
 
 from nuwa.decoder import Answer, Trunk
+from nuwa.generation import select_views
 from nuwa.grid import PatchGrid
+from nuwa.layout import VisualLayout
 from nuwa.selection import Selection
 from nuwa.signals import VisionSignals
 from nuwa.source import code_fingerprint
-from nuwa.stage1 import get_method
-from nuwa.vlm import EncodedPrompt, LlavaAdapter
+from nuwa.vlm import Adapter, EncodedPrompt, view_signals
 from pipelines.executor import Failure, OnDone, Partial, run_units
 from pipelines.features import FeatureStore, load_model, read_images
 from pipelines.grid import Trial
-from pipelines.plan import Costs, Example, WorkUnit, plan_units
+from pipelines.plan import Costs, Example, WorkUnit, plan_units, work_tree
 from pipelines.results import PARTS, ResultStore, StoredUnit
 from pipelines.settings import ClusterSettings
 
 
-def answer_context(vlm: LlavaAdapter, feature_identity: str) -> str:
+def answer_context(vlm: Adapter, feature_identity: str) -> str:
     """Digest of what decides answers beside trial and questions: weights, prompt format, features and code."""
     content = json.dumps([vlm.fingerprint(), feature_identity, code_fingerprint()])
     return hashlib.sha256(content.encode()).hexdigest()
@@ -91,18 +93,20 @@ class SweepWorker:
         self.features = FeatureStore(spec.feature_root, spec.feature_identity)
         self.results = ResultStore(Path(spec.results))
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="features")
-        self.signals: dict[tuple[str, ...], Future[VisionSignals]] = {}
+        self.encoded: dict[tuple[str, ...], Future[list[EncodedImages]]] = {}
         self.words = Words(self.vlm)
 
     def run(self, unit: WorkUnit, upcoming: WorkUnit | None = None) -> UnitReport | Partial:
         """Answer ``unit`` and store the result; a :class:`Partial` where some of its trials raised."""
         began = time.perf_counter()
-        hit = unit.images in self.signals
-        signals = self._read(unit.images).result()
+        hit = unit.images in self.encoded
+        groups = self._read(unit.images).result()
         wanted = {unit.images, upcoming.images if upcoming else unit.images}
-        self.signals = {images: self._read(images) for images in wanted}
-        answered = answer_unit(self.vlm, signals, unit, self.words)
-        finished = unit.only(answered.trials) if answered.trials else None
+        self.encoded = {images: self._read(images) for images in wanted}
+        answered = answer_unit(self.vlm, groups, unit, self.words)
+        failed = [trial for trial in unit.trials if trial.trial_id in answered.failed]
+        whole = [trial for trial in unit.trials if trial.trial_id not in answered.failed]
+        finished = unit.only(whole) if whole else None
         report = None
         if finished:
             stored = StoredUnit(
@@ -121,14 +125,16 @@ class SweepWorker:
                 finished.flops,
                 self.device,
             )
-        if answered.failed:
-            return Partial(report, unit.only(answered.failed), answered.failure)
+        if failed:
+            return Partial(report, unit.only(failed), answered.failed[failed[0].trial_id])
         return report
 
-    def _read(self, images: tuple[str, ...]) -> Future[VisionSignals]:
-        if images in self.signals:
-            return self.signals[images]
-        return self.reader.submit(lambda: self.vlm.signals(self.features.read(images), images, self._resized(images)))
+    def _read(self, images: tuple[str, ...]) -> Future[list[EncodedImages]]:
+        if images in self.encoded:
+            return self.encoded[images]
+        return self.reader.submit(
+            lambda: read_encoded(self.vlm, self.features, images, self._resized if self.vlm.resizes else None)
+        )
 
     def _resized(self, images: tuple[str, ...]) -> Callable[[PatchGrid], Tensor]:
         """Encodes ``images`` at a smaller size, when a method asks for it."""
@@ -140,10 +146,25 @@ class SweepWorker:
         return encode
 
 
+def read_encoded(
+    vlm: Adapter,
+    store: FeatureStore,
+    images: Sequence[str],
+    resized: Callable[[tuple[str, ...]], Callable[[PatchGrid], Tensor]] | None = None,
+) -> list[EncodedImages]:
+    """What the store holds of ``images``, layout by layout; ``resized``: see :class:`nuwa.signals.VisionSignals`."""
+    found = []
+    for layout, mine in store.by_layout(images).items():
+        again = resized(mine) if resized else None
+        views = view_signals(layout, store.read(mine), mine, again, vlm.encoder_identity)
+        found.append(EncodedImages(mine, layout, views))
+    return found
+
+
 class Words:
     """Prompts and answers as token ids and back; a sweep asks the same and hears much the same, trial after trial."""
 
-    def __init__(self, vlm: LlavaAdapter) -> None:
+    def __init__(self, vlm: Adapter) -> None:
         self.vlm = vlm
         self.prompts: dict[str, EncodedPrompt] = {}
         self.texts: dict[tuple[int, ...], str] = {}
@@ -159,90 +180,136 @@ class Words:
         return self.texts[tokens]
 
 
+class EncodedImages(NamedTuple):
+    """Images of one layout, and every view's signals of them."""
+
+    images: tuple[str, ...]
+    layout: VisualLayout
+    views: Sequence[VisionSignals]
+
+
 @dataclass
 class _Answered:
-    """What a unit came to, column by column; ``failed``: trials that raised."""
+    """What a unit came to, trial by trial; ``failed``: trials that raised."""
 
-    trials: list[Trial] = field(default_factory=list)
-    failed: list[Trial] = field(default_factory=list)
-    failure: Failure | None = None  # the first one's
-    predictions: list[pa.Table] = field(default_factory=list)
-    kept: list[pa.Table] = field(default_factory=list)
-    timings: list[dict] = field(default_factory=list)
+    parts: dict[str, list[tuple[pa.Table, pa.Table]]]  # predictions and kept tokens of each trial, layout by layout
+    timings: dict[str, dict[str, Any]]
+    failed: dict[str, Failure] = field(default_factory=dict)
     model_seconds: float = 0.0
 
+    @classmethod
+    def of(cls, trials: Sequence[Trial]) -> _Answered:
+        return cls({trial.trial_id: [] for trial in trials}, {})
+
+    def add(self, trial_ids: Iterable[str], rows: Callable[[str], tuple[pa.Table, pa.Table]], **timing: float) -> None:
+        """Take in what trials alike on one layout came to."""
+        for trial_id in trial_ids:
+            self.parts[trial_id].append(rows(trial_id))
+            before = self.timings.setdefault(trial_id, {"trial_id": trial_id} | dict.fromkeys(timing, 0))
+            before |= {name: before[name] + value for name, value in timing.items()}
+
+    def fail(self, trial_ids: Iterable[str], error: Exception) -> None:
+        for trial_id in trial_ids:
+            self.failed.setdefault(trial_id, Failure.of(error))
+
     def tables(self, unit: str) -> dict[str, pa.Table]:
-        timings = pa.Table.from_pylist([{**row, "unit": unit} for row in self.timings], PARTS["timings"])
+        """All that the trials without a failure came to."""
+        whole = [trial_id for trial_id in self.parts if trial_id not in self.failed]
+        predictions, kept = zip(*(part for trial_id in whole for part in self.parts[trial_id]), strict=True)
+        timings = [{**self.timings[trial_id], "unit": unit} for trial_id in whole]
         return {
-            "predictions": pa.concat_tables(self.predictions),
-            "kept": pa.concat_tables(self.kept),
-            "timings": timings,
+            "predictions": pa.concat_tables(predictions),
+            "kept": pa.concat_tables(kept),
+            "timings": pa.Table.from_pylist(timings, PARTS["timings"]),
         }
 
-    def fail(self, trials: Iterable[Trial], error: Exception) -> None:
-        """Record ``error`` for ``trials``."""
-        self.failed += trials
-        self.failure = self.failure or Failure.of(error)
 
-
-def answer_unit(vlm: LlavaAdapter, signals: VisionSignals, unit: WorkUnit, words: Words) -> _Answered:
-    """All answers of a unit, depth first along the tree."""
-    answered = _Answered()
-    asked = [[example for example in unit.examples if example.image == image] for image in unit.images]
-    for _, sharing in itertools.groupby(unit.trials, key=lambda trial: trial.selection_identity):
-        sharing = list(sharing)
-        began = time.perf_counter()
-        try:
-            first = sharing[0]
-            method = get_method(first.spec.stage1)
-            prompts = [[words.encode(example.prompt) for example in mine] for mine in asked]
-            selection = method.select(signals, first.schedule.stage1_keep, first.spec.config, first.spec.seed)
-        except Exception as error:
-            answered.fail(sharing, error)
-            continue
-        selected = time.perf_counter() - began
-        for _, trials in itertools.groupby(sharing, key=lambda trial: trial.spec.position):
-            _run_trunk(vlm, selection, prompts, asked, list(trials), words, selected, answered)
+def answer_unit(vlm: Adapter, groups: Sequence[EncodedImages], unit: WorkUnit, words: Words) -> _Answered:
+    """All answers of a unit, layout by layout, depth first along the tree of what the trials are there."""
+    answered = _Answered.of(unit.trials)
+    for group in groups:
+        alike: dict[str, list[str]] = {}  # trials that come to the same on this layout
+        there: dict[str, Trial] = {}
+        for trial in unit.trials:
+            if trial.trial_id not in answered.failed:
+                one = trial.on(group.layout)
+                there.setdefault(one.trial_id, one)
+                alike.setdefault(one.trial_id, []).append(trial.trial_id)
+        asked = [[example for example in unit.examples if example.image == image] for image in group.images]
+        for positions in work_tree(there.values()).values():
+            _run_selection(vlm, group, list(positions.values()), asked, alike, words, answered)
     return answered
 
 
+def _run_selection(
+    vlm: Adapter,
+    group: EncodedImages,
+    positions: Sequence[list[Trial]],
+    asked: list[list[Example]],
+    alike: Mapping[str, list[str]],
+    words: Words,
+    answered: _Answered,
+) -> None:
+    """The trials of one stage-1 selection, a list for each position strategy."""
+    began = time.perf_counter()
+    try:
+        prompts = [[words.encode(example.prompt) for example in mine] for mine in asked]
+        selection = select_views(positions[0][0].plan, group.layout, group.views)
+    except Exception as error:
+        answered.fail((name for trials in positions for trial in trials for name in alike[trial.trial_id]), error)
+        return
+    selected = time.perf_counter() - began
+    for trials in positions:
+        _run_trunk(vlm, group, selection, prompts, asked, trials, alike, words, selected, answered)
+
+
 def _run_trunk(
-    vlm: LlavaAdapter,
+    vlm: Adapter,
+    group: EncodedImages,
     selection: Selection,
     prompts: list[list[EncodedPrompt]],
     asked: list[list[Example]],
     trials: list[Trial],
+    alike: Mapping[str, list[str]],
     words: Words,
     selected: float,
     answered: _Answered,
 ) -> None:
     """The trials of one trunk, by rising first cut."""
-    images, examples = [mine[0].image for mine in asked], [example for mine in asked for example in mine]
+    examples = [example for mine in asked for example in mine]
     limits = [example.max_new_tokens for example in examples]
     trunk = None
     for done, trial in enumerate(trials):
         began = time.perf_counter()
         try:
             if trunk is None:
-                trunk = Trunk(vlm, selection, prompts, trial.spec.position, images)
+                trunk = Trunk(vlm, selection, prompts, trial.spec.position, group.images, group.layout)
             if trial.cuts:
                 trunk.advance(trial.first_cut, frozenset({trial.first_cut - 1}))
         except Exception as error:  # without a trunk none of the rest can go on
-            answered.fail(trials[done:], error)
+            answered.fail((name for rest in trials[done:] for name in alike[rest.trial_id]), error)
             return
         forked = time.perf_counter()
         try:
             answers = branch(trunk, trial, limits)
         except Exception as error:
-            answered.fail([trial], error)
+            answered.fail(alike[trial.trial_id], error)
             continue
         ended = time.perf_counter()
         answered.model_seconds += ended - began
-        answered.trials.append(trial)
-        answered.predictions.append(_prediction_table(trial, examples, answers, words))
-        answered.kept.append(_kept_table(trial, images, selection))
-        timing = {"questions": len(examples), "selection_s": selected, "trunk_s": forked - began}
-        answered.timings.append({"trial_id": trial.trial_id, **timing, "answer_s": ended - forked})
+
+        def rows(trial_id: str, answers: Sequence[Answer] = answers) -> tuple[pa.Table, pa.Table]:
+            kept = _kept_table(trial_id, group.images, selection)
+            return _prediction_table(trial_id, examples, answers, words), kept
+
+        answered.add(
+            alike[trial.trial_id],
+            rows,
+            questions=len(examples),
+            selection_s=selected,
+            trunk_s=forked - began,
+            answer_s=ended - forked,
+        )
 
 
 def branch(trunk: Trunk, trial: Trial, limits: list[int]) -> list[Answer]:
@@ -253,9 +320,9 @@ def branch(trunk: Trunk, trial: Trial, limits: list[int]) -> list[Answer]:
     return trunk.fork(cuts, limits, trial.spec.seed)
 
 
-def _prediction_table(trial: Trial, examples: Sequence[Example], answers: Sequence[Answer], words: Words) -> pa.Table:
+def _prediction_table(trial_id: str, examples: Sequence[Example], answers: Sequence[Answer], words: Words) -> pa.Table:
     columns = {
-        "trial_id": pa.repeat(trial.trial_id, len(examples)),
+        "trial_id": pa.repeat(trial_id, len(examples)),
         "example_id": pa.array([example.example_id for example in examples], pa.string()),
         "prediction": pa.array([words.decode(answer.tokens) for answer in answers], pa.string()),
         "kept_final": _lists([answer.kept for answer in answers], pa.int16()),
@@ -263,9 +330,9 @@ def _prediction_table(trial: Trial, examples: Sequence[Example], answers: Sequen
     return pa.table(columns, schema=PARTS["predictions"])
 
 
-def _kept_table(trial: Trial, images: Sequence[str], selection: Selection) -> pa.Table:
+def _kept_table(trial_id: str, images: Sequence[str], selection: Selection) -> pa.Table:
     columns = {
-        "trial_id": pa.repeat(trial.trial_id, len(images)),
+        "trial_id": pa.repeat(trial_id, len(images)),
         "image": pa.array(images, pa.string()),
         "indices": _lists(selection.indices.tolist(), pa.int16()),
         "pillar": _lists(selection.pillars.tolist(), pa.bool_()),
@@ -303,7 +370,7 @@ def run_sweep(
     spec: SweepSpec,
     trials: Sequence[Trial],
     examples: Sequence[Example],
-    costs: Costs,
+    costs: Sequence[Costs],
     speed: float,
     unit_images: int,
     cluster: ClusterSettings,

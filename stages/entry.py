@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nuwa.benchmarks import RecordError, SchemaError
-from nuwa.grid import PatchGrid
+from nuwa.methods import check_encoder
+from nuwa.stage1 import get_method
 from nuwa.stage1.learnpruner import WeightsError
-from nuwa.vlm import LlavaAdapter, adapter_class
-from nuwa.vlm.shapes import SHAPES, model_shape
+from nuwa.vlm import Adapter, adapter_class
+from nuwa.vlm.shapes import SHAPES, model_shape, usual_image_processor
 from pipelines.evidence import IncompleteTrials
 from pipelines.executor import ClusterUnavailable, UnitsFailed
-from pipelines.features import DYNAMIC_GRIDS, MissingFeatures
-from pipelines.grid import Trial, expand
+from pipelines.features import MissingFeatures
+from pipelines.grid import Layouts, Trial, expand
 from pipelines.lock import WorkDirectoryBusy
 from pipelines.results import DamagedUnit, StorageFull
 from pipelines.settings import Settings, SettingsError, load_settings
@@ -45,6 +46,7 @@ UNITS_LOG = CACHE / "units.jsonl"  # one line a finished unit
 QUARANTINE = CACHE / "quarantine.json"  # answers that could not be made, and why
 
 BAD_INPUT, INTERRUPTED = 2, 130
+USUAL_PHOTO = (640, 480)  # width and height
 # What a user can mend. Anything else is a fault of ours and keeps its trace.
 MENDABLE = (
     ClusterUnavailable,
@@ -77,22 +79,41 @@ def _published(path: str) -> str:
 
 
 def planned_trials(settings: Settings) -> list[Trial]:
-    """All trials the settings mean on their model, whose shape is read without its weights."""
+    """All trials the settings mean on their model, whose shape is read without its weights.
+
+    Where images have layouts of their own, they are planned for a photo of usual size: which images there are is not
+    known yet.
+    """
     path = settings.model.path
     try:
         config = model_shape(_published(path))
-        if adapter_class(config.model_type) is not LlavaAdapter:
-            raise SettingsError(f"model.path = {path!r}: {DYNAMIC_GRIDS}")
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        layers = config.text_config.num_hidden_layers
-    except SettingsError:
-        raise
+        family = adapter_class(config.model_type)
+        layout = family.layout_for(config, usual_image_processor(config), USUAL_PHOTO)
+        layers = config.get_text_config().num_hidden_layers
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SettingsError(
-            f"model.path = {path!r}: no LLaVA model there ({reason}); `make testbed` trains one"
+            f"model.path = {path!r}: no model of a supported family there ({reason}); `make testbed` trains one"
         ) from None
-    return expand(settings.sweep, PatchGrid(side, side), layers)
+    trials = expand(settings.sweep, Layouts({layout: 1}, family.dynamic), layers)
+    for trial in trials:
+        check_signals(trial, family, settings)
+    return trials
+
+
+def check_signals(trial: Trial, family: type[Adapter], settings: Settings) -> None:
+    """Refuse a trial whose stage 1 reads what the encoder does not offer or the cache does not keep."""
+    try:
+        check_encoder(trial.spec, family)
+    except ValueError as error:
+        raise SettingsError(f"sweep.grids ({', '.join(trial.grids)}): {error}") from None
+    kept = settings.features.keep
+    for name in get_method(trial.spec.stage1).reads(trial.spec.config):
+        if name not in kept:
+            raise SettingsError(
+                f"features.keep = {', '.join(kept)}: method {trial.spec.method!r} of grid {trial.grids[0]!r} reads "
+                f"{name}; add it there"
+            )
 
 
 def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) -> None:

@@ -6,14 +6,14 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor
 
-from nuwa.vlm import LlavaAdapter
+from nuwa.vlm import Adapter, adapter_class
 from nuwa.vlm.shapes import model_shape
 from pipelines.datasets import choose_questions
 from pipelines.features import signal_bytes
-from pipelines.grid import Trial
-from pipelines.plan import Forecast, forecast, sweep_costs
+from pipelines.grid import Layouts, Trial, expand
+from pipelines.plan import Forecast, forecast, image_layouts, sweep_costs
 from pipelines.progress import worker_speed
 from pipelines.settings import Settings
 from stages.entry import EXAMPLES, UNITS_LOG, planned_trials, run_stage
@@ -31,17 +31,22 @@ def plan(settings: Settings) -> None:
     asked = settings.sweep
     questions = choose_questions(pd.read_parquet(EXAMPLES), asked.benchmarks, asked.images, asked.subset_seed)
     vlm = weightless(settings.model.path)
+    layouts = image_layouts(vlm, questions.examples)
+    trials = expand(asked, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers)
     expected = forecast(trials, sweep_costs(vlm, questions.examples))
-    store = len(questions.images) * signal_bytes(vlm.model.config, settings.features.dtype)
+    widths = vlm.signal_widths(vlm.model.config)
+    store = sum(signal_bytes(widths, layout, settings.features) for layout in layouts.values())
     for line in describe(expected, store, settings):
         console.print(line, highlight=False)
 
 
-def weightless(path: str) -> LlavaAdapter:
+def weightless(path: str) -> Adapter:
     """The model's shape and processor; no weights are read."""
+    config = model_shape(path)
+    family = adapter_class(config.model_type)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(model_shape(path))
-    return LlavaAdapter(model, AutoProcessor.from_pretrained(path))
+        model = family.model_class(config)
+    return family(model, AutoProcessor.from_pretrained(path))
 
 
 def _grids(settings: Settings, trials: list[Trial]) -> Table:

@@ -19,14 +19,14 @@ from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
-from nuwa.vlm import LlavaAdapter
+from nuwa.vlm import Adapter, load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed
-from pipelines.features import encode_missing, load_fixed_grid
-from pipelines.grid import Trial, expand
+from pipelines.features import encode_missing
+from pipelines.grid import Layouts, Trial, expand
 from pipelines.lock import exclusive
-from pipelines.plan import read_examples, sweep_costs
+from pipelines.plan import image_layouts, read_examples, sweep_costs
 from pipelines.progress import SweepProgress, worker_speed
 from pipelines.settings import Settings
 from pipelines.storage import is_uri
@@ -56,8 +56,10 @@ def sweep(settings: Settings) -> None:
     plan, cluster = settings.sweep, settings.cluster
     place = settings.features.store or FEATURE_STORE
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    vlm = load_fixed_grid(settings.model.path)
-    trials = expand(plan, vlm.grid, vlm.layers)
+    vlm = load_adapter(settings.model.path)
+    of_image = image_layouts(vlm, questions.examples)
+    layouts = Layouts.of(of_image.values(), vlm.dynamic)
+    trials = expand(plan, layouts, vlm.layers)
     for trial in trials:
         if (check := get_method(trial.spec.stage1).check) is not None:
             check(trial.spec.config, vlm.encoder_identity)
@@ -84,7 +86,7 @@ def sweep(settings: Settings) -> None:
         outcome = run_sweep(
             spec,
             trials,
-            read_examples(questions.examples, context),
+            read_examples(questions.examples, context, of_image),
             sweep_costs(vlm, questions.examples),
             worker_speed(UNITS_LOG, cluster),
             plan.unit_images,
@@ -94,7 +96,7 @@ def sweep(settings: Settings) -> None:
         )
     trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
     costs = partial(cost_columns, llm=LlmShape.from_config(vlm.model.config), bytes_per_number=vlm.model.dtype.itemsize)
-    _write([trial.row() | costs(trial.schedule) for trial in trials], outcome, facts)
+    _write([trial.row(layouts, costs) for trial in trials], outcome, facts)
 
 
 def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict, *, allowed: bool) -> list[Trial]:
@@ -131,7 +133,7 @@ def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict,
     return [trial for trial in trials if trial.trial_id not in incomplete]
 
 
-def _facts(vlm: LlavaAdapter, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
+def _facts(vlm: Adapter, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
     """What identifies this sweep, and its size."""
     data = hashlib.sha256("".join(examples["example_id"] + examples["image"]).encode()).hexdigest()
     ids = sorted(trial.trial_id for trial in trials)

@@ -1,7 +1,7 @@
 """Nüwa, stage 1 (ICLR 2026): separation, alignment, aggregation.
 
-Three presets, all faithful: ``paper`` follows equations 3-7 and Algorithm 1, ``released`` the authors' code for LLaVA,
-``released_qwen`` their code for Qwen2.5-VL. Every difference between them is one field of :class:`Nuwa`.
+Presets, all faithful: ``paper`` follows equations 3-7 and Algorithm 1, ``released`` the authors' code for LLaVA-1.5,
+``released_next`` and ``released_qwen`` theirs for LLaVA-NeXT and Qwen2.5-VL. Every difference between them is one field of :class:`Nuwa`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Nuwa:
 
 PRESETS = {
     "released": {},
+    "released_next": {},  # differs in stage 2 only, see nuwa.methods
     "released_qwen": {
         "pillar_quantile": 0.1,
         "distance_threshold": 0.8,
@@ -170,7 +171,13 @@ def aggregation_weights(signals: VisionSignals, indices: Tensor, config: Nuwa) -
     return weights
 
 
-@register("nuwa", Nuwa, presets=PRESETS)
+def reads(config: Nuwa) -> tuple[str, ...]:
+    keys = config.salience == "cls_attention_key_norm" or (config.pillars and config.pillar_signal == "key_norm")
+    similarity = config.aggregation
+    return ("features", "cls_attention", *(["keys"] if keys else []), *(["similarity"] if similarity else []))
+
+
+@register("nuwa", Nuwa, presets=PRESETS, reads=reads)
 def select(signals: VisionSignals, keep: int, config: Nuwa, seed: int = 0) -> Selection:
     """``T = W_I · H``: pillars exactly as the encoder gave them, collectors with what they gathered.
 

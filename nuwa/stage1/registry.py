@@ -23,6 +23,7 @@ class Select(Protocol):
 class Method:
     """A stage-1 method: its function, the type of its hyper-parameters and its named presets.
 
+    ``reads``: the signals that ``select`` looks at under a configuration; others may be absent.
     ``kept``: tokens it really keeps when asked for ``keep`` (a pooled grid may be smaller).
     ``seeded``: whether the seed changes its result; trials of an unseeded method differing in seed only are one.
     ``reads_cls``: whether it needs a CLS token's attention and may not read the attention received in its stead.
@@ -38,6 +39,7 @@ class Method:
     reads_cls: bool = False
     reads_images: bool = False
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reads: Callable[[Any], tuple[str, ...]] = lambda config: ("features",)
     kept: Callable[[PatchGrid, int], int] = lambda grid, keep: keep
     check: Callable[[Any, str], None] | None = None
 

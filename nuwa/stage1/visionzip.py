@@ -50,7 +50,7 @@ def joined_means(signals: VisionSignals, rest: Tensor, places: Tensor) -> Tensor
     return sums / joined.sum(1).clamp(min=1)[..., None]
 
 
-@register("visionzip", VisionZip, reads_cls=True)
+@register("visionzip", VisionZip, reads_cls=True, reads=lambda config: ("features", "cls_attention", "keys"))
 def select(signals: VisionSignals, keep: int, config: VisionZip, seed: int = 0) -> Selection:
     """Pillars are the dominant tokens."""
     contextual = contextual_count(keep, signals.grid.tokens, config.contextual_share)

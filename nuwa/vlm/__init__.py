@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from nuwa.vlm.adapter import SIGNAL_NAMES, Adapter, EncodedImage, EncodedPrompt, view_signals
+from nuwa.vlm.adapter import Adapter, EncodedImage, EncodedPrompt, view_signals
 from nuwa.vlm.llava import LlavaAdapter
 from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.qwen2_5_vl import Qwen2_5VLAdapter
@@ -40,7 +40,6 @@ def adapt(model: PreTrainedModel, processor: Any) -> Adapter:
 
 __all__ = [
     "ADAPTERS",
-    "SIGNAL_NAMES",
     "Adapter",
     "EncodedImage",
     "EncodedPrompt",

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,9 +23,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from nuwa.grid import PatchGrid
 from nuwa.layout import VisualLayout
 from nuwa.selection import Selection
-from nuwa.signals import VisionSignals
-
-SIGNAL_NAMES = ("features", "cls_attention", "keys", "similarity")
+from nuwa.signals import SIGNAL_NAMES, VisionSignals
 
 
 @dataclass(frozen=True)
@@ -40,29 +38,36 @@ class EncodedPrompt:
 class EncodedImage:
     """What the encoder says of one image: everything that must be cached to answer without its pixels.
 
-    ``signals``: for every view of ``layout`` the tensors of ``SIGNAL_NAMES``, each with the view's tokens first.
+    ``signals``: the tensors of ``SIGNAL_NAMES``, each with ``layout.patches`` tokens first, view behind view.
     """
 
     layout: VisualLayout
-    signals: tuple[dict[str, Tensor], ...]
+    signals: dict[str, Tensor]
 
     def to(self, *args: Any, **kwargs: Any) -> EncodedImage:
         """The same on another device or in another dtype, as ``torch.Tensor.to``."""
-        moved = ({name: value.to(*args, **kwargs) for name, value in view.items()} for view in self.signals)
-        return EncodedImage(self.layout, tuple(moved))
+        return EncodedImage(self.layout, {name: value.to(*args, **kwargs) for name, value in self.signals.items()})
 
 
 def view_signals(
-    encoded: Sequence[EncodedImage],
-    view: int,
+    layout: VisualLayout,
+    signals: Mapping[str, Tensor],
     image_ids: Sequence[str],
     resized: Callable[[PatchGrid], Tensor] | None = None,
-) -> VisionSignals:
-    """One view of several images of one layout, as stage 1 reads it."""
-    columns = {name: torch.stack([image.signals[view][name] for image in encoded]) for name in SIGNAL_NAMES}
-    # What is random must not draw alike in two views of an image.
-    ids = tuple(f"{image} view {view}" if view else image for image in image_ids)
-    return VisionSignals(encoded[0].layout.views[view].grid, **columns, image_ids=ids, resized=resized)
+    encoder: str | None = None,
+) -> list[VisionSignals]:
+    """Every view of several images of one layout, as stage 1 reads it; ``signals`` ``(images, layout.patches, ...)``."""
+    counts = [view.grid.tokens for view in layout.views]
+    parts = {
+        name: signals[name].split(counts, dim=1) if name in signals else [None] * len(counts) for name in SIGNAL_NAMES
+    }
+    found = []
+    for number, view in enumerate(layout.views):
+        # What is random must not draw alike in two views of an image.
+        ids = tuple(f"{image} view {number}" if number else image for image in image_ids)
+        own = {name: parts[name][number] for name in SIGNAL_NAMES}
+        found.append(VisionSignals(view.grid, **own, image_ids=ids, encoder=encoder, resized=resized))
+    return found
 
 
 class Adapter(ABC):
@@ -71,6 +76,7 @@ class Adapter(ABC):
     ``offers_cls``: whether the encoder has a CLS token whose attention ranks patches. Where it has none,
     ``cls_attention`` of the signals is the attention a token receives, which only methods that say so may read.
     ``resizes``: whether images can be encoded at a smaller size (:meth:`encode_resized`).
+    ``dynamic``: whether images differ in layout.
     ``layout``: the layout of every image where all images have the same, else null.
     """
 
@@ -78,6 +84,7 @@ class Adapter(ABC):
     encoder: ClassVar[str]  # what messages call it
     offers_cls: ClassVar[bool]
     resizes: ClassVar[bool] = False
+    dynamic: ClassVar[bool] = True
     layout: VisualLayout | None = None
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -128,6 +135,20 @@ class Adapter(ABC):
     def flash_attention(self) -> bool:
         """Whether the language model's kernels take key lengths instead of masks."""
         return "flash" in self.language.config._attn_implementation
+
+    @classmethod
+    @abstractmethod
+    def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
+        """The layout of an image of ``size`` (width, height), from a model's configuration; nothing is encoded."""
+
+    @classmethod
+    @abstractmethod
+    def signal_widths(cls, config: Any) -> dict[str, int]:
+        """How many numbers each signal has a token."""
+
+    def layout_of(self, size: tuple[int, int]) -> VisualLayout:
+        """The layout of an image of ``size`` (width, height)."""
+        return self.layout_for(self.model.config, self.processor.image_processor, size)
 
     @abstractmethod
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:

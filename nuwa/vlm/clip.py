@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,12 @@ def check_clip_features(strategy: str, layer: int | list[int]) -> None:
             f"model.vision_feature_select_strategy {strategy!r} with layer "
             f"{layer!r}: only one layer and 'default' (no CLS) are supported"
         )
+
+
+def clip_widths(config: Any) -> dict[str, int]:
+    """How many numbers each signal has a token, from the configuration of a LLaVA-like model."""
+    width = config.vision_config.hidden_size
+    return {"features": width, "cls_attention": 1, "keys": width, "similarity": width}
 
 
 def clip_features(tower: nn.Module, pixels: Tensor, feature_layer: int) -> Tensor:

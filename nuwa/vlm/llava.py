@@ -14,8 +14,8 @@ from transformers import LlavaForConditionalGeneration
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.signals import VisionSignals
-from nuwa.vlm.adapter import SIGNAL_NAMES, Adapter, EncodedImage
-from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_features, clip_signals
+from nuwa.vlm.adapter import Adapter, EncodedImage, view_signals
+from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_features, clip_signals, clip_widths
 
 
 class LlavaAdapter(Adapter):
@@ -23,6 +23,7 @@ class LlavaAdapter(Adapter):
     encoder = "LLaVA's CLIP tower"
     offers_cls = True
     resizes = True
+    dynamic = False
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: Any) -> None:
         config = model.config
@@ -30,9 +31,17 @@ class LlavaAdapter(Adapter):
         super().__init__(model, processor)
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
+        self.layout = self.layout_of((0, 0))
+        self.grid = self.layout.views[0].grid
+
+    @classmethod
+    def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
         side = config.vision_config.image_size // config.vision_config.patch_size
-        self.grid = PatchGrid(side, side)
-        self.layout = VisualLayout((View(self.grid),))
+        return VisualLayout((View(PatchGrid(side, side)),))
+
+    @classmethod
+    def signal_widths(cls, config: Any) -> dict[str, int]:
+        return clip_widths(config)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Preprocessed ``(batch, 3, height, width)``."""
@@ -61,15 +70,14 @@ class LlavaAdapter(Adapter):
         image_ids: tuple[str, ...],
         resized: Callable[[PatchGrid], Tensor] | None = None,
     ) -> VisionSignals:
-        parts = {name: encoded[name] for name in SIGNAL_NAMES}
-        return VisionSignals(self.grid, **parts, image_ids=image_ids, encoder=self.encoder_identity, resized=resized)
+        """Signals of :meth:`encode` as stage 1 reads them."""
+        (found,) = view_signals(self.layout, encoded, image_ids, resized, self.encoder_identity)
+        return found
 
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
         encoded = self.encode(self.pixels(images))
-        return [
-            EncodedImage(self.layout, ({name: encoded[name][row] for name in SIGNAL_NAMES},))
-            for row in range(len(images))
-        ]
+        rows = range(len(images))
+        return [EncodedImage(self.layout, {name: value[row] for name, value in encoded.items()}) for row in rows]
 
     @torch.inference_mode()
     def project(self, features: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.selection import Selection
 from nuwa.vlm.adapter import Adapter, EncodedImage
-from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_signals
+from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_signals, clip_widths
 
 
 class LlavaNextAdapter(Adapter):
@@ -40,7 +40,21 @@ class LlavaNextAdapter(Adapter):
 
     def crops_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of local crops of an image of ``size`` (height, width)."""
-        return get_anyres_image_grid_shape(size, self.model.config.image_grid_pinpoints, self.crop_side)
+        return _crops(self.model.config, size)
+
+    @classmethod
+    def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
+        width, height = size
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        rows, columns = _crops(config, (height, width))
+        whole = torch.empty(1, rows * side, columns * side, device="meta")
+        _, shown_rows, shown_columns = unpad_image(whole, (height, width)).shape
+        local = View(PatchGrid(shown_rows, shown_columns), crops=rows * columns, newline=True)
+        return VisualLayout((View(PatchGrid(side, side)), local))
+
+    @classmethod
+    def signal_widths(cls, config: Any) -> dict[str, int]:
+        return clip_widths(config)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
@@ -61,10 +75,8 @@ class LlavaNextAdapter(Adapter):
         stitched = {name: self._stitch(value[1:], size) for name, value in crops.items()}
         height, width = stitched["cls_attention"].shape
         local = View(PatchGrid(height, width), crops=len(crops["features"]) - 1, newline=True)
-        return EncodedImage(
-            VisualLayout((View(self.crop_grid), local)),
-            (base, {name: value.flatten(0, 1) for name, value in stitched.items()}),
-        )
+        signals = {name: torch.cat([base[name], value.flatten(0, 1)]) for name, value in stitched.items()}
+        return EncodedImage(VisualLayout((View(self.crop_grid), local)), signals)
 
     def _stitch(self, crops: Tensor, size: tuple[int, int]) -> Tensor:
         """``(crops, tokens, ...)`` of the local crops → ``(height, width, ...)`` without rows or columns of padding."""
@@ -94,6 +106,11 @@ class LlavaNextAdapter(Adapter):
     def encoder_settings(self) -> list[Any]:
         config = self.model.config
         return [config.vision_feature_layer, SIMILARITY_FROM, config.image_grid_pinpoints]
+
+
+def _crops(config: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of local crops of an image of ``size`` (height, width)."""
+    return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
 def _loaded(module: nn.Module) -> AbstractContextManager:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
@@ -33,6 +34,20 @@ class Qwen2_5VLAdapter(Adapter):
         super().__init__(model, processor)
         self.visual = model.model.visual
         self.merge = self.visual.spatial_merge_size
+
+    @classmethod
+    def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
+        width, height = size
+        vision, limits = config.vision_config, image_processor.size
+        cell = vision.patch_size * vision.spatial_merge_size
+        rows, columns = smart_resize(height, width, cell, limits["shortest_edge"], limits["longest_edge"])
+        return VisualLayout((View(PatchGrid(rows // cell, columns // cell)),), axes=3)
+
+    @classmethod
+    def signal_widths(cls, config: Any) -> dict[str, int]:
+        vision = config.vision_config
+        merged = vision.out_hidden_size
+        return {"features": merged, "cls_attention": 1, "keys": vision.hidden_size, "similarity": merged}
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
@@ -62,7 +77,7 @@ class Qwen2_5VLAdapter(Adapter):
             "keys": keys[raster],
             "similarity": similarity[raster],
         }
-        return EncodedImage(VisualLayout((View(grid),), axes=3), (signals,))
+        return EncodedImage(VisualLayout((View(grid),), axes=3), signals)
 
     def _windows(self, grid: PatchGrid) -> tuple[Tensor, list[int]]:
         """The merged tokens in window order, ``(tokens,)``, and how many each window has."""

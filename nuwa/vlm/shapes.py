@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -17,6 +18,9 @@ from transformers import (
     PretrainedConfig,
     Qwen2_5_VLConfig,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 CLIP_L_336 = {
     "hidden_size": 1024,
@@ -105,3 +109,15 @@ def model_shape(path: str) -> PretrainedConfig:
     if path in SHAPES and not Path(path).exists():
         return SHAPES[path]()
     return AutoConfig.from_pretrained(path)
+
+
+def usual_image_processor(config: PretrainedConfig) -> Any:
+    """The image processor of a configuration's family, with the family's defaults, where none was saved."""
+    vision = config.vision_config
+    if config.model_type == "qwen2_5_vl":
+        return Qwen2VLImageProcessorPil(patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
+    side = vision.image_size
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if config.model_type == "llava_next":
+        return LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=config.image_grid_pinpoints)
+    return CLIPImageProcessorPil(**sizes)

@@ -9,16 +9,24 @@ import numpy as np
 import pytest
 import torch
 from oracles.masked_model import eager_copy
+from PIL import Image
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
-from nuwa import generation
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout, place
+from nuwa.layout import shares as shares_of
 from nuwa.schedule import UnreachableBudget
 from nuwa.selection import Selection
+from nuwa.vlm import EncodedImage, view_signals
 
 NAMES = ("features", "cls_attention", "keys", "similarity")
+
+
+def views(image: EncodedImage) -> list[dict[str, torch.Tensor]]:
+    """The signals of each view of one image."""
+    found = view_signals(image.layout, {name: value[None] for name, value in image.signals.items()}, ("image",))
+    return [{name: getattr(signals, name)[0] for name in NAMES} for signals in found]
 
 
 # --- LLaVA-NeXT
@@ -60,13 +68,13 @@ def test_the_local_grid_is_stitched_from_the_crops(tiny_next, photos, number):
     rows, columns = unpadded(image.size, 6 * crop_rows, 6 * crop_columns)
     assert (local.grid, local.crops) == (PatchGrid(len(rows), len(columns)), crop_rows * crop_columns)
     for name in NAMES:
-        assert torch.allclose(found.signals[0][name], stock[name][0], atol=1e-5)
+        assert torch.allclose(views(found)[0][name], stock[name][0], atol=1e-5)
         at = 0
         for row in rows:
             for column in columns:
                 crop = 1 + (row // 6) * crop_columns + column // 6
                 patch = (row % 6) * 6 + column % 6
-                assert torch.allclose(found.signals[1][name][at], stock[name][crop, patch], atol=1e-5), name
+                assert torch.allclose(views(found)[1][name][at], stock[name][crop, patch], atol=1e-5), name
                 at += 1
         assert at == local.grid.tokens
 
@@ -77,7 +85,7 @@ def test_the_slots_are_the_stock_models_sequence(tiny_next, photos):
         inputs = tiny_next.processor.image_processor([image], return_tensors="pt")
         stock = tiny_next.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
         everything = []
-        for view, signals in zip(found.layout.views, found.signals, strict=True):
+        for view, signals in zip(found.layout.views, views(found), strict=True):
             indices = torch.arange(view.grid.tokens)[None]
             everything.append(Selection(indices, signals["features"][None], torch.ones_like(indices).bool()))
         placed = place(found.layout, everything)
@@ -105,13 +113,13 @@ def next_layout() -> VisualLayout:
 )
 def test_a_budget_is_dealt_out_by_crops(keep, shares):
     assert next_layout().tokens == 61
-    assert generation.shares(next_layout(), keep) == shares
+    assert shares_of(next_layout(), keep) == shares
 
 
 @pytest.mark.parametrize("keep", [6, 62])
 def test_a_budget_out_of_reach_is_named_with_the_range(keep):
     with pytest.raises(UnreachableBudget) as caught:
-        generation.shares(next_layout(), keep)
+        shares_of(next_layout(), keep)
     assert str(caught.value) == (
         f"{keep} tokens before the first cut are out of reach on this image: allowed 7..61, 5 of them newline tokens"
     )
@@ -181,9 +189,9 @@ def test_signals_are_in_raster_order_and_salience_is_attention_received(tiny_qwe
     for image, found in zip(photos, tiny_qwen.encode_images(photos), strict=True):
         expected = qwen_oracle(tiny_qwen.model, tiny_qwen.processor, image)
         for name in NAMES:
-            assert np.allclose(found.signals[0][name].numpy(), expected[name], atol=2e-5), name
+            assert np.allclose(found.signals[name].numpy(), expected[name], atol=2e-5), name
         if full_blocks[-1] == 4:
-            total = found.signals[0]["cls_attention"].sum().item()
+            total = found.signals["cls_attention"].sum().item()
             assert total == pytest.approx(1 / 4, rel=1e-5), "every query spends its attention once"
 
 
@@ -196,16 +204,26 @@ def test_grids_of_odd_sides_and_windows_that_do_not_divide_them_are_among_them(t
 
 
 def test_an_image_does_not_depend_on_its_batch(family, photos, scenes):
-    from PIL import Image
-
     pictures = photos if family.layout is None else [Image.fromarray(scene.image) for scene in scenes]
     together = family.encode_images(pictures)
     for picture, other in zip(pictures, together, strict=True):
         (alone,) = family.encode_images([picture])
         assert alone.layout == other.layout
-        for mine, theirs in zip(alone.signals, other.signals, strict=True):
-            for name in NAMES:
-                assert torch.allclose(mine[name], theirs[name], atol=1e-5), name
+        for name in NAMES:
+            assert torch.allclose(alone.signals[name], other.signals[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("size", [*itertools.product((17, 24, 40, 63, 96), repeat=2), (200, 31), (23, 180)])
+def test_the_layout_is_known_from_the_size_alone(family, size):
+    """What plans and shards read before anything is encoded."""
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    (encoded,) = family.encode_images([picture])
+    layout = family.layout_for(family.model.config, family.processor.image_processor, size)
+    assert layout == encoded.layout == family.layout_of(size)
+    widths = family.signal_widths(family.model.config)
+    for name in NAMES:
+        assert encoded.signals[name].shape[0] == layout.patches
+        assert encoded.signals[name][0].numel() == widths[name]
 
 
 @pytest.mark.parametrize("name", ["tiny_next", "tiny_qwen"])

@@ -229,18 +229,8 @@ def through_a_file(encoded, folder, dtype) -> list[EncodedImage]:
     found = []
     for number, image in enumerate(encoded):
         path = folder / f"{number}.safetensors"
-        flat = {
-            f"{view}.{name}": value.to(dtype).contiguous()
-            for view, signals in enumerate(image.signals)
-            for name, value in signals.items()
-        }
-        save_file(flat, path)
-        held = load_file(path)
-        views = [
-            {key.partition(".")[2]: value for key, value in held.items() if key.startswith(f"{view}.")}
-            for view in range(len(image.signals))
-        ]
-        found.append(EncodedImage(image.layout, tuple(views)))
+        save_file({name: value.to(dtype).contiguous() for name, value in image.signals.items()}, path)
+        found.append(EncodedImage(image.layout, load_file(path)))
     return found
 
 

@@ -295,7 +295,7 @@ def test_a_fastv_that_would_prune_before_the_model_is_refused_before_any_work(ar
         ),
         (
             {"method": "nuwa", "budget": 64, "preset": "papers"},
-            "nuwa has no preset 'papers'; allowed: released, released_qwen, paper",
+            "nuwa has no preset 'papers'; allowed: released, released_next, released_qwen, paper",
         ),
         (
             {"method": "random", "budget": 64, "parameters": {"seeds": 1}},

@@ -34,7 +34,7 @@ class Bench:
     trials: list
     questions: object
     context: str
-    costs: Costs
+    costs: list[Costs]
 
     def spec(self, results: Path) -> SweepSpec:
         return SweepSpec(self.model, str(self.root), self.identity, str(results), str(self.images), threads=1)

@@ -11,7 +11,7 @@ from nuwa.testbed.benchmark import make_testbed_benchmark
 from nuwa.vlm import LlavaAdapter
 from pipelines.datasets import choose_questions, write_examples
 from pipelines.features import encode_missing
-from pipelines.grid import expand
+from pipelines.grid import Layouts, expand
 from pipelines.plan import sweep_costs
 from pipelines.settings import ClusterSettings, FeatureSettings, SweepSettings
 from pipelines.sweep import answer_context
@@ -75,7 +75,7 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
         root,
         store.identity,
         prepared / "images.parquet",
-        expand(plan, vlm.grid, vlm.layers),
+        expand(plan, Layouts.fixed(vlm.grid), vlm.layers),
         questions,
         answer_context(vlm, store.identity),
         sweep_costs(vlm, questions.examples),

@@ -68,7 +68,12 @@ def test_a_rerun_encodes_only_what_is_new(stored, model_folder, prepared, cluste
     table = pq.read_table(prepared / "images.parquet")
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(buffer, "PNG")
-    more = pa.concat_tables([table, pa.table({"image": ["f" * 64], "bytes": [buffer.getvalue()]}, table.schema)])
+    more = pa.concat_tables(
+        [
+            table,
+            pa.table({"image": ["f" * 64], "width": [96], "height": [96], "bytes": [buffer.getvalue()]}, table.schema),
+        ]
+    )
     pq.write_table(more, tmp_path / "more.parquet")
     store, encoded = encode_missing(
         str(model_folder), tmp_path / "more.parquet", store.folder.parent, SETTINGS, cluster, in_process=True

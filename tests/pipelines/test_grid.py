@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
+from nuwa.generation import select_views
 from nuwa.grid import PatchGrid
-from pipelines.grid import expand
+from nuwa.signals import VisionSignals
+from pipelines.grid import Layouts, expand
 from pipelines.settings import SweepSettings
 
-GRID, LAYERS = PatchGrid(12, 12), 8
+GRID, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
+
+
+def no_costs(schedule):
+    return {}
 
 
 def trials_of(*entries, budgets=(16, 32)):
@@ -61,10 +70,10 @@ def test_the_full_budget_is_one_trial_whatever_the_position():
 
 def test_the_budget_is_met_and_recorded():
     (_, trial) = trials_of({"name": "g", "method": "nuwa", "budget": 16})
-    row = trial.row()
+    row = trial.row(GRID, no_costs)
     assert (row["stage1_keep"], row["stage2_layer"], row["stage2_keep"], row["average_tokens"]) == (28, 4, 4, 16.0)
     (_, pooled) = trials_of({"name": "g", "method": "pooling", "budget": 32})
-    assert pooled.row()["average_tokens"] == 30.0, "a 5x6 grid is the largest within 32"
+    assert pooled.row(GRID, no_costs)["average_tokens"] == 30.0, "a 5x6 grid is the largest within 32"
 
 
 def test_trials_that_differ_in_stage_2_only_share_a_trunk():
@@ -80,7 +89,7 @@ def test_several_cuts_are_a_list_in_the_list_of_the_axis():
         ((1, 34),),
         ((1, 60), (3, 24)),
     ]
-    row = trials[1].row()
+    row = trials[1].row(GRID, no_costs)
     assert (row["stage2_layer"], row["stage2_keep"], row["stage2_cuts"]) == (2, 3, "2:36 4:9 6:3")
     assert trials[3].label == (
         "pyramiddrop · 48 · pesp · stage 2 at 1, 3 by attention_last_token_next_layer (144 to 60 to 24)"
@@ -89,7 +98,7 @@ def test_several_cuts_are_a_list_in_the_list_of_the_axis():
 
 def test_recycling_is_an_axis_and_part_of_the_identity():
     trials = trials_of({"name": "g", "method": "sparsevlm", "budget": 32, "stage2_recycling": [True, False]})
-    assert [t.row()["stage2_recycling"] for t in trials[1:]] == [True, False]
+    assert [t.row(GRID, no_costs)["stage2_recycling"] for t in trials[1:]] == [True, False]
     assert len({t.trial_id for t in trials}) == 3 and len({t.schedule for t in trials[1:]}) == 1
     assert [t.seeded for t in trials[1:]] == [True, False], "the cluster step draws noise"
 
@@ -102,5 +111,25 @@ def test_trials_with_one_cut_and_several_share_their_trunk():
 def test_budgets_of_one_schedule_are_one_trial_that_names_them_all():
     entry = {"name": "g", "method": "pooling"}
     (_, trial) = trials_of(entry, budgets=(32, 31))
-    assert trial.row()["budgets"] == [31, 32] and trial.row()["budget"] == 32
+    assert trial.row(GRID, no_costs)["budgets"] == [31, 32] and trial.row(GRID, no_costs)["budget"] == 32
     assert trial.label == "pooling · 31 = 32 · pesp"
+
+
+@pytest.mark.parametrize("method", ["pooling", "downsample", "nuwa", "visionzip", "uniform"])
+@pytest.mark.parametrize("budget", [7, 17, 30, 31, 32, 48, 60])
+def test_what_a_trial_records_is_what_its_stage_1_keeps(method, budget):
+    """A coarser grid may keep fewer tokens than it is asked for, and still fewer when asked for those."""
+    (_, trial) = trials_of({"name": "g", "method": method, "budget": budget, "stage2_layer": "off"})
+    grid = PatchGrid(12, 12)
+    generator = torch.Generator().manual_seed(1)
+    signals = VisionSignals(
+        grid,
+        features=torch.randn(1, 144, 8, generator=generator),
+        cls_attention=torch.rand(1, 144, generator=generator),
+        keys=torch.randn(1, 144, 8, generator=generator),
+        similarity=torch.randn(1, 144, 8, generator=generator),
+        image_ids=("image",),
+        resized=lambda smaller: torch.zeros(1, smaller.tokens, 8),
+    )
+    (layout,) = GRID.counts
+    assert select_views(trial.plan, layout, [signals]).kept == trial.schedule.stage1_keep <= budget

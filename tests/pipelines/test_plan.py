@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuwa.grid import PatchGrid
-from pipelines.grid import expand
+from pipelines.grid import Layouts, expand
 from pipelines.plan import Costs, Example, Load, ModelCost, WorkUnit, forecast, plan_units, work_tree
 from pipelines.settings import SweepSettings
 
-GRID, LAYERS = PatchGrid(12, 12), 8
+GRID, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
 MODEL = ModelCost(layers=LAYERS, token=1000.0, pair=7.0, head=50.0, projector=30.0, system=2)
 ENTRIES = [
     {"name": "a", "method": ["nuwa", "random"], "position": ["perc", "rpme"], "seed": [0, 1]},
@@ -103,7 +103,7 @@ def test_costs_are_what_counting_by_hand_gives():
 
 
 def test_a_forecast_adds_the_tree_up():
-    expected = forecast(TRIALS, COSTS)
+    expected = forecast(TRIALS, [COSTS])
     tree = work_tree(TRIALS)
     assert (expected.trials, expected.selections) == (len(TRIALS), len(tree))
     assert expected.trunks == len({trial.trunk for trial in TRIALS})
@@ -125,7 +125,7 @@ stored_units = st.lists(
 def test_units_are_exactly_what_is_missing(stored, unit_images, seconds):
     examples = examples_of(5)
     done = [(trials, [example.digest for example in mine]) for trials, mine in stored]
-    units, cached = plan_units(TRIALS, examples, done, COSTS, 1e4, unit_images, seconds)
+    units, cached = plan_units(TRIALS, examples, done, [COSTS], 1e4, unit_images, seconds)
     known = {trial.trial_id for trial in TRIALS}
     have = {(trial, digest) for trials, digests in done for trial in trials if trial in known for digest in digests}
     planned = [
@@ -142,14 +142,14 @@ def test_units_are_exactly_what_is_missing(stored, unit_images, seconds):
 
 def test_long_units_are_cut_and_short_ones_joined():
     examples = examples_of(8)
-    long, _ = plan_units(TRIALS, examples, [], COSTS, 1e12, 8)
+    long, _ = plan_units(TRIALS, examples, [], [COSTS], 1e12, 8)
     assert len(long) == 1, "all of it takes no time"
-    short, _ = plan_units(TRIALS, examples, [], COSTS, 1.0, 8)
+    short, _ = plan_units(TRIALS, examples, [], [COSTS], 1.0, 8)
     assert len(short) == len(TRIALS) * 8, "one trial on one image takes hours"
 
 
 def test_units_start_with_whole_trunks_in_the_trees_order():
-    units, _ = plan_units(TRIALS, examples_of(2), [], COSTS, 3e5, 2)
+    units, _ = plan_units(TRIALS, examples_of(2), [], [COSTS], 3e5, 2)
     order = [trial.trunk for unit in units.values() for trial in unit.trials]
     assert len(units) > 3
     assert len([key for key, _ in itertools.groupby(order)]) == len(set(order))

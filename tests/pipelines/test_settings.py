@@ -9,10 +9,10 @@ import yaml
 
 from nuwa.grid import PatchGrid
 from nuwa.methods import RECIPES
-from pipelines.grid import expand
+from pipelines.grid import Layouts, expand
 from pipelines.settings import SettingsError, SweepSettings, load_settings
 
-GRID, LAYERS = PatchGrid(12, 12), 8
+GRID, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
 
 
 def write(tmp_path, content):
@@ -116,7 +116,7 @@ def test_an_impossible_budget_names_the_reachable_range(params):
     ("entry", "message"),
     [
         ({"parameters": {"pilar": 1}}, "nuwa has no parameter 'pilar'; allowed: separation, region_side"),
-        ({"preset": "papper"}, "nuwa has no preset 'papper'; allowed: released, released_qwen, paper"),
+        ({"preset": "papper"}, "nuwa has no preset 'papper'; allowed: released, released_next, released_qwen, paper"),
         ({"stage2_layer": 8}, "stage-2 layer 8 must lie in 1..7: the model has 8 layers"),
         ({"stage2_scorer": "attn"}, "stage-2 scorer 'attn' is unknown; allowed: attention_last_token"),
         ({"parameters": {"pillar_quantile": 1.5}}, "nuwa.pillar_quantile 1.5 must lie in [0, 1]"),

@@ -50,7 +50,7 @@ def test_shared_trunks_answer_as_each_trial_alone(bench, undisturbed):
         for example in bench.questions.examples.iloc[::3].itertuples():
             resized = partial(vlm.encode_resized, [pictures[example.image]])
             signals = vlm.signals(features.read([example.image]), (example.image,), resized)
-            selection = method.select(signals, trial.schedule.stage1_keep, trial.spec.config, trial.spec.seed)
+            selection = method.select(signals, *trial.plan.keeps, trial.spec.config, trial.spec.seed)
             trunk = Trunk(vlm, selection, [[vlm.encode_prompt(example.prompt)]], trial.spec.position, (example.image,))
             if trial.cuts:
                 trunk.advance(trial.first_cut, frozenset({trial.first_cut - 1}))
