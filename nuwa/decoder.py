@@ -17,7 +17,7 @@ stay where a layer left them, everything else is kept on the model's first devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,11 @@ from nuwa.vlm.adapter import Adapter, EncodedPrompt
 
 EVERYONE, NOBODY = (0, 2**30), (-2, -1)  # spans of the prefix and of padding
 TEXT = -1  # in ``slot``: not a visual token
+ROOM = 4  # buffers of generation have a quarter of their columns free
+# Tokens that pass the layers at once: on a CPU what its caches hold, elsewhere what memory does.
+PASS_TOKENS = {"cpu": 2048}
+MANY_TOKENS = 2**17
+ENOUGH_ENDED = 3 / 4  # rows are laid out again when so few questions of the last time go on
 
 
 @dataclass(frozen=True)
@@ -61,19 +66,45 @@ class _Keys:
         return key, value
 
 
-class _GrowingKeys:
-    """The cache of generation: starts from shared keys and values, then grows in buffers of its own."""
+class _PartOfKeys:
+    """The cache of some rows and their first columns: what they write stands in the whole cache."""
 
-    def __init__(self, held: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.buffers = dict(held)
-        self.filled = {number: key.shape[2] for number, (key, _) in held.items()}
+    def __init__(self, whole: _Keys, rows: slice, width: int, shape: tuple[int, int]) -> None:
+        self.whole, self.rows, self.width, self.shape = whole, rows, width, shape
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
+        count, columns = self.shape
+        if layer not in self.whole.held:
+            self.whole.held[layer] = tuple(
+                one.new_zeros(count, one.shape[1], columns, one.shape[3]) for one in (key, value)
+            )
+        for buffer, one in zip(self.whole.held[layer], (key, value), strict=True):
+            buffer[self.rows, :, : self.width] = one
+        return key, value
+
+
+class _GrowingKeys:
+    """The cache of generation: keys and values taken out of shared ones, in buffers of its own that grow."""
+
+    def __init__(self, held: dict[int, tuple[Tensor, Tensor]], rows: Tensor, columns: Tensor) -> None:
+        """Row ``i`` starts from ``columns[i]`` of row ``rows[i]`` of ``held``."""
+        self.filled = dict.fromkeys(held, columns.shape[1])
+        self.buffers = {
+            number: tuple(_taken(one, rows, columns, columns.shape[1] // ROOM) for one in pair)
+            for number, pair in held.items()
+        }
+
+    @property
+    def held(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {
+            number: tuple(one[:, :, : self.filled[number]] for one in pair) for number, pair in self.buffers.items()
+        }
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
         begin, end = self.filled[layer], self.filled[layer] + key.shape[2]
-        # The first step always grows, so the shared tensors are copied and not written to.
         if end > self.buffers[layer][0].shape[2]:
-            room = begin // 2 + key.shape[2]
-            self.buffers[layer] = tuple(_roomier(held, begin, room) for held in self.buffers[layer])
+            room = end // ROOM
+            self.buffers[layer] = tuple(_roomier(one, begin, end + room) for one in self.buffers[layer])
         grown = tuple(self.buffers[layer])
         for buffer, new in zip(grown, (key, value), strict=True):
             buffer[:, :, begin:end] = new
@@ -81,10 +112,18 @@ class _GrowingKeys:
         return grown[0][:, :, :end], grown[1][:, :, :end]
 
 
-def _roomier(held: Tensor, filled: int, room: int) -> Tensor:
-    """``held`` ``(rows, heads, columns, head_dim)`` up to ``filled``, with ``room`` free columns behind."""
+def _taken(held: Tensor, rows: Tensor, columns: Tensor, room: int) -> Tensor:
+    """``held`` ``(rows, heads, columns, head_dim)`` at some rows and columns of each, with ``room`` behind."""
+    count, width = columns.shape
+    buffer = held.new_empty(count, held.shape[1], width + room, held.shape[3])
+    buffer[:, :, :width] = _at(held.transpose(1, 2), rows[:, None], columns).transpose(1, 2)
+    return buffer
+
+
+def _roomier(held: Tensor, filled: int, columns: int) -> Tensor:
+    """``held`` ``(rows, heads, columns, head_dim)`` up to ``filled``, in a buffer of ``columns``."""
     rows, heads, _, head_dim = held.shape
-    buffer = held.new_empty(rows, heads, filled + room, head_dim)
+    buffer = held.new_empty(rows, heads, columns, head_dim)
     buffer[:, :, :filled] = held[:, :, :filled]
     return buffer
 
@@ -203,6 +242,7 @@ class Trunk:
             prompts = [[prompt] for prompt in self.prompts]
         self.projected = vlm.embed_visual(selection, self.layout)
         self.stretch = self._lay_out(selection, prompts)
+        self.scored: dict[tuple[int, Scorer, int], Tensor] = {}  # by layer, scorer and seed
 
     def _lay_out(self, selection: Selection, prompts: Sequence[Sequence[EncodedPrompt]]) -> Stretch:
         device, kept = self.vlm.device, selection.kept
@@ -290,16 +330,19 @@ class Trunk:
         spans = torch.where(
             real[..., None], torch.tensor((0, 1), device=real.device), torch.tensor(NOBODY, device=real.device)
         )
-        order, own = torch.arange(len(rows), device=visual.device), real[:, start + kept :]
+        own = real[:, start + kept :]
+        # Rows from short to long, so that those which pass the layers together need little padding.
+        order = own.sum(dim=1).argsort(stable=True)
+        row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         behind = torch.arange(start + kept, columns.shape[1], device=visual.device)
         hidden = _at(below.hidden, rows[:, None], columns)
         hidden[:, start : start + kept] = states
         return Stretch(
-            hidden,
-            spans,
-            positions,
-            slot,
-            place=torch.stack([order, torch.zeros_like(order)], dim=1),
+            _at(hidden, order),
+            spans[order],
+            positions[:, order],
+            slot[order],
+            place=torch.stack([row, torch.zeros_like(row)], dim=1),
             text=torch.where(own, behind, -1),
             last=start + kept + own.sum(dim=1) - 1,
             next_position=below.next_position + shift,
@@ -334,6 +377,16 @@ class Trunk:
         ]
 
     def _scores(self, below: Stretch, scorer: Scorer, visual: Tensor, seed: int) -> Tensor:
+        """``(questions, visual)``; forks of the trunk that differ in how many tokens they keep share them."""
+        if below is not self.stretch:
+            return self._score(below, scorer, visual, seed)
+        key = (below.layer, scorer, seed)
+        if key not in self.scored:
+            self.scored = {known: scores for known, scores in self.scored.items() if known[0] == below.layer}
+            self.scored[key] = self._score(below, scorer, visual, seed)
+        return self.scored[key]
+
+    def _score(self, below: Stretch, scorer: Scorer, visual: Tensor, seed: int) -> Tensor:
         rows = below.place[:, 0]
         trunk_rows, own = self.stretch.place[:, 0], self.stretch.text
         start = len(self.before)
@@ -422,42 +475,99 @@ def _rotate(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _advance(vlm: Adapter, stretch: Stretch, layer: int, watch: frozenset[int] = frozenset()) -> None:
+    """Pass the layers below ``layer``, some rows at a time: rows of like length leave padding out."""
     if layer <= stretch.layer:
         return
-    mask = _mask(vlm, stretch.spans, stretch.spans, stretch.hidden.dtype, causal=True)
-    rotary = vlm.rotation(stretch.hidden, stretch.positions)
-    for number in range(stretch.layer, layer):
-        if number in watch:
-            stretch.inputs[number] = stretch.hidden
-        stretch.hidden = vlm.language.layers[number](
-            stretch.hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=stretch.keys
-        )
-    stretch.layer = layer
+    numbers, shape = range(stretch.layer, layer), stretch.hidden.shape[:2]
+    parts = list(_parts(stretch.spans, PASS_TOKENS.get(vlm.device.type, MANY_TOKENS)))
+    entering: dict[int, list[Tensor]] = {number: [] for number in sorted(watch & set(numbers))}
+    left = []
+    for rows, width in parts:
+        hidden, spans = stretch.hidden[rows, :width], stretch.spans[rows, :width]
+        mask = _mask(vlm, spans, spans, hidden.dtype, causal=True)
+        rotary = vlm.rotation(hidden, stretch.positions[:, rows, :width])
+        keys = stretch.keys if len(parts) == 1 else _PartOfKeys(stretch.keys, rows, width, shape)
+        for number in numbers:
+            if number in entering:
+                entering[number].append(hidden)
+            hidden = vlm.language.layers[number](
+                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=keys
+            )
+        left.append(hidden)
+    stretch.inputs |= {number: _whole(held, parts, shape) for number, held in entering.items()}
+    stretch.hidden, stretch.layer = _whole(left, parts, shape), layer
+
+
+def _parts(spans: Tensor, tokens: int) -> Iterator[tuple[slice, int]]:
+    """Neighbouring rows of about ``tokens`` columns together, and the columns that any of them fills."""
+    rows, columns = spans.shape[:2]
+    filled = (spans[..., 0] >= 0) * torch.arange(1, columns + 1, device=spans.device)
+    widths = filled.amax(dim=1).tolist()
+    if rows * columns <= tokens:
+        yield slice(0, rows), columns
+        return
+    start, width = 0, 0
+    for row, mine in enumerate(widths):
+        if row > start and (row + 1 - start) * max(width, mine) > tokens:
+            yield slice(start, row), width
+            start, width = row, 0
+        width = max(width, mine)
+    yield slice(start, rows), width
+
+
+def _whole(held: Sequence[Tensor], parts: Sequence[tuple[slice, int]], shape: tuple[int, int]) -> Tensor:
+    """Rows that passed part by part as one tensor again, zero where padding was left out."""
+    if len(held) == 1:
+        return held[0]
+    whole = held[0].new_zeros(*shape, held[0].shape[-1])
+    for (rows, width), hidden in zip(parts, held, strict=True):
+        whole[rows, :width] = hidden
+    return whole
 
 
 class _Growing:
     """One stretch during generation: its cache grows by one column a slot, and so do the spans of its columns."""
 
     def __init__(self, stretch: Stretch, until: int) -> None:
-        self.stretch, self.layers = stretch, range(stretch.first, until)
-        self.keys = _GrowingKeys({number: stretch.keys.held[number] for number in self.layers})
-        self.spans = stretch.spans
+        self.layers, self.axes = range(stretch.first, until), len(stretch.positions)
+        self.keys = _Keys({number: stretch.keys.held[number] for number in self.layers})
+        self.spans, self.place, self.next_position = stretch.spans, stretch.place, stretch.next_position
+
+    def regroup(self, active: Tensor) -> None:
+        """Leave out rows without questions that go on, and columns that serve none of these."""
+        rows, ranks = self.place[active].unbind(1)
+        old, new = rows.unique(return_inverse=True)
+        # How many of a row's questions have a rank below r: a span serves those between its ends.
+        below = torch.zeros(len(old), int(ranks.max()) + 2, dtype=torch.long, device=rows.device)
+        below[new, ranks + 1] = 1
+        below = below.cumsum(1)
+        spans = self.spans[old]
+        ends = below.gather(1, spans.clamp(0, below.shape[1] - 1).flatten(1)).view(spans.shape)
+        serves = ends[..., 1] > ends[..., 0]
+        columns = serves.byte().argsort(dim=1, descending=True, stable=True)[:, : int(serves.sum(dim=1).max())]
+        self.spans = spans.gather(1, columns[..., None].expand(-1, -1, 2))
+        self.spans[~serves.gather(1, columns)] = torch.tensor(NOBODY, device=rows.device)
+        self.place = torch.full_like(self.place, -1)
+        self.place[active] = torch.stack([new, ranks], dim=1)
+        self.keys = _GrowingKeys(self.keys.held, old, columns)
 
     def step(self, vlm: Adapter, hidden: Tensor, active: Tensor, made: int) -> Tensor:
         """Pass the newest token of every active question, ``(active, dim)``, through this stretch's layers."""
-        rows, ranks = self.stretch.place[active].unbind(1)
+        rows, ranks = self.place[active].unbind(1)
         counts = torch.bincount(rows, minlength=len(self.spans))
         slots = int(counts.max())
-        slot = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        order = rows.argsort(stable=True)  # forks have their rows in another order than their questions
+        slot = torch.empty_like(rows)
+        slot[order] = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
         layout = hidden.new_zeros(len(self.spans), slots, hidden.shape[-1])
         layout[rows.to(hidden.device), slot.to(hidden.device)] = hidden
         spans = torch.tensor(NOBODY, device=rows.device).expand(len(self.spans), slots, 2).clone()
         spans[rows, slot] = torch.stack([ranks, ranks + 1], dim=1)
         positions = torch.zeros_like(spans[..., 0])
-        positions[rows, slot] = self.stretch.next_position[active] + made
+        positions[rows, slot] = self.next_position[active] + made
         self.spans = torch.cat([self.spans, spans], dim=1)
         mask = _mask(vlm, spans, self.spans, hidden.dtype, causal=False)
-        rotary = vlm.rotation(layout, positions.expand(len(self.stretch.positions), -1, -1))
+        rotary = vlm.rotation(layout, positions.expand(self.axes, -1, -1))
         for number in self.layers:
             layout = vlm.language.layers[number](
                 layout, attention_mask=mask, position_embeddings=rotary, past_key_values=self.keys
@@ -476,6 +586,7 @@ def _generate(vlm: Adapter, stretches: list[Stretch], max_new_tokens: Sequence[i
     active = torch.arange(len(limits), device=vlm.device)
     hidden = _at(top.hidden, top.place[:, 0], top.last)
     made: list[list[int]] = [[] for _ in limits]
+    together = len(active) / ENOUGH_ENDED + 1
     for step in range(int(limits.max())):
         tokens = vlm.model.lm_head(vlm.language.norm(hidden)).argmax(dim=-1).to(vlm.device)
         going = ~torch.isin(tokens, ends)
@@ -485,6 +596,10 @@ def _generate(vlm: Adapter, stretches: list[Stretch], max_new_tokens: Sequence[i
         active, tokens = active[going], tokens[going]
         if not len(active):
             break
+        if len(active) <= ENOUGH_ENDED * together:
+            together = len(active)
+            for part in growing:
+                part.regroup(active)
         hidden = vlm.language.embed_tokens(tokens)
         for part in growing:
             hidden = part.step(vlm, hidden, active, step)

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from nuwa import UNPRUNED
 from nuwa.decoder import Trunk
-from nuwa.layout import VisualLayout, place
-from nuwa.methods import LayoutPlan, MethodSpec, check_encoder, specify
+from nuwa.layout import VisualLayout
+from nuwa.methods import LayoutPlan, MethodSpec, check_encoder, select_views, specify
 from nuwa.positions import visual_positions
 from nuwa.schedule import TokenSchedule
 from nuwa.selection import Selection
-from nuwa.signals import SIGNAL_NAMES, VisionSignals
+from nuwa.signals import SIGNAL_NAMES
 from nuwa.stage1 import get_method
 from nuwa.vlm import Adapter, EncodedImage, adapt, view_signals
 
@@ -185,16 +185,6 @@ def select(
     resized = None if images is None else lambda grid: vlm.encode_resized(images, grid)
     together = {name: torch.stack([image.signals[name] for image in encoded]) for name in SIGNAL_NAMES}
     return select_views(planned, layout, view_signals(layout, together, image_ids, resized))
-
-
-def select_views(planned: LayoutPlan, layout: VisualLayout, views: Sequence[VisionSignals]) -> Selection:
-    """Stage 1 on the signals of every view (:func:`nuwa.vlm.view_signals`), over slots."""
-    spec = planned.spec
-    method = get_method(spec.stage1)
-    chosen = [
-        method.select(signals, keep, spec.config, spec.seed) for signals, keep in zip(views, planned.keeps, strict=True)
-    ]
-    return place(layout, chosen)
 
 
 def _answer_layout(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from nuwa.grid import PatchGrid
-from nuwa.schedule import UnreachableBudget
 from nuwa.selection import Selection, gather_tokens
 
 
@@ -97,27 +96,6 @@ def layout_from_json(held: dict[str, Any]) -> VisualLayout:
     """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what no layout was written as."""
     views = tuple(View(PatchGrid(height, width), crops, newline) for height, width, crops, newline in held["views"])
     return VisualLayout(views, held["axes"])
-
-
-def shares(layout: VisualLayout, keep: int) -> list[int]:
-    """How many of its tokens each view keeps when ``keep`` visual tokens enter the language model.
-
-    Newline tokens are put back at every row's end and count. The rest is dealt out by crops, ``total // crops``
-    to each; what division or a view's size leaves over goes to the later views first. Raises
-    :class:`UnreachableBudget`.
-    """
-    newlines = int(layout.newlines.sum())
-    least = newlines + len(layout.views)
-    if not least <= keep <= layout.tokens:
-        raise UnreachableBudget(
-            f"{keep} tokens before the first cut are out of reach on this image: allowed {least}..{layout.tokens}, "
-            f"{newlines} of them newline tokens"
-        )
-    patches, crops = keep - newlines, sum(view.crops for view in layout.views)
-    dealt = [min(max(1, patches * view.crops // crops), view.grid.tokens) for view in layout.views]
-    for number in reversed(range(len(dealt))):
-        dealt[number] += min(patches - sum(dealt), layout.views[number].grid.tokens - dealt[number])
-    return dealt
 
 
 def place(layout: VisualLayout, selections: Sequence[Selection]) -> Selection:

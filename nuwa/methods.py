@@ -7,13 +7,16 @@ how hard and by which score stage 2 cuts. Every part is a sweep axis, so any sta
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from nuwa.grid import PatchGrid
-from nuwa.layout import View, VisualLayout, shares
+from nuwa.layout import View, VisualLayout, place
 from nuwa.positions import STRATEGIES, PositionStrategy
-from nuwa.schedule import Decay, KeepShares, Published, TokenSchedule, solve_schedule
+from nuwa.schedule import Decay, KeepShares, Published, TokenSchedule, shares, solve_schedule
+from nuwa.selection import Selection
+from nuwa.signals import VisionSignals
 from nuwa.stage1 import METHODS, get_method
 from nuwa.stage2 import Cut, Recycling, get_scorer
 
@@ -151,6 +154,16 @@ class LayoutPlan:
     spec: MethodSpec
     keeps: tuple[int, ...]
     schedule: TokenSchedule
+
+
+def select_views(planned: LayoutPlan, layout: VisualLayout, views: Sequence[VisionSignals]) -> Selection:
+    """Stage 1 on the signals of every view (:func:`nuwa.vlm.view_signals`), over slots."""
+    spec = planned.spec
+    method = get_method(spec.stage1)
+    chosen = [
+        method.select(signals, keep, spec.config, spec.seed) for signals, keep in zip(views, planned.keeps, strict=True)
+    ]
+    return place(layout, chosen)
 
 
 class Encoder(Protocol):

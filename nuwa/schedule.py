@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nuwa.layout import VisualLayout
+
 
 class UnreachableBudget(ValueError):
     """No schedule of the asked form has that average; the message names the reachable range."""
@@ -178,3 +180,24 @@ def _cuts_text(cuts: Sequence[int]) -> str:
     if len(cuts) == 1:
         return f"a stage-2 cut before layer {cuts[0]}"
     return f"stage-2 cuts before layers {', '.join(map(str, cuts))}"
+
+
+def shares(layout: VisualLayout, keep: int) -> list[int]:
+    """How many of its tokens each view keeps when ``keep`` visual tokens enter the language model.
+
+    Newline tokens are put back at every row's end and count. The rest is dealt out by crops, ``total // crops``
+    to each; what division or a view's size leaves over goes to the later views first. Raises
+    :class:`UnreachableBudget`.
+    """
+    newlines = int(layout.newlines.sum())
+    least = newlines + len(layout.views)
+    if not least <= keep <= layout.tokens:
+        raise UnreachableBudget(
+            f"{keep} tokens before the first cut are out of reach on this image: allowed {least}..{layout.tokens}, "
+            f"{newlines} of them newline tokens"
+        )
+    patches, crops = keep - newlines, sum(view.crops for view in layout.views)
+    dealt = [min(max(1, patches * view.crops // crops), view.grid.tokens) for view in layout.views]
+    for number in reversed(range(len(dealt))):
+        dealt[number] += min(patches - sum(dealt), layout.views[number].grid.tokens - dealt[number])
+    return dealt

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from nuwa.decoder import Answer, Trunk
-from nuwa.generation import select_views
 from nuwa.grid import PatchGrid
 from nuwa.layout import VisualLayout
+from nuwa.methods import select_views
 from nuwa.selection import Selection
 from nuwa.signals import VisionSignals
 from nuwa.source import code_fingerprint

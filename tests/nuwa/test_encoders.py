@@ -15,8 +15,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout, place
-from nuwa.layout import shares as shares_of
 from nuwa.schedule import UnreachableBudget
+from nuwa.schedule import shares as shares_of
 from nuwa.selection import Selection
 from nuwa.vlm import EncodedImage, view_signals
 

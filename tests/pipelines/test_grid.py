@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nuwa.generation import select_views
 from nuwa.grid import PatchGrid
+from nuwa.methods import select_views
 from nuwa.signals import VisionSignals
 from pipelines.grid import Layouts, expand
 from pipelines.settings import SweepSettings
