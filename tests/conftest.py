@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_families import family, photos, tiny_next, tiny_qwen  # noqa: F401  (fixtures for all tests)
 
 from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.language import build_processor

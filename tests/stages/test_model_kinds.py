@@ -1,4 +1,4 @@
-"""Models whose images differ in grid are refused before any stage starts; the library answers with them."""
+"""Models of every family are planned before any stage starts; others, and methods they cannot have, are refused."""
 
 from __future__ import annotations
 
@@ -14,29 +14,64 @@ from stages.entry import planned_trials
 ROOT = Path(__file__).parents[2]
 
 
-def settings_for(folder: Path, model: Path):
+def settings_for(folder: Path, model: Path, grids: list[dict], **sections):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["path"] = str(model)
+    params["sweep"] |= {"budget_unit": "share", "budgets": [0.25, 0.5], "grids": grids}
+    params["report"]["headline_budget"] = 0.25
+    params["search"] = None
+    for name, values in sections.items():
+        params[name] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return load_settings(folder / "params.yaml")
 
 
-@pytest.mark.parametrize("config", [LlavaNextConfig, Qwen2_5_VLConfig])
-def test_models_of_dynamic_grids_are_refused_with_one_line(config, tmp_path):
+@pytest.mark.parametrize(("config", "tokens"), [(LlavaNextConfig, 2340), (Qwen2_5_VLConfig, 391)])
+def test_dynamic_layouts_are_planned_for_a_usual_photo(config, tokens, tmp_path):
     config().save_pretrained(tmp_path / "model")
+    trials = planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": ["nuwa", "random"]}]))
+    assert [trial.spec.method for trial in trials] == ["unpruned", "nuwa", "nuwa", "random", "random"]
+    assert trials[0].schedule.tokens == tokens
+    for trial, share in zip(trials[1:], [0.25, 0.5, 0.25, 0.5], strict=True):
+        assert trial.dynamic and abs(trial.schedule.average_tokens / tokens - share) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("visionzip", "needs the attention of a CLS token, and Qwen2.5-VL's vision encoder has none; methods that do"),
+        (
+            "downsample",
+            "makes images smaller before the encoder, and Qwen2.5-VL's vision encoder chooses sizes by itself",
+        ),
+    ],
+)
+def test_methods_that_the_encoder_cannot_serve_are_refused(method, reason, tmp_path):
+    Qwen2_5_VLConfig().save_pretrained(tmp_path / "model")
     with pytest.raises(SettingsError) as caught:
-        planned_trials(settings_for(tmp_path, tmp_path / "model"))
+        planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": method}]))
+    assert str(caught.value).startswith(f"sweep.grids (g): method '{method}' {reason}")
+
+
+def test_a_method_that_reads_what_is_not_kept_is_refused(tmp_path):
+    LlavaNextConfig().save_pretrained(tmp_path / "model")
+    grids, keep = [{"name": "g", "method": ["random", "nuwa"]}], {"keep": ["cls_attention", "features"]}
+    with pytest.raises(SettingsError) as caught:
+        planned_trials(settings_for(tmp_path, tmp_path / "model", grids, features=keep))
     assert str(caught.value) == (
-        f"model.path = '{tmp_path / 'model'}': its images have grids of their own, and the pipeline holds one grid for "
-        "all images; ask this model with nuwa.generate, or name one of model type llava"
+        "features.keep = features, cls_attention: method 'nuwa' of grid 'g' reads similarity; add it there"
     )
+    grids = [{"name": "g", "method": "nuwa", "parameters": {"aggregation": False}}]
+    assert len(planned_trials(settings_for(tmp_path, tmp_path / "model", grids, features=keep))) == 3
+    with pytest.raises(SettingsError, match="keep must hold features, which every method reads"):
+        settings_for(tmp_path, tmp_path / "model", grids, features={"keep": ["keys"]})
 
 
 def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(SettingsError) as caught:
-        planned_trials(settings_for(tmp_path, tmp_path / "model"))
+        planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": "nuwa"}]))
     assert "model type 'bert' is not supported; supported: llava, llava_next, qwen2_5_vl" in str(caught.value)
 
 

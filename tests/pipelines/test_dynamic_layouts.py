@@ -1,0 +1,246 @@
+"""Models whose images have layouts of their own, through feature store, plan and sweep, against one image at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bench import same
+
+from nuwa.generation import answer_encoded
+from nuwa.methods import specify
+from pipelines.datasets import IMAGES
+from pipelines.features import encode_missing
+from pipelines.grid import Layouts, budget_on, expand
+from pipelines.plan import forecast, image_layouts, plan_units, read_examples, sweep_costs
+from pipelines.results import ResultStore
+from pipelines.settings import ClusterSettings, FeatureSettings, SettingsError, SweepSettings
+from pipelines.sweep import SweepSpec, answer_context, branch, run_sweep
+
+ONE = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
+ASKED = ["what is on the left ?", "how many red cat near the sign ?", "where is the dog ?"]
+MAX_NEW = 4
+SLOW = 1e8
+
+
+def sweep_settings(unit: str, budgets: list[float], *entries) -> SweepSettings:
+    return SweepSettings(
+        benchmarks=["pope"],
+        images=None,
+        subset_seed=0,
+        unit_images=3,
+        budget_unit=unit,
+        budgets=budgets,
+        grids=list(entries),
+    )
+
+
+GRIDS = [
+    {"name": "methods", "method": ["nuwa", "random"], "position": ["perc", "pesp", "rpme"]},
+    {"name": "methods", "method": ["divprune", "uniform"], "stage2_layer": "off"},
+    {"name": "cuts", "method": "fastv", "budget": 0.6},
+    {"name": "cuts", "method": "nuwa", "stage2_layer": [2, 4], "stage2_scorer": ["cosine_mean_text", "random"]},
+]
+SHARES = [0.7, 0.9]
+
+
+class Dynamic:
+    """Photos of many sizes, three questions each, encoded and planned."""
+
+    def __init__(self, vlm, photos, root, monkeypatch):
+        for module in ("pipelines.features", "pipelines.sweep"):
+            monkeypatch.setattr(f"{module}.load_model", lambda path, device: vlm)
+        monkeypatch.setattr("pipelines.features.load_adapter", lambda path: vlm)
+        self.vlm, self.root = vlm, root
+        content = []
+        for photo in photos:
+            buffer = io.BytesIO()
+            photo.save(buffer, "PNG")
+            content.append(buffer.getvalue())
+        names = [hashlib.sha256(one).hexdigest() for one in content]
+        self.photos = dict(zip(names, photos, strict=True))
+        widths, heights = zip(*(photo.size for photo in photos), strict=True)
+        rows = {"image": names, "width": widths, "height": heights, "bytes": content}
+        pq.write_table(pa.table(rows, IMAGES), root / "images.parquet")
+        self.table = pd.DataFrame(
+            [
+                {
+                    "example_id": f"pope:{name[:6]}:{number}",
+                    "image": name,
+                    "width": photo.size[0],
+                    "height": photo.size[1],
+                    "prompt": prompt,
+                    "family": "vqa",
+                    "max_new_tokens": MAX_NEW,
+                }
+                for name, photo in self.photos.items()
+                for number, prompt in enumerate(ASKED)
+            ]
+        )
+        settings = FeatureSettings(dtype="float32", shard_images=2, batch_size=2)
+        self.store, self.encoded = encode_missing(
+            "model", root / "images.parquet", root / "features", settings, ONE, in_process=True
+        )
+        self.layouts = image_layouts(vlm, self.table)
+        self.counts = Layouts.of(self.layouts.values(), dynamic=True)
+        self.costs = sweep_costs(vlm, self.table)
+        self.examples = read_examples(self.table, answer_context(vlm, self.store.identity), self.layouts)
+
+    def expand(self, unit, budgets, *entries):
+        return expand(sweep_settings(unit, budgets, *entries), self.counts, self.vlm.layers)
+
+    def run(self, trials, results, unit_images=3, done=lambda *_: None):
+        places = (str(self.root / "features"), self.store.identity, str(results), str(self.root / "images.parquet"))
+        return run_sweep(
+            SweepSpec("model", *places, threads=1),
+            trials,
+            self.examples,
+            self.costs,
+            SLOW,
+            unit_images,
+            ONE,
+            lambda units, cached: None,
+            done,
+            in_process=True,
+        )
+
+
+@pytest.fixture(params=["tiny_next", "tiny_qwen"])
+def dynamic(request, photos, tmp_path, monkeypatch) -> Dynamic:
+    return Dynamic(request.getfixturevalue(request.param), photos, tmp_path, monkeypatch)
+
+
+def test_a_shard_holds_images_of_one_layout_and_says_which(dynamic):
+    assert dynamic.encoded == len(dynamic.photos)
+    groups = dynamic.store.by_layout(sorted(dynamic.photos))
+    assert len(groups) == len(dynamic.counts.counts) > 4
+    for layout, images in groups.items():
+        assert {dynamic.layouts[image] for image in images} == {layout}
+        signals = dynamic.store.read(images)
+        encoded = dynamic.vlm.encode_images([dynamic.photos[image] for image in images])
+        for row, image in enumerate(encoded):
+            for name, value in image.signals.items():
+                assert (signals[name][row] - value).abs().max() < 1e-5
+
+
+def test_every_answer_is_that_of_the_image_alone(dynamic, tmp_path):
+    """The slow way: pixels, one image, one question, one trial at a time, budgets from the image's own tokens."""
+    vlm, trials = dynamic.vlm, dynamic.expand("share", SHARES, *GRIDS)
+    assert len(trials) == 1 + 2 * 3 * 2 + 2 * 2 + 1 + 2 * 2 * 2
+    outcome = dynamic.run(trials, tmp_path / "results")
+    assert not outcome.failures
+    found = outcome.predictions.to_pandas().set_index(["trial_id", "example_id"])
+    assert len(found) == len(trials) * len(dynamic.table)
+    kept = outcome.kept.to_pandas().set_index(["trial_id", "image"])
+    for trial, image in itertools.product(trials, dynamic.photos):
+        asked = trial.spec
+
+        def spec_of(layout, asked=asked, trial=trial):
+            if asked.budget is None:
+                return specify("unpruned")
+            layers = {"layer": asked.stage2.layers_of(vlm.layers)} if asked.stage2 else {}
+            return specify(
+                asked.method,
+                position=asked.position,
+                budget=max(1.0, trial.budgets[0] * layout.tokens),
+                stage2={**layers, "scorer": asked.stage2.scorer} if asked.stage2 else None,
+                without_stage2=asked.stage2 is None,
+            )
+
+        encoded = vlm.encode_images([dynamic.photos[image]])
+        mine = dynamic.table[dynamic.table["image"] == image]
+        for row in mine.itertuples():
+            ((alone,),) = answer_encoded(vlm, encoded, [image], [[row.prompt]], spec_of, MAX_NEW)
+            there = found.loc[(trial.trial_id, row.example_id)]
+            assert (alone.text, alone.kept_last) == (there["prediction"], tuple(there["kept_final"])), trial.label
+            assert tuple(kept.loc[(trial.trial_id, image)]["indices"]) == alone.kept.slots
+
+
+def test_units_of_any_size_come_to_the_same_and_nothing_is_asked_twice(dynamic, tmp_path):
+    trials = dynamic.expand("share", SHARES, *GRIDS)
+    one = dynamic.run(trials, tmp_path / "one")
+    done = []
+    other = dynamic.run(trials, tmp_path / "other", unit_images=1, done=lambda unit, report: done.append(report))
+    assert same(one, other) and sum(report.answers for report in done) == len(trials) * len(dynamic.table)
+    again = []
+    assert same(dynamic.run(trials, tmp_path / "other", done=lambda *_: again.append(1)), one) and not again
+
+
+def test_rows_hold_means_over_images(dynamic):
+    trials = dynamic.expand("share", [0.8], GRIDS[0])
+    layouts = [dynamic.layouts[image] for image in dynamic.photos]
+    tokens = sum(layout.tokens for layout in layouts) / len(layouts)
+    for trial in trials:
+        row = trial.row(dynamic.counts, lambda schedule: {"flops": float(schedule.tokens), "words": "same"})
+        averages = [trial.on(layout).schedule.average_tokens for layout in layouts]
+        assert row["average_tokens"] == pytest.approx(sum(averages) / len(averages))
+        assert row["image_tokens"] == round(tokens) and row["flops"] == pytest.approx(tokens)
+        if trial.budgets:
+            assert row["budget"] == round(0.8 * round(tokens)) and row["budgets"] == [row["budget"]]
+            assert abs(row["average_tokens"] - 0.8 * tokens) < 0.5
+    assert trials[1].label.startswith("nuwa · 80 % · perc")
+
+
+def test_an_absolute_budget_keeps_all_of_an_image_that_has_fewer(dynamic):
+    largest = max(layout.tokens for layout in dynamic.counts.counts)
+    _, trial = dynamic.expand("tokens", [largest - 1.0], {"name": "g", "method": "random"})
+    for layout in dynamic.counts.counts:
+        kept = trial.on(layout).schedule.stage1_keep
+        assert kept == min(largest - 1, layout.tokens)
+        assert budget_on(layout, largest - 1.0, "tokens", dynamic=True) == kept
+
+
+def test_a_budget_out_of_reach_on_one_image_is_refused_or_left_out(tiny_next, photos, tmp_path, monkeypatch):
+    dynamic = Dynamic(tiny_next, photos, tmp_path, monkeypatch)
+    entry = {"name": "g", "method": "random"}
+    with pytest.raises(SettingsError) as caught:
+        dynamic.expand("tokens", [5.0], entry)
+    assert str(caught.value).startswith(
+        "sweep.grids.0 (g), method random: 5 tokens before the first cut are out of reach"
+    )
+    assert "newline tokens; give the entry its own budget or set where_reachable: true" in str(caught.value)
+    assert len(dynamic.expand("tokens", [5.0], {**entry, "where_reachable": True})) == 1
+    with pytest.raises(ValueError, match=r"budget 5 of grid 'g' must lie in \(0, 1\]: budget_unit is share"):
+        dynamic.expand("share", [5.0], entry)
+
+
+def test_the_forecast_is_the_sum_over_images(dynamic):
+    """With as many layouts as are costed one by one, against each image's own trials on its own questions."""
+    trials = dynamic.expand("share", SHARES, *GRIDS)
+    assert {part.layout for part in dynamic.costs} == set(dynamic.counts.counts)
+    alone = sum(part.alone(trial.on(part.layout)) for part in dynamic.costs for trial in trials)
+    expected = forecast(trials, dynamic.costs)
+    assert expected.alone_flops == alone and expected.answers == len(trials) * len(dynamic.table)
+    model = dynamic.costs[0].model
+    for part in dynamic.costs:
+        (unpruned,) = (trial.on(part.layout) for trial in trials if trial.spec.method == "unpruned")
+        prefix = model.system + part.layout.tokens
+        text, made = part.load.text, part.load.made
+        rows = part.load.questions * prefix + text
+        assert part.alone(unpruned) > model.layers * rows * model.token + made * model.layers * model.token
+        assert unpruned.schedule.stage1_keep == part.layout.tokens
+    units, cached = plan_units(trials, dynamic.examples, [], dynamic.costs, SLOW, 3)
+    assert cached == 0
+    asked = [(t.trial_id, e.digest) for unit in units.values() for t in unit.trials for e in unit.examples]
+    assert len(asked) == len(set(asked)) == expected.answers
+
+
+def test_trials_alike_on_a_layout_run_once(dynamic, tmp_path, monkeypatch):
+    """A budget above what every image has is everything, so two such budgets of a method are the same work."""
+    largest = max(layout.tokens for layout in dynamic.counts.counts)
+    entry = {"name": "g", "method": ["random", "uniform"], "stage2_layer": "off"}
+    trials = dynamic.expand("tokens", [largest + 1.0, largest + 2.0], entry)
+    assert len(trials) == 5
+    branches = []
+    monkeypatch.setattr("pipelines.sweep.branch", lambda *args: branches.append(1) or branch(*args))
+    outcome = dynamic.run(trials, tmp_path / "results", unit_images=1)
+    answers = outcome.predictions.to_pandas().pivot(index="example_id", columns="trial_id", values="prediction")
+    assert answers.nunique(axis=1).eq(1).all() and answers.shape == (len(dynamic.table), 5)
+    together = [unit for unit in ResultStore(tmp_path / "results").done() if len(unit.trials) == 5]
+    assert len(together) == len(dynamic.photos), "a unit an image, so that what follows is a count of one layout each"
+    assert len(branches) == 3 * len(dynamic.photos), "unpruned, random and uniform"
