@@ -52,7 +52,7 @@ class SweepSpec:
     model: str
     feature_root: str
     feature_identity: str
-    results: str
+    results: str  # folder or storage URI
     images: str  # images.parquet, for methods that encode images anew
     threads: int
     device: str = "cpu"
@@ -91,7 +91,7 @@ class SweepWorker:
         self.vlm, self.images = load_model(spec.model, spec.device), Path(spec.images)
         self.device = device_name(spec.device, spec.threads)
         self.features = FeatureStore(spec.feature_root, spec.feature_identity)
-        self.results = ResultStore(Path(spec.results))
+        self.results = ResultStore(spec.results)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="features")
         self.encoded: dict[tuple[str, ...], Future[list[EncodedImages]]] = {}
         self.words = Words(self.vlm)
@@ -380,8 +380,8 @@ def run_sweep(
     in_process: bool = False,
 ) -> SweepOutcome:
     """Run what is missing, then collect everything. ``on_start(units, cached_answers)`` is called before work starts."""
-    store = ResultStore(Path(spec.results))
-    stored = [(held.trials, held.examples) for held in store.done()]
+    store = ResultStore(spec.results)
+    stored = [(held.trials, held.examples) for held in store.done(discard_damaged=True)]
     units, cached = plan_units(trials, examples, stored, costs, speed, unit_images)
     on_start(units, cached)
     failures = run_units(spec, units, cluster, on_done, in_process=in_process)
@@ -397,13 +397,14 @@ def _collect(store: ResultStore, trials: Sequence[Trial], examples: Sequence[Exa
     mine = pa.array(sorted(known), pa.string())
     asked = {example.digest: example for example in examples}
     parts: dict[str, list[pa.Table]] = {part: [PARTS[part].empty_table()] for part in KEYS}
-    for held in store.done():
+    relevant = [
+        held for held in store.done() if not (known.isdisjoint(held.trials) or asked.keys().isdisjoint(held.examples))
+    ]
+    for held, tables in zip(relevant, store.read_all(held.unit for held in relevant), strict=True):
         here = [asked[digest] for digest in held.examples if digest in asked]
-        if not here or known.isdisjoint(held.trials):
-            continue
         wanted = {"example_id": {example.example_id for example in here}, "image": {example.image for example in here}}
         for part, (_, key) in KEYS.items():
-            table = store.read(part, held.unit)
+            table = tables[part]
             chosen = pc.is_in(table["trial_id"], mine)
             if key in wanted:
                 chosen = pc.and_(chosen, pc.is_in(table[key], pa.array(sorted(wanted[key]), pa.string())))

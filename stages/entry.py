@@ -18,9 +18,9 @@ from pipelines.executor import ClusterUnavailable, UnitsFailed
 from pipelines.features import MissingFeatures
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.lock import WorkDirectoryBusy
-from pipelines.results import DamagedUnit, StorageFull
+from pipelines.results import DamagedUnit
 from pipelines.settings import Settings, SettingsError, load_settings
-from pipelines.storage import StorageUnavailable
+from pipelines.storage import StorageFull, StorageUnavailable
 from pipelines.tracking import checked_uri
 
 DATA = Path("data")  # outputs that DVC tracks

@@ -29,7 +29,7 @@ from pipelines.lock import exclusive
 from pipelines.plan import image_layouts, read_examples, sweep_costs
 from pipelines.progress import SweepProgress, worker_speed
 from pipelines.settings import Settings
-from pipelines.storage import is_uri
+from pipelines.storage import everywhere
 from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, run_sweep
 from pipelines.tracking import Tracker, git_and_dvc_tags
 from stages.entry import (
@@ -54,7 +54,7 @@ def sweep(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan, cluster = settings.sweep, settings.cluster
-    place = settings.features.store or FEATURE_STORE
+    place, results = settings.features.store or FEATURE_STORE, plan.store or RESULT_STORE
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     vlm = load_adapter(settings.model.path)
     of_image = image_layouts(vlm, questions.examples)
@@ -76,9 +76,9 @@ def sweep(settings: Settings) -> None:
         progress = stack.enter_context(SweepProgress(PROGRESS, UNITS_LOG, tracker.progress))
         spec = SweepSpec(
             settings.model.path,
-            str(place if is_uri(place) else Path(place).resolve()),
+            everywhere(place),
             store.identity,
-            str(RESULT_STORE.resolve()),
+            everywhere(results),
             str(IMAGES.resolve()),
             cluster.cpus,
             cluster.device,

@@ -105,13 +105,13 @@ def test_an_example_that_raises_is_given_up_alone(bench, undisturbed, cluster, t
 FULL = """
 import pickle, sys
 from pathlib import Path
-from pipelines.results import StorageFull
+from pipelines.storage import StorageFull
 from pipelines.settings import ClusterSettings
 bench = pickle.loads(Path(sys.argv[1]).read_bytes())
 try:
     bench.run(Path(sys.argv[2]), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
 except StorageFull as error:
-    print(len(list(Path(sys.argv[2]).glob("*.predictions.parquet"))), error)
+    print(len(list(Path(sys.argv[2]).glob("*.unit.parquet"))), error)
 """
 
 
@@ -138,11 +138,10 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, tmp_path):
     assert "no space is left" in message and "run the same command again" in message
 
 
-@pytest.mark.parametrize("part", ["predictions", "kept", "timings"])
-def test_a_damaged_unit_is_done_again(bench, undisturbed, cluster, tmp_path, part):
+def test_a_cut_off_unit_is_done_again(bench, undisturbed, cluster, tmp_path):
     bench.run(tmp_path, cluster)
-    victim = sorted(tmp_path.glob(f"*.{part}.parquet"))[0]
-    victim.write_bytes(victim.read_bytes()[:100])
+    victim = sorted(tmp_path.glob("*.unit.parquet"))[0]
+    victim.write_bytes(victim.read_bytes()[:-100])
     redone = []
     outcome = bench.run(tmp_path, cluster, done=lambda unit, result: redone.append(unit))
     assert redone == [victim.name.partition(".")[0]]
@@ -168,7 +167,7 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
         env=os.environ | {"PYTHONPATH": PATHS},
     )
     deadline = time.monotonic() + 300
-    while len(list(results.glob("*.predictions.parquet"))) < 3:
+    while len(list(results.glob("*.unit.parquet"))) < 3:
         assert driver.poll() is None, "the driver ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -256,9 +255,8 @@ def test_results_name_what_they_hold(bench, cluster, tmp_path):
     assert held == {(trial.trial_id, example.digest) for trial in bench.trials for example in bench.examples}
     assert len(stored) > 3
     for unit in stored:
-        assert pq.read_metadata(tmp_path / f"{unit.unit}.predictions.parquet").num_rows == len(unit.trials) * len(
-            unit.examples
-        )
+        footer = pq.read_metadata(tmp_path / f"{unit.unit}.unit.parquet")
+        assert footer.row_group(0).num_rows == len(unit.trials) * len(unit.examples)
 
 
 @dataclass(frozen=True)
