@@ -122,7 +122,7 @@ class Bench:
             MODEL, root / "images.parquet", root / "features", settings, ONE_WORKER, in_process=True
         )
         vlm, table = LlavaAdapter.load(MODEL), pd.read_parquet(root / "examples.parquet")
-        examples = read_examples(table, answer_context(vlm, store.identity))
+        examples = read_examples(table, answer_context(vlm.fingerprint(), store.identity))
         return cls(vlm, root, store, table, examples, sweep_costs(vlm, table), Words(vlm))
 
     def shared(self, trials: Sequence[Trial], results: Path) -> tuple[float, dict[tuple[str, str], str], float]:

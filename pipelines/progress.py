@@ -120,3 +120,11 @@ def worker_speed(units_log: Path, cluster: ClusterSettings, last: int = 200) -> 
     mine = [row for row in map(json.loads, lines) if row["device"] == device]
     seconds = sum(row["seconds"] for row in mine)
     return sum(row["flops"] for row in mine) / seconds if seconds else usual_speed(cluster.device, cluster.cpus)
+
+
+def duration(seconds: float) -> str:
+    """In words, in the largest unit of which there are two."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

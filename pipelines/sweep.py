@@ -39,9 +39,9 @@ from pipelines.results import PARTS, ResultStore, StoredUnit
 from pipelines.settings import ClusterSettings
 
 
-def answer_context(vlm: Adapter, feature_identity: str) -> str:
-    """Digest of what decides answers beside trial and questions: weights, prompt format, features and code."""
-    content = json.dumps([vlm.fingerprint(), feature_identity, code_fingerprint()])
+def answer_context(fingerprint: str, feature_identity: str) -> str:
+    """Digest of what decides answers beside trial and questions: the model's fingerprint, features and code."""
+    content = json.dumps([fingerprint, feature_identity, code_fingerprint()])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

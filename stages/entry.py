@@ -43,6 +43,7 @@ RESULT_STORE = CACHE / "results"
 TIMINGS = CACHE / "timings.parquet"
 PROGRESS = CACHE / "progress.json"
 UNITS_LOG = CACHE / "units.jsonl"  # one line a finished unit
+MODEL = CACHE / "model.json"  # digests of the model that the last sweep loaded
 QUARANTINE = CACHE / "quarantine.json"  # answers that could not be made, and why
 
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -19,12 +19,13 @@ from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
-from nuwa.vlm import Adapter, load_adapter
+from nuwa.vlm import load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed
 from pipelines.features import encode_missing
 from pipelines.grid import Layouts, Trial, expand
+from pipelines.identity import ModelIdentity, folder_stamp, remember
 from pipelines.lock import exclusive
 from pipelines.plan import image_layouts, read_examples, sweep_costs
 from pipelines.progress import SweepProgress, worker_speed
@@ -38,6 +39,7 @@ from stages.entry import (
     FEATURE_STORE,
     IMAGES,
     KEPT,
+    MODEL,
     PREDICTIONS,
     PROGRESS,
     QUARANTINE,
@@ -56,7 +58,7 @@ def sweep(settings: Settings) -> None:
     plan, cluster = settings.sweep, settings.cluster
     place, results = settings.features.store or FEATURE_STORE, plan.store or RESULT_STORE
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    vlm = load_adapter(settings.model.path)
+    stamp, vlm = folder_stamp(Path(settings.model.path)), load_adapter(settings.model.path)
     of_image = image_layouts(vlm, questions.examples)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
     trials = expand(plan, layouts, vlm.layers)
@@ -67,8 +69,10 @@ def sweep(settings: Settings) -> None:
         stack.enter_context(exclusive(CACHE))
         # Normally finds everything; after the cache was thrown away it encodes again instead of failing.
         store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster)
-        context = answer_context(vlm, store.identity)
-        facts = _facts(vlm, trials, questions.examples, store.identity, context)
+        model = ModelIdentity(vlm.fingerprint(), vlm.encoder_identity)
+        remember(MODEL, stamp, model)
+        context = answer_context(model.model, store.identity)
+        facts = _facts(model.model, trials, questions.examples, store.identity, context)
         tracking = settings.tracking
         tracker = Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"])
         stack.enter_context(tracker)
@@ -133,7 +137,7 @@ def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict,
     return [trial for trial in trials if trial.trial_id not in incomplete]
 
 
-def _facts(vlm: Adapter, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
+def _facts(model: str, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
     """What identifies this sweep, and its size."""
     data = hashlib.sha256("".join(examples["example_id"] + examples["image"]).encode()).hexdigest()
     ids = sorted(trial.trial_id for trial in trials)
@@ -144,7 +148,7 @@ def _facts(vlm: Adapter, trials: list[Trial], examples: pd.DataFrame, features: 
         "images": int(examples["image"].nunique()),
         "benchmarks": ", ".join(sorted(set(examples["benchmark"]))),
     }
-    fingerprints = {"model": vlm.fingerprint(), "features": features, "data": data, "code": code_fingerprint()}
+    fingerprints = {"model": model, "features": features, "data": data, "code": code_fingerprint()}
     name = f"sweep {sweep_id[:8]}: {counts['trials']} trials, {counts['questions']} questions"
     return {"sweep_id": sweep_id, "name": name, "counts": counts, "fingerprints": fingerprints}
 

@@ -100,7 +100,7 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
         prepared / "images.parquet",
         expand(plan, Layouts.fixed(vlm.grid), vlm.layers),
         questions,
-        answer_context(vlm, store.identity),
+        answer_context(vlm.fingerprint(), store.identity),
         sweep_costs(vlm, questions.examples),
     )
 
