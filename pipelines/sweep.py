@@ -7,6 +7,7 @@ others of its unit their results.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -137,11 +138,14 @@ class SweepWorker:
         )
 
     def _resized(self, images: tuple[str, ...]) -> Callable[[PatchGrid], Tensor]:
-        """Encodes ``images`` at a smaller size, when a method asks for it."""
+        """Encodes ``images`` at a smaller size, when a method asks for it.
+
+        The first call decodes them; they are held as long as the signals that this belongs to.
+        """
+        decoded = functools.cache(lambda: read_images(self.images, images))
 
         def encode(grid: PatchGrid) -> Tensor:
-            content = read_images(self.images, images)
-            return self.vlm.encode_resized([content[image] for image in images], grid)
+            return self.vlm.encode_resized([decoded()[image] for image in images], grid)
 
         return encode
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray
-from bench import PATHS, ROOT, same
+from bench import BENCHMARKS, PATHS, ROOT, SLOW, same
 
 from nuwa.decoder import Trunk
+from nuwa.grid import PatchGrid
 from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
+from pipelines import sweep
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.features import FeatureStore, read_images
+from pipelines.grid import Layouts, expand
 from pipelines.lock import exclusive
 from pipelines.plan import read_examples
 from pipelines.results import ResultStore
+from pipelines.settings import SweepSettings
 from pipelines.sweep import branch
 
 
@@ -86,6 +91,33 @@ def test_answers_to_other_words_are_not_taken_for_these(bench, undisturbed, clus
     outcome = bench.run(tmp_path, cluster, done=lambda unit, report: done.append(report.examples))
     assert set(done) == {1}, "just the one question is asked again"
     assert same(outcome, undisturbed)
+
+
+def test_images_are_decoded_once_a_batch_and_then_let_go(bench, cluster, tmp_path, monkeypatch):
+    """Downsampling to two sizes under two strategies, a trial or two a unit; the images stay as long as their batch."""
+    grid = {"name": "small", "method": "downsample", "budget": [16, 36], "position": ["perc", "pesp"]}
+    plan = SweepSettings(benchmarks=BENCHMARKS, images=None, subset_seed=0, unit_images=4, budgets=[16], grids=[grid])
+    decoded, alive, held, resized = [], [], [], []
+
+    def counted(path, images):
+        found = read_images(path, images)
+        decoded.append(images)
+        alive.extend(weakref.ref(picture) for picture in found.values())
+        return found
+
+    def watched(vlm, pictures, size, encode=LlavaAdapter.encode_resized):
+        resized.append(size)
+        return encode(vlm, pictures, size)
+
+    monkeypatch.setattr(sweep, "read_images", counted)
+    monkeypatch.setattr(LlavaAdapter, "encode_resized", watched)
+    count = lambda unit, report: held.append(sum(picture() is not None for picture in alive))  # noqa: E731
+    trials = expand(plan, Layouts.fixed(PatchGrid(12, 12)), LAYERS)
+    assert not bench.run(tmp_path, cluster, trials=trials, done=count, speed=SLOW / 10).failures
+    images = sorted({example.image for example in bench.examples})
+    assert sorted(image for batch in decoded for image in batch) == images, "each is decoded once"
+    assert len(resized) > len(decoded) > 1
+    assert 0 < max(held) == max(map(len, decoded)), "those of one batch at a time"
 
 
 def test_an_example_that_raises_is_given_up_alone(bench, undisturbed, cluster, tmp_path):
@@ -183,6 +215,8 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
 
 # Workers cannot import this file, so what it defines travels whole.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+LAYERS = 8  # of the random model
 
 
 @dataclass(frozen=True)
