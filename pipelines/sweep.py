@@ -1,4 +1,4 @@
-"""The sweep: workers that answer units of the plan, and the collection of what they stored.
+"""The sweep: workers that answer units of the plan and store what they found.
 
 A unit is run depth first along the plan's tree: features, then each stage-1 selection, then each position strategy's
 trunk, then the branches of its trials by rising first cut. What fails is isolated: a trial that raises leaves the
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -353,11 +352,8 @@ def _lists(rows: Sequence[Sequence], kind: pa.DataType) -> pa.ListArray:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What a sweep left: whole tables in a fixed order, and units that were given up with the reason."""
+    """What a sweep left beside stored answers: units that were given up, with the reason."""
 
-    predictions: pa.Table
-    kept: pa.Table
-    timings: pa.Table
     failures: dict[str, tuple[WorkUnit, Failure]]
 
     @property
@@ -383,42 +379,8 @@ def run_sweep(
     *,
     in_process: bool = False,
 ) -> SweepOutcome:
-    """Run what is missing, then collect everything. ``on_start(units, cached_answers)`` is called before work starts."""
-    store = ResultStore(spec.results)
-    stored = [(held.trials, held.examples) for held in store.done(discard_damaged=True)]
+    """Run what the store lacks. ``on_start(units, cached_answers)`` is called before work starts."""
+    stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(discard_damaged=True)]
     units, cached = plan_units(trials, examples, stored, costs, speed, unit_images)
     on_start(units, cached)
-    failures = run_units(spec, units, cluster, on_done, in_process=in_process)
-    return SweepOutcome(*_collect(store, trials, examples), failures)
-
-
-KEYS = {"predictions": ("trial_id", "example_id"), "kept": ("trial_id", "image"), "timings": ("trial_id", "unit")}
-
-
-def _collect(store: ResultStore, trials: Sequence[Trial], examples: Sequence[Example]) -> list[pa.Table]:
-    """The stored rows of these trials and examples, sorted, each once (overlapping units may hold a row twice)."""
-    known = {trial.trial_id for trial in trials}
-    mine = pa.array(sorted(known), pa.string())
-    asked = {example.digest: example for example in examples}
-    parts: dict[str, list[pa.Table]] = {part: [PARTS[part].empty_table()] for part in KEYS}
-    relevant = [
-        held for held in store.done() if not (known.isdisjoint(held.trials) or asked.keys().isdisjoint(held.examples))
-    ]
-    for held, tables in zip(relevant, store.read_all(held.unit for held in relevant), strict=True):
-        here = [asked[digest] for digest in held.examples if digest in asked]
-        wanted = {"example_id": {example.example_id for example in here}, "image": {example.image for example in here}}
-        for part, (_, key) in KEYS.items():
-            table = tables[part]
-            chosen = pc.is_in(table["trial_id"], mine)
-            if key in wanted:
-                chosen = pc.and_(chosen, pc.is_in(table[key], pa.array(sorted(wanted[key]), pa.string())))
-            parts[part].append(table.filter(chosen))
-    return [_sorted_once(pa.concat_tables(parts[part]), key) for part, key in KEYS.items()]
-
-
-def _sorted_once(table: pa.Table, key: tuple[str, str]) -> pa.Table:
-    table = table.sort_by([(name, "ascending") for name in key]).combine_chunks()
-    if len(table) < 2:
-        return table
-    again = [pc.equal(table[name].slice(1), table[name].slice(0, len(table) - 1)) for name in key]
-    return table.filter(pa.concat_arrays([pa.array([True]), pc.invert(pc.and_(*again)).combine_chunks()]))
+    return SweepOutcome(run_units(spec, units, cluster, on_done, in_process=in_process))

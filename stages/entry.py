@@ -40,6 +40,7 @@ PROFILE = DATA / "profile.csv"
 REPORT = Path("report")
 FEATURE_STORE = CACHE / "features"
 RESULT_STORE = CACHE / "results"
+COLLECTING = CACHE / "collecting"  # rows on their way into the tables
 TIMINGS = CACHE / "timings.parquet"
 PROGRESS = CACHE / "progress.json"
 UNITS_LOG = CACHE / "units.jsonl"  # one line a finished unit

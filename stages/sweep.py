@@ -6,13 +6,11 @@ import hashlib
 import json
 import signal
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nuwa import UNPRUNED
@@ -21,6 +19,7 @@ from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
 from nuwa.vlm import load_adapter
 from pipelines.atomic import atomic_path
+from pipelines.collection import collect
 from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed
 from pipelines.features import encode_missing
@@ -29,12 +28,14 @@ from pipelines.identity import ModelIdentity, folder_stamp, remember
 from pipelines.lock import exclusive
 from pipelines.plan import image_layouts, read_examples, sweep_costs
 from pipelines.progress import SweepProgress, worker_speed
+from pipelines.results import ResultStore
 from pipelines.settings import Settings
 from pipelines.storage import everywhere
 from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, run_sweep
 from pipelines.tracking import Tracker, git_and_dvc_tags
 from stages.entry import (
     CACHE,
+    COLLECTING,
     EXAMPLES,
     FEATURE_STORE,
     IMAGES,
@@ -65,19 +66,14 @@ def sweep(settings: Settings) -> None:
     for trial in trials:
         if (check := get_method(trial.spec.stage1).check) is not None:
             check(trial.spec.config, vlm.encoder_identity)
-    with ExitStack() as stack:
-        stack.enter_context(exclusive(CACHE))
+    with exclusive(CACHE):
         # Normally finds everything; after the cache was thrown away it encodes again instead of failing.
         store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster)
         model = ModelIdentity(vlm.fingerprint(), vlm.encoder_identity)
         remember(MODEL, stamp, model)
         context = answer_context(model.model, store.identity)
+        examples = read_examples(questions.examples, context, of_image)
         facts = _facts(model.model, trials, questions.examples, store.identity, context)
-        tracking = settings.tracking
-        tracker = Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"])
-        stack.enter_context(tracker)
-        tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
-        progress = stack.enter_context(SweepProgress(PROGRESS, UNITS_LOG, tracker.progress))
         spec = SweepSpec(
             settings.model.path,
             everywhere(place),
@@ -87,20 +83,29 @@ def sweep(settings: Settings) -> None:
             cluster.cpus,
             cluster.device,
         )
-        outcome = run_sweep(
-            spec,
-            trials,
-            read_examples(questions.examples, context, of_image),
-            sweep_costs(vlm, questions.examples),
-            worker_speed(UNITS_LOG, cluster),
-            plan.unit_images,
-            cluster,
-            progress.start,
-            progress.done,
-        )
-    trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
-    costs = partial(cost_columns, llm=LlmShape.from_config(vlm.model.config), bytes_per_number=vlm.model.dtype.itemsize)
-    _write([trial.row(layouts, costs) for trial in trials], outcome, facts)
+        tracking = settings.tracking
+        with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
+            tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
+            with SweepProgress(PROGRESS, UNITS_LOG, tracker.progress) as progress:
+                outcome = run_sweep(
+                    spec,
+                    trials,
+                    examples,
+                    sweep_costs(vlm, questions.examples),
+                    worker_speed(UNITS_LOG, cluster),
+                    plan.unit_images,
+                    cluster,
+                    progress.start,
+                    progress.done,
+                )
+        trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
+        targets = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}
+        collect(ResultStore(results), [trial.trial_id for trial in trials], examples, targets, COLLECTING)
+        shape, number = LlmShape.from_config(vlm.model.config), vlm.model.dtype.itemsize
+        costs = partial(cost_columns, llm=shape, bytes_per_number=number)
+        _write_trials([trial.row(layouts, costs) for trial in trials])
+        with atomic_path(SWEEP) as fresh:
+            fresh.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
 
 def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict, *, allowed: bool) -> list[Trial]:
@@ -153,7 +158,7 @@ def _facts(model: str, trials: list[Trial], examples: pd.DataFrame, features: st
     return {"sweep_id": sweep_id, "name": name, "counts": counts, "fingerprints": fingerprints}
 
 
-def _write(trials: list[dict], outcome: SweepOutcome, facts: dict) -> None:
+def _write_trials(trials: list[dict]) -> None:
     rows = sorted(trials, key=lambda row: row["trial_id"])
     types = {
         "stage1_keep": "int32",
@@ -163,14 +168,8 @@ def _write(trials: list[dict], outcome: SweepOutcome, facts: dict) -> None:
         "stage2_keep": "Int32",
     }
     table = pa.Table.from_pandas(pd.DataFrame(rows).astype(types), preserve_index=False)
-    complete = pa.array(table["trial_id"].to_pylist(), pa.string())
-    parts = {PREDICTIONS: outcome.predictions, KEPT: outcome.kept, TIMINGS: outcome.timings}
-    contents = {path: part.filter(pc.is_in(part["trial_id"], complete)) for path, part in parts.items()}
-    for path, content in {TRIALS: table, **contents}.items():
-        with atomic_path(path) as fresh:
-            pq.write_table(content, fresh)
-    with atomic_path(SWEEP) as fresh:
-        fresh.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    with atomic_path(TRIALS) as fresh:
+        pq.write_table(table, fresh)
 
 
 if __name__ == "__main__":
