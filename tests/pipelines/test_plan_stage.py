@@ -14,12 +14,15 @@ import pytest
 import yaml
 from bench import BENCHMARKS, ROOT
 
+from stages.entry import run_stage
+from stages.plan import plan
+
 GRID = [{"name": "methods", "method": ["nuwa", "random"], "budget": 16}]
 MORE = [*GRID, {"name": "cuts", "method": "nuwa", "budget": 16, "stage2_layer": [2, 6]}]
 
 
 @pytest.fixture
-def project(model_folder, prepared, params, tmp_path) -> Path:
+def project(model_folder, prepared, params, tmp_path, monkeypatch) -> Path:
     """A folder in which stages run: a tiny model, twelve images, one grid."""
     shutil.copytree(model_folder, tmp_path / "models" / "tiny")
     (tmp_path / "data").mkdir()
@@ -29,19 +32,14 @@ def project(model_folder, prepared, params, tmp_path) -> Path:
     params["cluster"] |= {"workers": 1, "cpus": 1}
     params["sweep"] |= {"benchmarks": BENCHMARKS, "images": 12, "unit_images": 4, "budgets": [16], "grids": GRID}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
 
 
-def run(project: Path, stage: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-m", f"stages.{stage}"]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def of_the_store(project: Path) -> list[str]:
-    return [line for line in run(project, "plan").splitlines() if line.startswith(("stored:", "to come:"))]
+def of_the_store(capsys) -> list[str]:
+    run_stage(plan)
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("stored:", "to come:"))]
 
 
 def with_grid(project: Path, grids: list[dict]) -> None:
@@ -52,21 +50,24 @@ def with_grid(project: Path, grids: list[dict]) -> None:
 
 def swept(project: Path) -> list[dict]:
     """The units of all sweeps so far."""
-    run(project, "sweep")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.sweep"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (project / "cache" / "units.jsonl").read_text().splitlines()]
 
 
-def test_the_plan_says_what_the_next_sweep_does(project):
-    assert of_the_store(project) == [], "nothing is stored, so nothing is missing"
+def test_the_plan_says_what_the_next_sweep_does(project, capsys):
+    assert of_the_store(capsys) == [], "nothing is stored, so nothing is missing"
     first = swept(project)
     answers = sum(row["trials"] * row["examples"] for row in first)
-    assert of_the_store(project) == [
+    assert of_the_store(capsys) == [
         f"stored: {answers} of {answers} answers",
         "to come: 0 answers, 0.00 TFLOP, 0 seconds, 0.00 GPU hours",
     ]
 
     with_grid(project, MORE)
-    stored, to_come = of_the_store(project)
+    stored, to_come = of_the_store(capsys)
     new = swept(project)[len(first) :]
     missing = sum(row["trials"] * row["examples"] for row in new)
     assert missing == 2 * answers // 3, "two trials join three"
@@ -79,9 +80,9 @@ def test_the_plan_says_what_the_next_sweep_does(project):
     known, whole = weights.stat(), weights.read_bytes()
     weights.write_bytes(b"?" * len(whole))
     os.utime(weights, ns=(known.st_atime_ns, known.st_mtime_ns))
-    assert of_the_store(project)[0] == f"stored: {answers + missing} of {answers + missing} answers"
+    assert of_the_store(capsys)[0] == f"stored: {answers + missing} of {answers + missing} answers"
     os.utime(weights)
     units = len(list((project / "cache" / "results").iterdir()))
-    assert of_the_store(project) == [
+    assert of_the_store(capsys) == [
         f"stored: {units} units; which answers are this model's is known once a sweep has loaded it"
     ]
