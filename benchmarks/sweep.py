@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 
 from benchmarks import features
@@ -39,6 +40,7 @@ from nuwa.stage1 import get_method
 from nuwa.testbed.benchmark import make_testbed_benchmark
 from nuwa.vlm import LlavaAdapter
 from nuwa.vlm.shapes import model_shape
+from pipelines.collection import collect
 from pipelines.datasets import write_examples
 from pipelines.features import FeatureStore, encode_missing, read_images
 from pipelines.grid import Layouts, Trial, expand
@@ -54,6 +56,7 @@ from pipelines.plan import (
     usual_speed,
     work_tree,
 )
+from pipelines.results import ResultStore
 from pipelines.settings import ClusterSettings, FeatureSettings, SweepSettings
 from pipelines.sweep import SweepSpec, UnitReport, Words, answer_context, branch, run_sweep
 
@@ -122,17 +125,18 @@ class Bench:
             MODEL, root / "images.parquet", root / "features", settings, ONE_WORKER, in_process=True
         )
         vlm, table = LlavaAdapter.load(MODEL), pd.read_parquet(root / "examples.parquet")
-        examples = read_examples(table, answer_context(vlm, store.identity))
+        examples = read_examples(table, answer_context(vlm.fingerprint(), store.identity))
         return cls(vlm, root, store, table, examples, sweep_costs(vlm, table), Words(vlm))
 
     def shared(self, trials: Sequence[Trial], results: Path) -> tuple[float, dict[tuple[str, str], str], float]:
         """CPU seconds, the answers, and the share of the worker's wall time inside the decoder."""
+        table = results / "predictions.parquet"
         paths = (str(results), str(self.root / "images.parquet"))
         spec = SweepSpec(MODEL, str(self.root / "features"), self.store.identity, *paths, threads=1)
         reports: list[UnitReport] = []
 
         def run():
-            return run_sweep(
+            outcome = run_sweep(
                 spec,
                 trials,
                 self.examples,
@@ -144,12 +148,15 @@ class Bench:
                 lambda unit, report: reports.append(report),
                 in_process=True,
             )
+            ids = [trial.trial_id for trial in trials]
+            collect(ResultStore(results), ids, self.examples, {"predictions": table}, results / "collecting")
+            return outcome
 
         seconds, outcome = clock(run)
         if outcome.failures:
             raise SystemExit(f"the sweep failed: {next(iter(outcome.incomplete.values())).reason}")
         share = sum(report.model_seconds for report in reports) / sum(report.seconds for report in reports)
-        frame = outcome.predictions.select(["trial_id", "example_id", "prediction"]).to_pylist()
+        frame = pq.read_table(table, columns=["trial_id", "example_id", "prediction"]).to_pylist()
         return seconds, {(row["trial_id"], row["example_id"]): row["prediction"] for row in frame}, share
 
     def one_by_one(self, trial: Trial, asked: Sequence[Example]) -> dict[tuple[str, str], str]:

@@ -24,6 +24,7 @@ from nuwa.decoder import share_beginnings
 from nuwa.layout import VisualLayout, layout_order
 from nuwa.vlm import Adapter
 from pipelines.grid import Trial
+from pipelines.results import unit_name
 
 UNIT_SECONDS = 10.0
 TYPICAL_ANSWERS = {"grounding": "[0.12, 0.34, 0.56, 0.78]", "vqa": "yes"}  # their length forecasts decoding
@@ -91,8 +92,7 @@ class WorkUnit:
 
     @cached_property
     def unit_id(self) -> str:
-        content = [[trial.trial_id for trial in self.trials], [example.digest for example in self.examples]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+        return unit_name([trial.trial_id for trial in self.trials], [example.digest for example in self.examples])
 
     @cached_property
     def images(self) -> tuple[str, ...]:

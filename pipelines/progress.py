@@ -1,8 +1,9 @@
-"""Progress of a sweep: a bar in terminals, a heartbeat file, a log line a unit, and metrics of the parent run."""
+"""Progress of a sweep: a bar in terminals, a line now and then elsewhere, a heartbeat file, a log line a unit, and metrics of the parent run."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -18,13 +19,25 @@ from pipelines.settings import ClusterSettings
 from pipelines.sweep import UnitReport, device_name
 
 REPORT_EVERY_S = 5.0
+LINE_EVERY_S = 30.0  # where there is no terminal for a bar
 
 
 class SweepProgress:
-    """Context manager; ``start`` and ``done`` are the sweep's callbacks. ``log`` gets an index and the figures."""
+    """Context manager; ``start`` and ``done`` are the sweep's callbacks. ``log`` gets an index and the figures.
 
-    def __init__(self, heartbeat: Path, units_log: Path, log: Callable[[int, Mapping[str, float]], None]) -> None:
-        self.heartbeat, self.units_log, self.log = heartbeat, units_log, log
+    ``clock``: seconds from any start.
+    """
+
+    def __init__(
+        self,
+        heartbeat: Path,
+        units_log: Path,
+        log: Callable[[int, Mapping[str, float]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.heartbeat, self.units_log, self.log, self.clock = heartbeat, units_log, log, clock
+        console = Console(stderr=True)
+        self.live = console.is_interactive
         self.bar = Progress(
             TextColumn("sweep"),
             BarColumn(),
@@ -33,14 +46,16 @@ class SweepProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
+            disable=not self.live,
         )
         self.lacking: dict[str, int] = {}  # answers each trial lacks
         self.trials = 0
         self.cached = self.total = self.finished = 0  # answers
         self.units = self.feature_hits = 0
         self.flops = self.left_flops = self.seconds = self.model_seconds = 0.0
-        self.began = self.reported = time.monotonic()
+        self.told_units = -1  # how many were done when the last line was written
+        self.began = self.reported = self.told = self.clock()
 
     def __enter__(self) -> SweepProgress:
         self.bar.start()
@@ -49,6 +64,8 @@ class SweepProgress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
         self._report()
+        if not self.live and self.total and self.told_units != self.units:
+            self._tell()
 
     def start(self, units: Mapping[str, WorkUnit], cached: int) -> None:
         self.cached = cached
@@ -59,7 +76,7 @@ class SweepProgress:
         self.trials = len(self.lacking)
         self.total = cached + sum(self.lacking.values())
         self.task = self.bar.add_task("sweep", total=self.total, completed=cached, rate=0.0, share=0.0)
-        self.began = time.monotonic()
+        self.began = self.told = self.clock()
 
     def done(self, unit_id: str, result: UnitReport) -> None:
         self.units += 1
@@ -74,12 +91,25 @@ class SweepProgress:
                 del self.lacking[trial_id]
         self._write_line(unit_id, result)
         self.bar.update(self.task, advance=result.answers, rate=self._rate, share=self._share)
-        if time.monotonic() - self.reported > REPORT_EVERY_S:
+        if self.clock() - self.reported > REPORT_EVERY_S:
             self._report()
+        if not self.live and self.clock() - self.told >= LINE_EVERY_S:
+            self._tell()
 
     @property
     def _rate(self) -> float:
-        return self.finished / max(time.monotonic() - self.began, 1e-9)
+        return self.finished / self._elapsed
+
+    @property
+    def _elapsed(self) -> float:
+        return max(self.clock() - self.began, 1e-9)
+
+    @property
+    def _seconds_left(self) -> float:
+        """By the FLOPs to come; one second where nothing tells the speed."""
+        left = max(self.left_flops - self.flops, 0.0)
+        missing = self.total > self.cached + self.finished
+        return left * self._elapsed / self.flops if self.flops else float(missing)
 
     @property
     def _share(self) -> float:
@@ -93,24 +123,33 @@ class SweepProgress:
             lines.write(json.dumps({"time": datetime.now(UTC).isoformat(), "unit": unit_id, **row}) + "\n")
 
     def _report(self) -> None:
-        self.reported = time.monotonic()
-        elapsed = max(self.reported - self.began, 1e-9)
-        left = max(self.left_flops - self.flops, 0.0)
-        missing = self.total > self.cached + self.finished
+        self.reported = self.clock()
         figures = {
             "progress/trials_done": float(self.trials - len(self.lacking)),
             "progress/trials_total": float(self.trials),
             "progress/answers_done": float(self.cached + self.finished),
             "progress/answers_total": float(self.total),
             "progress/answers_cached": float(self.cached),
-            "progress/answers_per_second": self.finished / elapsed,
+            "progress/answers_per_second": self._rate,
             "progress/model_share": self._share,
             "progress/feature_hit_share": self.feature_hits / self.units if self.units else 0.0,
-            "progress/seconds_left": left * elapsed / self.flops if self.flops else float(missing),
+            "progress/seconds_left": self._seconds_left,
         }
-        self.log(int(elapsed * 1000), figures)
+        self.log(int(self._elapsed * 1000), figures)
         with atomic_path(self.heartbeat) as path:
             path.write_text(json.dumps(figures))
+
+    def _tell(self) -> None:
+        """One line for logs."""
+        self.told, self.told_units = self.clock(), self.units
+        done = self.cached + self.finished
+        left = f"{duration(self._seconds_left)} left" if done < self.total else f"took {duration(self._elapsed)}"
+        print(
+            f"sweep: {done:,}/{self.total:,} answers, {self.cached:,} of them cached, {self._rate:.1f}/s, "
+            f"model {self._share:.0%}, {left}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def worker_speed(units_log: Path, cluster: ClusterSettings, last: int = 200) -> float:
@@ -120,3 +159,11 @@ def worker_speed(units_log: Path, cluster: ClusterSettings, last: int = 200) -> 
     mine = [row for row in map(json.loads, lines) if row["device"] == device]
     seconds = sum(row["seconds"] for row in mine)
     return sum(row["flops"] for row in mine) / seconds if seconds else usual_speed(cluster.device, cluster.cpus)
+
+
+def duration(seconds: float) -> str:
+    """In words, in the largest unit of which there are two."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

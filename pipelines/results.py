@@ -1,15 +1,23 @@
-"""The result store: one Parquet file a finished work unit, visible by one rename.
+"""The result store: one Parquet file a finished work unit, in a folder or behind a storage URI.
 
 A unit holds every one of some trials on every one of some examples; both are named by digests of all that decides the
-answers. What is done is what the files' footers say, so an interrupted sweep, or one with more trials, images or
-benchmarks, computes just the answers that are missing.
+answers, and the unit by them. It appears by one rename, or one put on an object store; what a killed upload may leave
+elsewhere lacks the footer and is not counted. What is done is what the footers say, so an interrupted sweep, or one
+with more trials, images or benchmarks, computes just the answers that are missing.
+
+A remote footer is read once: what it said is kept on this machine, by the file's name and size. A store of any size is
+then known from its listing alone.
 """
 
 from __future__ import annotations
 
-import errno
+import collections
+import functools
+import hashlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.atomic import atomic_path
+from pipelines.storage import Folder
 
 PREDICTIONS = pa.schema(
     {
@@ -44,17 +53,24 @@ TIMINGS = pa.schema(
         "answer_s": pa.float64(),  # the trial's own layers and decoding
     }
 )
-PARTS = {"kept": KEPT, "timings": TIMINGS, "predictions": PREDICTIONS}  # in the order they are written
+PARTS = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}  # a file's row groups, in this order
+COLUMNS = pa.schema({column.name: column.type for schema in PARTS.values() for column in schema})
+
+SUFFIX = ".unit.parquet"
+FOOTER = (b"trials", b"examples")  # keys of its metadata; JSON
+FOOTER_BYTES = 32 * 1024  # read at first; a longer footer is asked for again
+READERS = 16  # requests under way at once
+AHEAD = 4  # units that are fetched while one is worked on
+FOOTERS = Path(tempfile.gettempdir()) / "nuwa-footers"  # what footers of remote stores said, on each machine
 
 
 class DamagedUnit(RuntimeError):
     """A stored unit does not match its checksums."""
 
 
-class StorageFull(RuntimeError):
-    """No space is left where results are kept; what is finished is whole."""
-
-    stops_the_run = True
+def unit_name(trials: Sequence[str], examples: Sequence[str]) -> str:
+    """The name of the unit that holds every one of ``trials`` on every one of ``examples`` (digests)."""
+    return hashlib.sha256(json.dumps([list(trials), list(examples)]).encode()).hexdigest()[:24]
 
 
 class StoredUnit(NamedTuple):
@@ -66,50 +82,117 @@ class StoredUnit(NamedTuple):
 
 
 class ResultStore:
-    """Units under ``folder``: ``<unit>.<part>.parquet``, the predictions written last."""
+    """Units in ``place``, a folder or a storage URI: one file each, a row group for each of :data:`PARTS`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, place: Path | str) -> None:
+        self.storage = Folder.at(place)
 
     def write(self, stored: StoredUnit, tables: Mapping[str, pa.Table]) -> None:
-        """Store the parts of a unit; raises :class:`StorageFull`."""
-        footer = {"trials": json.dumps(stored.trials), "examples": json.dumps(stored.examples)}
-        try:
+        """Store the parts of a unit; raises :class:`StorageFull` and :class:`StorageUnavailable`."""
+        footer = dict(zip(FOOTER, map(json.dumps, stored[1:]), strict=True))
+        content = pa.BufferOutputStream()
+        with pq.ParquetWriter(content, COLUMNS.with_metadata(footer), write_page_checksum=True) as writer:
             for part, schema in PARTS.items():
-                table = tables[part].cast(schema).replace_schema_metadata(footer)
-                with atomic_path(self.folder / f"{stored.unit}.{part}.parquet") as path:
-                    pq.write_table(table, path, write_page_checksum=True)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise StorageFull(
-                f"{self.folder}: no space is left ({error.strerror}); finished work is kept: free some space and run "
-                "the same command again"
-            ) from None
+                table = tables[part].cast(schema)
+                columns = [
+                    table[column.name] if column.name in schema.names else pa.nulls(len(table), column.type)
+                    for column in COLUMNS
+                ]
+                writer.write_table(pa.table(columns, schema=writer.schema), row_group_size=max(len(table), 1))
+        self.storage.write(stored.unit + SUFFIX, content.getvalue().to_pybytes())
 
-    def done(self) -> list[StoredUnit]:
-        """Every finished unit. Unreadable or partial units are removed and not counted."""
-        found = []
-        for path in sorted(self.folder.glob("*.predictions.parquet")):
-            unit = path.name.partition(".")[0]
-            try:
-                for part in PARTS:
-                    metadata = pq.ParquetFile(self.folder / f"{unit}.{part}.parquet").schema_arrow.metadata
-                found.append(StoredUnit(unit, *(tuple(json.loads(metadata[key])) for key in (b"trials", b"examples"))))
-            except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
-                self.remove(unit)
-        return found
+    def done(self, *, discard_damaged: bool = False) -> list[StoredUnit]:
+        """Every finished unit. Files without a readable footer are not counted, and removed if so asked."""
+        sizes = self.storage.sizes(SUFFIX)
+        known = self._remembered(sizes)
+        unread = [name for name in sizes if name not in known]
+        # Units of one batch of images hold the same examples, and many hold the same trials: each list is held once.
+        listed = functools.cache(lambda text: tuple(json.loads(text)))
+        with ThreadPoolExecutor(READERS, thread_name_prefix="footers") as pool:
+            found = pool.map(lambda name: self._footer(name, sizes[name], listed), unread)
+            for name, unit in zip(unread, found, strict=True):
+                if unit is not None:
+                    known[name] = unit
+                elif discard_damaged:
+                    self.storage.remove(name)
+        if unread:
+            self._remember(known, sizes)
+        return [known[name] for name in sizes if name in known]
+
+    def _footer(self, name: str, size: int, listed: Callable[[bytes], tuple[str, ...]]) -> StoredUnit | None:
+        """What the file says of itself; ``None`` for one that is no unit."""
+        try:
+            tail = self.storage.tail(name, FOOTER_BYTES)
+            needed = int.from_bytes(tail[-8:-4], "little") + 8
+            if len(tail) < needed <= size:
+                tail = self.storage.tail(name, needed)
+            footer = pq.read_metadata(pa.BufferReader(tail))
+            trials, examples = (listed(footer.metadata[key]) for key in FOOTER)
+            found = StoredUnit(unit_name(trials, examples), trials, examples)
+            whole = found.unit + SUFFIX == name and footer.num_row_groups == len(PARTS)
+            return found if whole and footer.row_group(0).num_rows == len(trials) * len(examples) else None
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def _index(self) -> Path | None:
+        """Where this machine keeps what remote footers said."""
+        if self.storage.local is not None:
+            return None
+        return FOOTERS / f"{hashlib.sha256(self.storage.place.encode()).hexdigest()[:24]}.json"
+
+    def _remembered(self, sizes: Mapping[str, int]) -> dict[str, StoredUnit]:
+        """Units whose files are as they were, by file; a unit's name is a digest of what its footer lists."""
+        if self._index is None:
+            return {}
+        try:
+            held = json.loads(self._index.read_text())
+            lists = [tuple(each) for each in held["lists"]]
+            return {
+                name: StoredUnit(name.removesuffix(SUFFIX), lists[trials], lists[examples])
+                for name, (size, trials, examples) in held["units"].items()
+                if sizes.get(name) == size
+            }
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return {}
+
+    def _remember(self, known: Mapping[str, StoredUnit], sizes: Mapping[str, int]) -> None:
+        if self._index is None:
+            return
+        lists: dict[tuple[str, ...], int] = {}
+        units = {
+            name: (sizes[name], *(lists.setdefault(each, len(lists)) for each in (unit.trials, unit.examples)))
+            for name, unit in known.items()
+        }
+        with atomic_path(self._index) as path:
+            path.write_text(json.dumps({"lists": list(lists), "units": units}))
 
     def remove(self, unit: str) -> None:
-        for part in PARTS:
-            (self.folder / f"{unit}.{part}.parquet").unlink(missing_ok=True)
+        self.storage.remove(unit + SUFFIX)
 
-    def read(self, part: str, unit: str) -> pa.Table:
-        """All rows of one part of ``unit``; one damaged since it was written is removed and reported."""
-        path = self.folder / f"{unit}.{part}.parquet"
+    def read(self, unit: str) -> dict[str, pa.Table]:
+        """All rows of ``unit``, part by part; one damaged since it was written is removed and reported."""
+        name = unit + SUFFIX
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            content = pa.BufferReader(self.storage.read(name))
+            file = pq.ParquetFile(content, page_checksum_verification=True)
+            return {
+                part: file.read_row_group(number, schema.names).select(schema.names).cast(schema)
+                for number, (part, schema) in enumerate(PARTS.items())
+            }
         except (OSError, pa.ArrowException) as error:
             self.remove(unit)
-            raise DamagedUnit(f"{path} was damaged and is removed; run the same command again ({error})") from None
-        return table.replace_schema_metadata(None)
+            raise DamagedUnit(
+                f"{self.storage.place}/{name} is damaged or gone and is removed; run the same command again ({error})"
+            ) from None
+
+    def read_all(self, units: Iterable[str]) -> Iterator[dict[str, pa.Table]]:
+        """:meth:`read` of each of ``units``, in their order; a few are fetched ahead and no more are held."""
+        with ThreadPoolExecutor(AHEAD, thread_name_prefix="units") as pool:
+            ahead = collections.deque()
+            for unit in units:
+                ahead.append(pool.submit(self.read, unit))
+                if len(ahead) > AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()

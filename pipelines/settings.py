@@ -10,13 +10,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import fsspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nuwa import UNPRUNED
 from nuwa.methods import RECIPES
 from nuwa.positions import PositionStrategy
 from nuwa.signals import SIGNAL_NAMES
+from pipelines.storage import ARROW_SCHEMES, is_uri
 from pipelines.tables import BenchmarkName, hub_address
 
 PARAMS_FILE = Path("params.yaml")
@@ -25,6 +27,17 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Budget = Annotated[float, Field(gt=0)]
 BudgetUnit = Literal["tokens", "share"]
+
+
+def _of_a_known_scheme(place: str) -> str:
+    if is_uri(place) and place.partition("://")[0] not in {*ARROW_SCHEMES, *fsspec.available_protocols()}:
+        raise ValueError(
+            f"{place!r} is of an unknown scheme; allowed: a folder, {', '.join(ARROW_SCHEMES)}, or a scheme of fsspec"
+        )
+    return place
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_of_a_known_scheme)]
 
 
 class SettingsError(ValueError):
@@ -108,7 +121,7 @@ class FeatureSettings(Section):
     shard_images: Positive
     batch_size: Positive
     keep: tuple[Literal["features", "cls_attention", "keys", "similarity"], ...] = SIGNAL_NAMES
-    store: Annotated[str, Field(min_length=1)] | None = None
+    store: Place | None = None
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -177,13 +190,16 @@ class GridEntry(Section):
 
 class SweepSettings(Section):
     """``images``: how many of the test images are used, a seeded subset (null: all). ``unit_images``: images a work
-    unit covers at most. ``budget_unit``: budgets are average tokens, or shares of each image's own tokens. ``quarantine``: whether trials with answers that cannot be made stop the pipeline or are left
-    out."""
+    unit covers at most. ``store``: where answers are kept, a folder or a storage URI such as ``s3://bucket/results``;
+    null: ``cache/``. ``quarantine``: whether trials with answers that cannot be made stop the pipeline or are left out.
+    ``budget_unit``: budgets are average tokens, or shares of each image's own tokens.
+    """
 
     benchmarks: Annotated[list[str], Field(min_length=1)]
     images: Positive | None
     subset_seed: Seed
     unit_images: Positive
+    store: Place | None = None
     quarantine: Literal["refuse", "allow"] = "refuse"
     budget_unit: BudgetUnit = "tokens"
     budgets: Annotated[list[Budget], Field(min_length=1)]

@@ -7,11 +7,12 @@ tried again a few times; what lasts is one error that names the place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ from pipelines.atomic import atomic_path
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.2  # doubles with every attempt
 COPY_BYTES = 8 * 1024**2
+ARROW_SCHEMES = ("s3", "gs", "abfs", "abfss", "hdfs")  # without further packages
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -35,14 +37,41 @@ class StorageUnavailable(RuntimeError):
     stops_the_run = True
 
 
+class StorageFull(RuntimeError):
+    """No space is left where results are kept; what is finished is whole."""
+
+    stops_the_run = True
+
+
+@contextlib.contextmanager
+def room_in(place: str | Path) -> Iterator[None]:
+    """What runs inside raises :class:`StorageFull` where ``place`` has no space, or a user's share of it, left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageFull(
+            f"{place}: no space is left ({error.strerror}); finished work is kept: free some space and run the same "
+            "command again"
+        ) from None
+
+
 def is_uri(place: str | Path) -> bool:
     return "://" in str(place)
+
+
+def everywhere(place: str | Path) -> str:
+    """``place`` as workers in other folders can use it: a URI as it is, a path from the root."""
+    return str(place if is_uri(place) else Path(place).resolve())
 
 
 def filesystem_of(uri: str) -> tuple[fs.FileSystem, str]:
     """Arrow's own filesystem for ``uri`` and the path in it; fsspec's where Arrow has none."""
     try:
         return fs.FileSystem.from_uri(uri)
+    except OSError as error:  # no such bucket, no Java for HDFS
+        raise StorageUnavailable(f"{uri.partition('?')[0]}: {' '.join(str(error).split())}") from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
         import fsspec
 
@@ -81,10 +110,11 @@ class Folder:
         return f"{self.path}/{name}"
 
     def _try(self, what: str, action: Callable[[], Result]) -> Result:
-        """Do ``action``; faults of input and output are tried again, a missing file is not one of them."""
+        """Do ``action``; faults of input and output are tried again. A missing file and a full disk are none of them."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return action()
+                with room_in(self.place):
+                    return action()
             except FileNotFoundError:
                 raise
             except OSError as error:
@@ -113,25 +143,35 @@ class Folder:
 
         return self._try(f"read {name}", action)
 
+    def tail(self, name: str, count: int) -> bytes:
+        """The last ``count`` bytes of ``name``, or all there are; no more is fetched."""
+
+        def action() -> bytes:
+            with self.filesystem.open_input_file(self._at(name)) as content:
+                content.seek(max(content.size() - count, 0))
+                return content.read()
+
+        return self._try(f"read {name}", action)
+
     def fetch(self, name: str, target: Path) -> None:
         """Copy ``name`` to the local ``target``, which appears whole."""
 
         def action() -> None:
             opened = self.filesystem.open_input_stream(self._at(name))
-            with atomic_path(target) as fresh, opened as stream, open(fresh, "wb") as sink:
+            with room_in(target.parent), atomic_path(target) as fresh, opened as stream, open(fresh, "wb") as sink:
                 while block := stream.read(COPY_BYTES):
                     sink.write(block)
 
         self._try(f"fetch {name}", action)
 
     def write(self, name: str, content: bytes) -> None:
-        """Publish small ``content`` as ``name``."""
-        if self.local is not None:
-            with atomic_path(self.local / name) as fresh:
-                fresh.write_bytes(content)
-            return
+        """Publish ``content`` as ``name``."""
 
         def action() -> None:
+            if self.local is not None:
+                with atomic_path(self.local / name) as fresh:
+                    fresh.write_bytes(content)
+                return
             self.filesystem.create_dir(self.path, recursive=True)
             with self.filesystem.open_output_stream(self._at(name)) as sink:
                 sink.write(content)
@@ -144,12 +184,12 @@ class Folder:
         A killed upload may leave a part of it on a filesystem without atomic puts: what must be whole is named by a
         manifest written after it.
         """
-        if self.local is not None:
-            with atomic_path(self.local / name) as fresh:
-                shutil.copyfile(source, fresh)
-            return
 
         def action() -> None:
+            if self.local is not None:
+                with atomic_path(self.local / name) as fresh:
+                    shutil.copyfile(source, fresh)
+                return
             self.filesystem.create_dir(self.path, recursive=True)
             with open(source, "rb") as content, self.filesystem.open_output_stream(self._at(name)) as sink:
                 while block := content.read(COPY_BYTES):

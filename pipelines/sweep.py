@@ -1,4 +1,4 @@
-"""The sweep: workers that answer units of the plan, and the collection of what they stored.
+"""The sweep: workers that answer units of the plan and store what they found.
 
 A unit is run depth first along the plan's tree: features, then each stage-1 selection, then each position strategy's
 trunk, then the branches of its trials by rising first cut. What fails is isolated: a trial that raises leaves the
@@ -7,6 +7,7 @@ others of its unit their results.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -39,9 +39,9 @@ from pipelines.results import PARTS, ResultStore, StoredUnit
 from pipelines.settings import ClusterSettings
 
 
-def answer_context(vlm: Adapter, feature_identity: str) -> str:
-    """Digest of what decides answers beside trial and questions: weights, prompt format, features and code."""
-    content = json.dumps([vlm.fingerprint(), feature_identity, code_fingerprint()])
+def answer_context(fingerprint: str, feature_identity: str) -> str:
+    """Digest of what decides answers beside trial and questions: the model's fingerprint, features and code."""
+    content = json.dumps([fingerprint, feature_identity, code_fingerprint()])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -52,7 +52,7 @@ class SweepSpec:
     model: str
     feature_root: str
     feature_identity: str
-    results: str
+    results: str  # folder or storage URI
     images: str  # images.parquet, for methods that encode images anew
     threads: int
     device: str = "cpu"
@@ -91,7 +91,7 @@ class SweepWorker:
         self.vlm, self.images = load_model(spec.model, spec.device), Path(spec.images)
         self.device = device_name(spec.device, spec.threads)
         self.features = FeatureStore(spec.feature_root, spec.feature_identity)
-        self.results = ResultStore(Path(spec.results))
+        self.results = ResultStore(spec.results)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="features")
         self.encoded: dict[tuple[str, ...], Future[list[EncodedImages]]] = {}
         self.words = Words(self.vlm)
@@ -137,11 +137,14 @@ class SweepWorker:
         )
 
     def _resized(self, images: tuple[str, ...]) -> Callable[[PatchGrid], Tensor]:
-        """Encodes ``images`` at a smaller size, when a method asks for it."""
+        """Encodes ``images`` at a smaller size, when a method asks for it.
+
+        The first call decodes them; they are held as long as the signals that this belongs to.
+        """
+        decoded = functools.cache(lambda: read_images(self.images, images))
 
         def encode(grid: PatchGrid) -> Tensor:
-            content = read_images(self.images, images)
-            return self.vlm.encode_resized([content[image] for image in images], grid)
+            return self.vlm.encode_resized([decoded()[image] for image in images], grid)
 
         return encode
 
@@ -349,11 +352,8 @@ def _lists(rows: Sequence[Sequence], kind: pa.DataType) -> pa.ListArray:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What a sweep left: whole tables in a fixed order, and units that were given up with the reason."""
+    """What a sweep left beside stored answers: units that were given up, with the reason."""
 
-    predictions: pa.Table
-    kept: pa.Table
-    timings: pa.Table
     failures: dict[str, tuple[WorkUnit, Failure]]
 
     @property
@@ -379,41 +379,8 @@ def run_sweep(
     *,
     in_process: bool = False,
 ) -> SweepOutcome:
-    """Run what is missing, then collect everything. ``on_start(units, cached_answers)`` is called before work starts."""
-    store = ResultStore(Path(spec.results))
-    stored = [(held.trials, held.examples) for held in store.done()]
+    """Run what the store lacks. ``on_start(units, cached_answers)`` is called before work starts."""
+    stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(discard_damaged=True)]
     units, cached = plan_units(trials, examples, stored, costs, speed, unit_images)
     on_start(units, cached)
-    failures = run_units(spec, units, cluster, on_done, in_process=in_process)
-    return SweepOutcome(*_collect(store, trials, examples), failures)
-
-
-KEYS = {"predictions": ("trial_id", "example_id"), "kept": ("trial_id", "image"), "timings": ("trial_id", "unit")}
-
-
-def _collect(store: ResultStore, trials: Sequence[Trial], examples: Sequence[Example]) -> list[pa.Table]:
-    """The stored rows of these trials and examples, sorted, each once (overlapping units may hold a row twice)."""
-    known = {trial.trial_id for trial in trials}
-    mine = pa.array(sorted(known), pa.string())
-    asked = {example.digest: example for example in examples}
-    parts: dict[str, list[pa.Table]] = {part: [PARTS[part].empty_table()] for part in KEYS}
-    for held in store.done():
-        here = [asked[digest] for digest in held.examples if digest in asked]
-        if not here or known.isdisjoint(held.trials):
-            continue
-        wanted = {"example_id": {example.example_id for example in here}, "image": {example.image for example in here}}
-        for part, (_, key) in KEYS.items():
-            table = store.read(part, held.unit)
-            chosen = pc.is_in(table["trial_id"], mine)
-            if key in wanted:
-                chosen = pc.and_(chosen, pc.is_in(table[key], pa.array(sorted(wanted[key]), pa.string())))
-            parts[part].append(table.filter(chosen))
-    return [_sorted_once(pa.concat_tables(parts[part]), key) for part, key in KEYS.items()]
-
-
-def _sorted_once(table: pa.Table, key: tuple[str, str]) -> pa.Table:
-    table = table.sort_by([(name, "ascending") for name in key]).combine_chunks()
-    if len(table) < 2:
-        return table
-    again = [pc.equal(table[name].slice(1), table[name].slice(0, len(table) - 1)) for name in key]
-    return table.filter(pa.concat_arrays([pa.array([True]), pc.invert(pc.and_(*again)).combine_chunks()]))
+    return SweepOutcome(run_units(spec, units, cluster, on_done, in_process=in_process))

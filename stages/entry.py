@@ -18,9 +18,9 @@ from pipelines.executor import ClusterUnavailable, UnitsFailed
 from pipelines.features import MissingFeatures
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.lock import WorkDirectoryBusy
-from pipelines.results import DamagedUnit, StorageFull
+from pipelines.results import DamagedUnit
 from pipelines.settings import Settings, SettingsError, load_settings
-from pipelines.storage import StorageUnavailable
+from pipelines.storage import StorageFull, StorageUnavailable
 from pipelines.tracking import checked_uri
 
 DATA = Path("data")  # outputs that DVC tracks
@@ -40,9 +40,11 @@ PROFILE = DATA / "profile.csv"
 REPORT = Path("report")
 FEATURE_STORE = CACHE / "features"
 RESULT_STORE = CACHE / "results"
+COLLECTING = CACHE / "collecting"  # rows on their way into the tables
 TIMINGS = CACHE / "timings.parquet"
 PROGRESS = CACHE / "progress.json"
 UNITS_LOG = CACHE / "units.jsonl"  # one line a finished unit
+MODEL = CACHE / "model.json"  # digests of the model that the last sweep loaded
 QUARANTINE = CACHE / "quarantine.json"  # answers that could not be made, and why
 
 BAD_INPUT, INTERRUPTED = 2, 130

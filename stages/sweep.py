@@ -6,38 +6,41 @@ import hashlib
 import json
 import signal
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
-from nuwa.vlm import Adapter, load_adapter
+from nuwa.vlm import load_adapter
 from pipelines.atomic import atomic_path
+from pipelines.collection import collect
 from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed
 from pipelines.features import encode_missing
 from pipelines.grid import Layouts, Trial, expand
+from pipelines.identity import ModelIdentity, folder_stamp, remember
 from pipelines.lock import exclusive
 from pipelines.plan import image_layouts, read_examples, sweep_costs
 from pipelines.progress import SweepProgress, worker_speed
+from pipelines.results import ResultStore
 from pipelines.settings import Settings
-from pipelines.storage import is_uri
+from pipelines.storage import everywhere
 from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, run_sweep
 from pipelines.tracking import Tracker, git_and_dvc_tags
 from stages.entry import (
     CACHE,
+    COLLECTING,
     EXAMPLES,
     FEATURE_STORE,
     IMAGES,
     KEPT,
+    MODEL,
     PREDICTIONS,
     PROGRESS,
     QUARANTINE,
@@ -54,49 +57,55 @@ def sweep(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan, cluster = settings.sweep, settings.cluster
-    place = settings.features.store or FEATURE_STORE
+    place, results = settings.features.store or FEATURE_STORE, plan.store or RESULT_STORE
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    vlm = load_adapter(settings.model.path)
+    stamp, vlm = folder_stamp(Path(settings.model.path)), load_adapter(settings.model.path)
     of_image = image_layouts(vlm, questions.examples)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
     trials = expand(plan, layouts, vlm.layers)
     for trial in trials:
         if (check := get_method(trial.spec.stage1).check) is not None:
             check(trial.spec.config, vlm.encoder_identity)
-    with ExitStack() as stack:
-        stack.enter_context(exclusive(CACHE))
+    with exclusive(CACHE):
         # Normally finds everything; after the cache was thrown away it encodes again instead of failing.
         store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster)
-        context = answer_context(vlm, store.identity)
-        facts = _facts(vlm, trials, questions.examples, store.identity, context)
-        tracking = settings.tracking
-        tracker = Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"])
-        stack.enter_context(tracker)
-        tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
-        progress = stack.enter_context(SweepProgress(PROGRESS, UNITS_LOG, tracker.progress))
+        model = ModelIdentity(vlm.fingerprint(), vlm.encoder_identity)
+        remember(MODEL, stamp, model)
+        context = answer_context(model.model, store.identity)
+        examples = read_examples(questions.examples, context, of_image)
+        facts = _facts(model.model, trials, questions.examples, store.identity, context)
         spec = SweepSpec(
             settings.model.path,
-            str(place if is_uri(place) else Path(place).resolve()),
+            everywhere(place),
             store.identity,
-            str(RESULT_STORE.resolve()),
+            everywhere(results),
             str(IMAGES.resolve()),
             cluster.cpus,
             cluster.device,
         )
-        outcome = run_sweep(
-            spec,
-            trials,
-            read_examples(questions.examples, context, of_image),
-            sweep_costs(vlm, questions.examples),
-            worker_speed(UNITS_LOG, cluster),
-            plan.unit_images,
-            cluster,
-            progress.start,
-            progress.done,
-        )
-    trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
-    costs = partial(cost_columns, llm=LlmShape.from_config(vlm.model.config), bytes_per_number=vlm.model.dtype.itemsize)
-    _write([trial.row(layouts, costs) for trial in trials], outcome, facts)
+        tracking = settings.tracking
+        with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
+            tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
+            with SweepProgress(PROGRESS, UNITS_LOG, tracker.progress) as progress:
+                outcome = run_sweep(
+                    spec,
+                    trials,
+                    examples,
+                    sweep_costs(vlm, questions.examples),
+                    worker_speed(UNITS_LOG, cluster),
+                    plan.unit_images,
+                    cluster,
+                    progress.start,
+                    progress.done,
+                )
+        trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
+        targets = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}
+        collect(ResultStore(results), [trial.trial_id for trial in trials], examples, targets, COLLECTING)
+        shape, number = LlmShape.from_config(vlm.model.config), vlm.model.dtype.itemsize
+        costs = partial(cost_columns, llm=shape, bytes_per_number=number)
+        _write_trials([trial.row(layouts, costs) for trial in trials])
+        with atomic_path(SWEEP) as fresh:
+            fresh.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
 
 def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict, *, allowed: bool) -> list[Trial]:
@@ -133,7 +142,7 @@ def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict,
     return [trial for trial in trials if trial.trial_id not in incomplete]
 
 
-def _facts(vlm: Adapter, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
+def _facts(model: str, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
     """What identifies this sweep, and its size."""
     data = hashlib.sha256("".join(examples["example_id"] + examples["image"]).encode()).hexdigest()
     ids = sorted(trial.trial_id for trial in trials)
@@ -144,12 +153,12 @@ def _facts(vlm: Adapter, trials: list[Trial], examples: pd.DataFrame, features: 
         "images": int(examples["image"].nunique()),
         "benchmarks": ", ".join(sorted(set(examples["benchmark"]))),
     }
-    fingerprints = {"model": vlm.fingerprint(), "features": features, "data": data, "code": code_fingerprint()}
+    fingerprints = {"model": model, "features": features, "data": data, "code": code_fingerprint()}
     name = f"sweep {sweep_id[:8]}: {counts['trials']} trials, {counts['questions']} questions"
     return {"sweep_id": sweep_id, "name": name, "counts": counts, "fingerprints": fingerprints}
 
 
-def _write(trials: list[dict], outcome: SweepOutcome, facts: dict) -> None:
+def _write_trials(trials: list[dict]) -> None:
     rows = sorted(trials, key=lambda row: row["trial_id"])
     types = {
         "stage1_keep": "int32",
@@ -159,14 +168,8 @@ def _write(trials: list[dict], outcome: SweepOutcome, facts: dict) -> None:
         "stage2_keep": "Int32",
     }
     table = pa.Table.from_pandas(pd.DataFrame(rows).astype(types), preserve_index=False)
-    complete = pa.array(table["trial_id"].to_pylist(), pa.string())
-    parts = {PREDICTIONS: outcome.predictions, KEPT: outcome.kept, TIMINGS: outcome.timings}
-    contents = {path: part.filter(pc.is_in(part["trial_id"], complete)) for path, part in parts.items()}
-    for path, content in {TRIALS: table, **contents}.items():
-        with atomic_path(path) as fresh:
-            pq.write_table(content, fresh)
-    with atomic_path(SWEEP) as fresh:
-        fresh.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    with atomic_path(TRIALS) as fresh:
+        pq.write_table(table, fresh)
 
 
 if __name__ == "__main__":

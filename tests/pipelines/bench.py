@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.collection import collect
 from pipelines.plan import Costs, plan_units, read_examples
-from pipelines.results import ResultStore
-from pipelines.sweep import SweepSpec, run_sweep
+from pipelines.results import PARTS, ResultStore
+from pipelines.sweep import SweepOutcome, SweepSpec, run_sweep
 
 BENCHMARKS = ["refcoco", "pope", "gqa"]
 ROOT = Path(__file__).parents[2]
@@ -60,11 +65,12 @@ class Bench:
         speed=SLOW,
     ):
         """``speed`` is low, so that even this small sweep is cut into many units; ``log``: see :class:`Logged`."""
-        spec = self.spec(results)
-        return run_sweep(
+        spec, trials = self.spec(results), trials or self.trials
+        examples = self.examples if examples is None else examples
+        outcome = run_sweep(
             Logged(spec, str(log), spec.results) if log else spec,
-            trials or self.trials,
-            self.examples if examples is None else examples,
+            trials,
+            examples,
             self.costs,
             speed,
             unit_images,
@@ -73,6 +79,38 @@ class Bench:
             done,
             in_process=in_process,
         )
+        with tempfile.TemporaryDirectory() as folder:
+            targets = {part: Path(folder) / f"{part}.parquet" for part in PARTS}
+            ids = [trial.trial_id for trial in trials]
+            collect(ResultStore(results), ids, examples, targets, Path(folder) / "collecting")
+            return Swept(outcome, {part: path.read_bytes() for part, path in targets.items()})
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep's outcome, and its tables as the bytes of their files."""
+
+    outcome: SweepOutcome
+    files: dict[str, bytes]
+
+    @property
+    def failures(self):
+        return self.outcome.failures
+
+    @property
+    def incomplete(self):
+        return self.outcome.incomplete
+
+    @property
+    def predictions(self):
+        return self.table("predictions")
+
+    @property
+    def kept(self):
+        return self.table("kept")
+
+    def table(self, part):
+        return pq.read_table(pa.BufferReader(self.files[part]))
 
 
 @dataclass(frozen=True)
@@ -103,4 +141,5 @@ class LoggedWorker:
 
 
 def same(one, other):
-    return one.predictions.equals(other.predictions) and one.kept.equals(other.kept)
+    """Byte for byte, whatever units the answers came in."""
+    return all(one.files[part] == other.files[part] for part in ("predictions", "kept"))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 from bench import BENCHMARKS, GRIDS, Bench
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
 
 from nuwa.testbed.benchmark import make_testbed_benchmark
 from nuwa.vlm import LlavaAdapter
@@ -55,6 +58,26 @@ def params() -> dict:
 
 
 @pytest.fixture(scope="session")
+def endpoint():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint, monkeypatch) -> str:
+    """A fresh bucket, as the URI a user would write."""
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    name = uuid.uuid4().hex
+    s3 = fs.S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
+    s3.create_dir(name)
+    return f"s3://{name}/store?scheme=http&endpoint_override={endpoint}&region=us-east-1"
+
+
+@pytest.fixture(scope="session")
 def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
     root = tmp_path_factory.mktemp("features")
     store, _ = encode_missing(
@@ -77,7 +100,7 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
         prepared / "images.parquet",
         expand(plan, Layouts.fixed(vlm.grid), vlm.layers),
         questions,
-        answer_context(vlm, store.identity),
+        answer_context(vlm.fingerprint(), store.identity),
         sweep_costs(vlm, questions.examples),
     )
 

@@ -39,6 +39,13 @@ def test_the_projects_own_file_is_valid(params, tmp_path):
             "float8",
             "features.dtype = 'float8': Input should be 'float16' or 'float32'",
         ),
+        (
+            ("sweep", "store"),
+            "nowhere://bucket",
+            "sweep.store: 'nowhere://bucket' is of an unknown scheme; allowed: a folder, s3, gs, abfs, abfss, hdfs, or a "
+            "scheme of fsspec",
+        ),
+        (("sweep", "store"), "", "sweep.store = '': String should have at least 1 character"),
         (("sweep", "budgets"), [0], "sweep.budgets.0 = 0: Input should be greater than 0"),
         (("cluster", "workers"), 0, "cluster.workers = 0: Input should be greater than or equal to 1"),
         (("cluster", "gpus"), 0.3, "cluster: gpus 0.3 must be 0, a whole number or 1/k (0.5, 0.25, 0.2, ...)"),

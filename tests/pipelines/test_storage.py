@@ -7,7 +7,6 @@ import uuid
 import pyarrow.parquet as pq
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from pipelines import features
@@ -16,26 +15,6 @@ from pipelines.settings import FeatureSettings
 from pipelines.storage import ATTEMPTS, Folder, StorageUnavailable
 
 SETTINGS = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(endpoint, monkeypatch) -> str:
-    """A fresh bucket, as the URI a user would write."""
-    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "EC2_METADATA_DISABLED": "true"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    name = uuid.uuid4().hex
-    s3 = fs.S3FileSystem(endpoint_override=endpoint, scheme="http", region="us-east-1", allow_bucket_creation=True)
-    s3.create_dir(name)
-    return f"s3://{name}/store?scheme=http&endpoint_override={endpoint}&region=us-east-1"
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import ray
-from bench import PATHS, ROOT, same
+from bench import BENCHMARKS, PATHS, ROOT, SLOW, same
 
 from nuwa.decoder import Trunk
+from nuwa.grid import PatchGrid
 from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
+from pipelines import sweep
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.features import FeatureStore, read_images
+from pipelines.grid import Layouts, expand
 from pipelines.lock import exclusive
 from pipelines.plan import read_examples
 from pipelines.results import ResultStore
+from pipelines.settings import SweepSettings
 from pipelines.sweep import branch
 
 
@@ -88,6 +93,33 @@ def test_answers_to_other_words_are_not_taken_for_these(bench, undisturbed, clus
     assert same(outcome, undisturbed)
 
 
+def test_images_are_decoded_once_a_batch_and_then_let_go(bench, cluster, tmp_path, monkeypatch):
+    """Downsampling to two sizes under two strategies, a trial or two a unit; the images stay as long as their batch."""
+    grid = {"name": "small", "method": "downsample", "budget": [16, 36], "position": ["perc", "pesp"]}
+    plan = SweepSettings(benchmarks=BENCHMARKS, images=None, subset_seed=0, unit_images=4, budgets=[16], grids=[grid])
+    decoded, alive, held, resized = [], [], [], []
+
+    def counted(path, images):
+        found = read_images(path, images)
+        decoded.append(images)
+        alive.extend(weakref.ref(picture) for picture in found.values())
+        return found
+
+    def watched(vlm, pictures, size, encode=LlavaAdapter.encode_resized):
+        resized.append(size)
+        return encode(vlm, pictures, size)
+
+    monkeypatch.setattr(sweep, "read_images", counted)
+    monkeypatch.setattr(LlavaAdapter, "encode_resized", watched)
+    count = lambda unit, report: held.append(sum(picture() is not None for picture in alive))  # noqa: E731
+    trials = expand(plan, Layouts.fixed(PatchGrid(12, 12)), LAYERS)
+    assert not bench.run(tmp_path, cluster, trials=trials, done=count, speed=SLOW / 10).failures
+    images = sorted({example.image for example in bench.examples})
+    assert sorted(image for batch in decoded for image in batch) == images, "each is decoded once"
+    assert len(resized) > len(decoded) > 1
+    assert 0 < max(held) == max(map(len, decoded)), "those of one batch at a time"
+
+
 def test_an_example_that_raises_is_given_up_alone(bench, undisturbed, cluster, tmp_path):
     """A prompt with a second image placeholder cannot be encoded."""
     poisoned = bench.questions.examples.copy()
@@ -105,13 +137,13 @@ def test_an_example_that_raises_is_given_up_alone(bench, undisturbed, cluster, t
 FULL = """
 import pickle, sys
 from pathlib import Path
-from pipelines.results import StorageFull
+from pipelines.storage import StorageFull
 from pipelines.settings import ClusterSettings
 bench = pickle.loads(Path(sys.argv[1]).read_bytes())
 try:
     bench.run(Path(sys.argv[2]), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
 except StorageFull as error:
-    print(len(list(Path(sys.argv[2]).glob("*.predictions.parquet"))), error)
+    print(len(list(Path(sys.argv[2]).glob("*.unit.parquet"))), error)
 """
 
 
@@ -138,11 +170,10 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, tmp_path):
     assert "no space is left" in message and "run the same command again" in message
 
 
-@pytest.mark.parametrize("part", ["predictions", "kept", "timings"])
-def test_a_damaged_unit_is_done_again(bench, undisturbed, cluster, tmp_path, part):
+def test_a_cut_off_unit_is_done_again(bench, undisturbed, cluster, tmp_path):
     bench.run(tmp_path, cluster)
-    victim = sorted(tmp_path.glob(f"*.{part}.parquet"))[0]
-    victim.write_bytes(victim.read_bytes()[:100])
+    victim = sorted(tmp_path.glob("*.unit.parquet"))[0]
+    victim.write_bytes(victim.read_bytes()[:-100])
     redone = []
     outcome = bench.run(tmp_path, cluster, done=lambda unit, result: redone.append(unit))
     assert redone == [victim.name.partition(".")[0]]
@@ -168,7 +199,7 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
         env=os.environ | {"PYTHONPATH": PATHS},
     )
     deadline = time.monotonic() + 300
-    while len(list(results.glob("*.predictions.parquet"))) < 3:
+    while len(list(results.glob("*.unit.parquet"))) < 3:
         assert driver.poll() is None, "the driver ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -184,6 +215,8 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
 
 # Workers cannot import this file, so what it defines travels whole.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+LAYERS = 8  # of the random model
 
 
 @dataclass(frozen=True)
@@ -256,9 +289,8 @@ def test_results_name_what_they_hold(bench, cluster, tmp_path):
     assert held == {(trial.trial_id, example.digest) for trial in bench.trials for example in bench.examples}
     assert len(stored) > 3
     for unit in stored:
-        assert pq.read_metadata(tmp_path / f"{unit.unit}.predictions.parquet").num_rows == len(unit.trials) * len(
-            unit.examples
-        )
+        footer = pq.read_metadata(tmp_path / f"{unit.unit}.unit.parquet")
+        assert footer.row_group(0).num_rows == len(unit.trials) * len(unit.examples)
 
 
 @dataclass(frozen=True)

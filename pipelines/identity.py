@@ -1,0 +1,43 @@
+"""What a model is, known again without reading its weights.
+
+The digests of a model take as long as loading it. The sweep leaves them in a memo, beside names, sizes and time stamps
+of the folder's files; while these are the same, so is the model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from pipelines.atomic import atomic_path
+
+Stamp = list[list]  # name, bytes and time of change in ns of every file
+
+
+class ModelIdentity(NamedTuple):
+    """Digests: of all weights and the prompt format, and of what decides its encoder's signals."""
+
+    model: str
+    encoder: str
+
+
+def folder_stamp(folder: Path) -> Stamp:
+    """What tells a folder that has changed; links are followed."""
+    held = sorted((path.relative_to(folder).as_posix(), path.stat()) for path in folder.rglob("*") if path.is_file())
+    return [[name, found.st_size, found.st_mtime_ns] for name, found in held]
+
+
+def remember(memo: Path, stamp: Stamp, identity: ModelIdentity) -> None:
+    """``stamp`` is of the folder before the model was loaded from it."""
+    with atomic_path(memo) as path:
+        path.write_text(json.dumps({"files": stamp, **identity._asdict()}))
+
+
+def recall(memo: Path, folder: Path) -> ModelIdentity | None:
+    """The identity of the model in ``folder``; ``None`` unless the memo is of these very files."""
+    try:
+        held = json.loads(memo.read_text())
+        return ModelIdentity(held["model"], held["encoder"]) if held["files"] == folder_stamp(folder) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,88 @@
+"""`make plan` beside the store: what it says is missing is what the next sweep does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from bench import BENCHMARKS, ROOT
+
+from stages.entry import run_stage
+from stages.plan import plan
+
+GRID = [{"name": "methods", "method": ["nuwa", "random"], "budget": 16}]
+MORE = [*GRID, {"name": "cuts", "method": "nuwa", "budget": 16, "stage2_layer": [2, 6]}]
+
+
+@pytest.fixture
+def project(model_folder, prepared, params, tmp_path, monkeypatch) -> Path:
+    """A folder in which stages run: a tiny model, twelve images, one grid."""
+    shutil.copytree(model_folder, tmp_path / "models" / "tiny")
+    (tmp_path / "data").mkdir()
+    for name in ("examples.parquet", "images.parquet"):
+        shutil.copy(prepared / name, tmp_path / "data" / name)
+    params["model"]["path"] = "models/tiny"
+    params["cluster"] |= {"workers": 1, "cpus": 1}
+    params["sweep"] |= {"benchmarks": BENCHMARKS, "images": 12, "unit_images": 4, "budgets": [16], "grids": GRID}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def of_the_store(capsys) -> list[str]:
+    run_stage(plan)
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("stored:", "to come:"))]
+
+
+def with_grid(project: Path, grids: list[dict]) -> None:
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["sweep"]["grids"] = grids
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def swept(project: Path) -> list[dict]:
+    """The units of all sweeps so far."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.sweep"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (project / "cache" / "units.jsonl").read_text().splitlines()]
+
+
+def test_the_plan_says_what_the_next_sweep_does(project, capsys):
+    assert of_the_store(capsys) == [], "nothing is stored, so nothing is missing"
+    first = swept(project)
+    answers = sum(row["trials"] * row["examples"] for row in first)
+    assert of_the_store(capsys) == [
+        f"stored: {answers} of {answers} answers",
+        "to come: 0 answers, 0.00 TFLOP, 0 seconds, 0.00 GPU hours",
+    ]
+
+    with_grid(project, MORE)
+    stored, to_come = of_the_store(capsys)
+    new = swept(project)[len(first) :]
+    missing = sum(row["trials"] * row["examples"] for row in new)
+    assert missing == 2 * answers // 3, "two trials join three"
+    assert stored == f"stored: {answers} of {answers + missing} answers"
+    said = re.fullmatch(rf"to come: {missing} answers, ([\d.]+) TFLOP, .+ seconds, 0\.00 GPU hours", to_come)
+    assert said.group(1) == f"{sum(row['flops'] for row in new) / 1e12:.2f}"
+
+    # The weights are not read: others of the same size and time go unnoticed until the next sweep loads them.
+    weights = project / "models" / "tiny" / "model.safetensors"
+    known, whole = weights.stat(), weights.read_bytes()
+    weights.write_bytes(b"?" * len(whole))
+    os.utime(weights, ns=(known.st_atime_ns, known.st_mtime_ns))
+    assert of_the_store(capsys)[0] == f"stored: {answers + missing} of {answers + missing} answers"
+    os.utime(weights)
+    units = len(list((project / "cache" / "results").iterdir()))
+    assert of_the_store(capsys) == [
+        f"stored: {units} units; which answers are this model's is known once a sweep has loaded it"
+    ]

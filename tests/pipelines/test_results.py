@@ -1,0 +1,316 @@
+"""The result store: a unit is whole or not there, on a folder and behind a URI; nothing is read twice in vain."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+from typing import ClassVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bench import PATHS, ROOT, same
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import fs
+
+from pipelines import results, storage
+from pipelines.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
+from pipelines.storage import ATTEMPTS, StorageFull, StorageUnavailable
+
+
+@pytest.fixture(autouse=True)
+def footers(tmp_path, monkeypatch):
+    """An index of its own, and no pauses between attempts."""
+    monkeypatch.setattr(results, "FOOTERS", tmp_path / "footers")
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.0)
+    return tmp_path / "footers"
+
+
+@pytest.fixture(params=["local", "s3", "memory"])
+def place(request, bucket, tmp_path) -> str:
+    return {"local": str(tmp_path / "store"), "s3": bucket, "memory": f"memory://{uuid.uuid4().hex}"}[request.param]
+
+
+def unit_of(number: int, trials: int = 2, examples: int = 3) -> tuple[StoredUnit, dict[str, pa.Table]]:
+    """A unit whose content follows from ``number``."""
+    mine = tuple(f"t{number}-{trial}" for trial in range(trials))
+    asked = tuple(f"d{number}-{example}" for example in range(examples))
+    unit = unit_name(mine, asked)
+    rows = [(trial, example) for trial in mine for example in asked]
+    predictions = [
+        {"trial_id": trial, "example_id": f"e{example}", "prediction": f"{trial} {example}", "kept_final": [number, 7]}
+        for trial, example in rows
+    ]
+    kept = [{"trial_id": trial, "image": "i", "indices": [number], "pillar": [True]} for trial in mine]
+    timings = [
+        {"trial_id": trial, "unit": unit, "questions": examples, "selection_s": 0.1, "trunk_s": 0.2, "answer_s": 0.3}
+        for trial in mine
+    ]
+    rows = {"predictions": predictions, "kept": kept, "timings": timings}
+    return StoredUnit(unit, mine, asked), {part: pa.Table.from_pylist(rows[part], PARTS[part]) for part in PARTS}
+
+
+def fill(store: ResultStore, count: int) -> list[StoredUnit]:
+    """Units 0, 1, ... in the order the store lists them."""
+    written = [unit_of(number) for number in range(count)]
+    for unit, tables in written:
+        store.write(unit, tables)
+    return sorted(unit for unit, _ in written)
+
+
+def flip(store: ResultStore, name: str, part: str) -> None:
+    """Damage the last byte of the part's first column, which is inside a page."""
+    content = bytearray(store.storage.read(name))
+    column = pq.read_metadata(pa.BufferReader(bytes(content))).row_group(list(PARTS).index(part)).column(0)
+    content[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
+    store.storage.write(name, bytes(content))
+
+
+def test_what_is_written_is_listed_and_read(place):
+    store = ResultStore(place)
+    assert store.done() == []
+    written = fill(store, 5)
+    elsewhere = ResultStore(place)
+    assert elsewhere.done() == written
+    assert [set(tables) for tables in elsewhere.read_all(unit.unit for unit in written)] == [set(PARTS)] * 5
+    for number in range(5):
+        unit, tables = unit_of(number)
+        assert elsewhere.read(unit.unit) == tables
+    elsewhere.remove(written[0].unit)
+    assert store.done() == written[1:]
+
+
+def test_parts_may_be_empty_and_footers_long(place):
+    unit, tables = unit_of(0, trials=40, examples=2000)
+    tables["kept"] = tables["kept"].slice(0, 0)
+    store = ResultStore(place)
+    store.write(unit, tables)
+    (name,) = store.storage.sizes()
+    content = store.storage.read(name)
+    assert int.from_bytes(content[-8:-4], "little") > results.FOOTER_BYTES
+    assert store.done() == [unit]
+    assert store.read(unit.unit) == tables
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, 0.3, 0.9, -9, -8, -1])
+def test_a_part_of_a_unit_is_none(place, kept):
+    """Whatever was written of a unit, it is not counted, and it goes when that is asked for."""
+    store = ResultStore(place)
+    written = fill(store, 2)
+    name = written[0].unit + SUFFIX
+    content = store.storage.read(name)
+    store.storage.write(name, content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    assert store.done() == written[1:]
+    assert name in store.storage.sizes()
+    assert store.done(discard_damaged=True) == written[1:]
+    assert list(store.storage.sizes()) == [written[1].unit + SUFFIX]
+
+
+def test_a_unit_under_another_name_is_none(place):
+    store = ResultStore(place)
+    one, other = fill(store, 2)
+    store.storage.write(one.unit + SUFFIX, store.storage.read(other.unit + SUFFIX))
+    assert store.done() == [other]
+
+
+def test_other_files_are_left_alone(place):
+    store = ResultStore(place)
+    store.storage.write("predictions.parquet", b"someone's own")
+    assert store.done(discard_damaged=True) == []
+    assert list(store.storage.sizes()) == ["predictions.parquet"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_page_is_found_when_read(place, part):
+    store = ResultStore(place)
+    (unit,) = fill(store, 1)
+    name = unit.unit + SUFFIX
+    flip(store, name, part)
+    assert store.done() == [unit], "a footer does not tell"
+    with pytest.raises(DamagedUnit, match=re.escape(f"{store.storage.place}/{name} is damaged or gone and is removed")):
+        store.read(unit.unit)
+    assert store.done() == []
+
+
+class Counting(fs.FSSpecHandler):
+    """A filesystem that counts the files it opens for reading."""
+
+    opened = 0
+
+    def open_input_file(self, path):
+        self.opened += 1
+        return super().open_input_file(path)
+
+
+def test_a_remote_footer_is_read_once_a_machine(footers):
+    name = uuid.uuid4().hex
+    handler = Counting(fsspec.filesystem("memory"))
+
+    def opened() -> ResultStore:
+        store = ResultStore(f"memory://{name}")
+        store.storage = dataclasses.replace(store.storage, filesystem=fs.PyFileSystem(handler))
+        return store
+
+    written = fill(opened(), 200)
+    assert opened().done() == written
+    assert handler.opened == 200
+    assert opened().done() == written, "another process"
+    assert handler.opened == 200
+    opened().write(*unit_of(200))
+    assert len(opened().done()) == 201
+    assert handler.opened == 201, "just the new one"
+    victim = written[0].unit + SUFFIX
+    opened().storage.write(victim, opened().storage.read(victim)[:-1])
+    assert len(opened().done()) == 200, "it is not what it was"
+    for index in footers.iterdir():
+        index.write_text(index.read_text()[:-5])
+    assert len(opened().done()) == 200, "a damaged index is no index"
+
+
+class Flaky(MemoryFileSystem):
+    """A storage that refuses requests: ``refuses`` is asked with the request and how often it was made before."""
+
+    protocol = "flaky"
+    refuses = staticmethod(lambda request, before: False)
+    made: ClassVar[collections.Counter] = collections.Counter()
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    def _request(self, kind: str, path: str) -> None:
+        request = (kind, path)
+        before = self.made[request]
+        self.made[request] += 1
+        if Flaky.refuses(request, before):
+            raise OSError(errno.ECONNRESET, "connection reset by peer")
+
+    def _open(self, path, mode="rb", **options):
+        self._request({"rb": "read", "wb": "write"}[mode], path)
+        return super()._open(path, mode, **options)
+
+    def find(self, path, *arguments, **options):
+        self._request("list", path)
+        return super().find(path, *arguments, **options)
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    """Tells the storage which requests to refuse; returns a place there."""
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+
+    def refuse(refuses):
+        monkeypatch.setattr(Flaky, "refuses", staticmethod(refuses))
+        return f"flaky://{uuid.uuid4().hex}"
+
+    return refuse
+
+
+def test_a_sweep_on_a_bucket_equals_one_on_a_folder(bench, undisturbed, cluster, bucket):
+    assert same(bench.run(bucket, cluster, in_process=False), undisturbed)
+    again = []
+    assert same(bench.run(bucket, cluster, done=lambda unit, report: again.append(unit)), undisturbed)
+    assert not again
+
+
+def test_a_sweep_outlives_faults_that_pass(bench, undisturbed, cluster, flaky):
+    place = flaky(lambda request, before: before < ATTEMPTS - 1)
+    assert same(bench.run(place, cluster), undisturbed)
+    refused = {kind for (kind, path), made in Flaky.made.items() if place.removeprefix("flaky:/") in f"/{path}"}
+    assert refused == {"list", "read", "write"}
+
+
+@pytest.mark.parametrize("what", ["list", "read", "write"])
+def test_a_fault_that_lasts_stops_the_sweep_by_name(bench, undisturbed, cluster, flaky, what):
+    """Two units are written before writing fails; listing and reading fail when all is done."""
+    written = set()
+
+    def refuses(request, before):
+        if request[0] == "write" == what and len(written) < 2:
+            written.add(request)
+        return request[0] == what and request not in written
+
+    place = flaky(refuses)
+    said = {"list": "list files", "read": rf"read \w{{24}}{SUFFIX}", "write": rf"write \w{{24}}{SUFFIX}"}[what]
+    with pytest.raises(
+        StorageUnavailable, match=rf"^{place}: could not {said} in 4 attempts, last: .*connection reset by peer"
+    ):
+        bench.run(place, cluster)
+    flaky(lambda request, before: False)
+    if what == "write":
+        assert len(ResultStore(place).done()) == 2
+    assert bool(bench.units(place)) == (what == "write")
+    assert same(bench.run(place, cluster), undisturbed), "what was finished is kept, the rest is done"
+
+
+def test_a_full_storage_is_no_fault_that_passes(flaky, monkeypatch):
+    def full(self, kind, path):
+        raise OSError(errno.EDQUOT, "quota exceeded")
+
+    store = ResultStore(flaky(lambda request, before: False))
+    monkeypatch.setattr(Flaky, "_request", full)
+    with pytest.raises(
+        StorageFull, match=rf"^{store.storage.place}: no space is left \(quota exceeded\); finished work"
+    ):
+        store.write(*unit_of(0))
+
+
+def test_a_damaged_unit_of_a_bucket_is_asked_again(bench, undisturbed, cluster, bucket):
+    bench.run(bucket, cluster)
+    store = ResultStore(bucket)
+    victim = store.done()[0].unit
+    flip(store, victim + SUFFIX, "predictions")
+    with pytest.raises(DamagedUnit, match=victim):
+        bench.run(bucket, cluster)
+    redone = []
+    assert same(bench.run(bucket, cluster, done=lambda unit, report: redone.append(unit)), undisturbed)
+    assert redone == [victim]
+
+
+KILLED = """
+import dataclasses, os, signal, sys
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow import fs
+from pipelines.results import ResultStore
+from test_results import unit_of
+
+class HalfWritten:
+    closed = False
+    def __init__(self, stream):
+        self.stream = stream
+    def write(self, content):
+        self.stream.write(memoryview(content)[: len(content) // 2])
+        self.stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Killing(fs.FSSpecHandler):
+    def create_dir(self, path, recursive):
+        inner.create_dir(path, recursive=recursive)
+    def open_output_stream(self, path, metadata=None):
+        return pa.PythonFile(HalfWritten(inner.open_output_stream(path)), mode="w")
+
+store = ResultStore(sys.argv[1])
+inner = fs.PyFileSystem(fs.FSSpecHandler(LocalFileSystem())) if store.storage.local else store.storage.filesystem
+store.write(*unit_of(0))
+store.storage = dataclasses.replace(store.storage, filesystem=fs.PyFileSystem(Killing(None)))
+store.write(*unit_of(1))
+"""
+
+
+@pytest.mark.parametrize("place", ["local", "s3"], indirect=True)
+def test_a_killed_upload_leaves_nothing_that_counts(place):
+    """Killed half-way into the second unit: on a bucket, and where files are written in place, without a rename."""
+    killed = subprocess.run([sys.executable, "-c", KILLED, place], cwd=ROOT, env=os.environ | {"PYTHONPATH": PATHS})
+    assert killed.returncode == -signal.SIGKILL
+    store = ResultStore(place)
+    assert store.done(discard_damaged=True) == [unit_of(0)[0]]
+    assert len(store.storage.sizes()) == 1
+    store.write(*unit_of(1))
+    assert len(store.done()) == 2
