@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipelines.grid import Trial
 from pipelines.racing import Race, Standing
 from pipelines.swarm_search import Tried
 from pipelines.tracking import TrialRun
@@ -38,8 +39,7 @@ def study_table(
 ) -> pd.DataFrame:
     """The preset (without a number), then every point in the order it was asked.
 
-    ``point``: JSON. ``objective`` is repeated beside its family so that a reader needs no settings; columns ``unseen_*``
-    are on images the search has not seen, for those in ``confirmed``.
+    ``point``: JSON. Columns ``unseen_*`` are on images the search has not seen, for the trials in ``confirmed``.
     """
     first = {"number": None, "state": "preset", "point": "{}", **_study_row(preset.trial, preset, confirmed, objective)}
     rows = [
@@ -56,7 +56,7 @@ def study_table(
     )
 
 
-def _study_row(trial: Any, standing: Standing | None, confirmed: Mapping[str, Standing], objective: str) -> dict:
+def _study_row(trial: Trial, standing: Standing | None, confirmed: Mapping[str, Standing], objective: str) -> dict:
     row = {"trial_id": trial.trial_id, "label": trial.label, "average_tokens": trial.schedule.average_tokens}
     if standing is None:
         return row

@@ -7,7 +7,9 @@ SVG text stays text, so the page's font, search and selection apply to it.
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +51,7 @@ SEQUENTIAL = LinearSegmentedColormap.from_list("paper to blue", ["#f4f7fb", "#a9
 HIGHEST = "#D55E00"
 PNG_DPI = 200
 LABEL_SIZE, LABEL_LINE = 7.0, 0.14  # points; inches from one line to the next
+RACE_TICKS = 0.12  # logarithm of the ratio of neighbouring ticks
 RACE_DODGE = 0.03  # of the cost, between trials that stopped at neighbouring rungs
 DODGE = 0.35  # average tokens between neighbouring series of one budget
 
@@ -328,8 +331,10 @@ def race_plane(title: str, points: Sequence[RacePoint], rungs: int, cost: str) -
         ax.step(x, y, where="post", color=HIGHEST, linewidth=1.0, zorder=2)
         ax.plot(x, y, "o", color=HIGHEST, markersize=6.5, markerfacecolor="none", markeredgewidth=1.2, zorder=20)
         ax.set_xscale("log")
-        costs = sorted({point.cost for point in points})
-        marked = [at for number, at in enumerate(costs) if number == 0 or at > 1.12 * costs[number - 1]]
+        marked: list[float] = []
+        for at, _ in Counter(point.cost for point in points).most_common():  # where labels would touch, the fuller one
+            if all(abs(math.log(at / other)) > RACE_TICKS for other in marked):
+                marked.append(at)
         ax.set_xticks(marked, [f"{at:.3g}" for at in marked])
         ax.minorticks_off()
         ax.set_xlabel(f"{cost} (logarithmic)")

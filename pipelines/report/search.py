@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nuwa import UNPRUNED
 from pipelines.pareto import pareto_front
 from pipelines.report.charts import Panel, RacePoint, race_plane
 from pipelines.report.inputs import SearchRecord
@@ -119,12 +120,17 @@ def _plane(trials: pd.DataFrame, family: str, rungs: int, cost: str) -> Panel:
             cost=row.cost,
             value=getattr(row, family),
             rung=row.rung,
-            name=f"{method_style(row.method).name} {row.position.upper()} {plain_number(row.cost)}",
+            name=_name(row.method, row.position, row.cost),
             front=bool(getattr(row, f"{family}_front")),
         )
         for row in trials.itertuples()
     ]
     return race_plane(FAMILY_NAMES[family], points, rungs, cost)
+
+
+def _name(method: str, position: str, cost: float) -> str:
+    name = method_style(method).name
+    return name if method == UNPRUNED else f"{name} {position.upper()} {plain_number(cost)}"
 
 
 def _race_rows(trials: pd.DataFrame, families: list[str]) -> list[RaceRow]:
