@@ -23,7 +23,7 @@ from pipelines.grid import Trial
 from pipelines.plan import read_examples, sweep_costs
 from pipelines.progress import SweepProgress, worker_speed
 from pipelines.racing import FEWEST_IMAGES, Race
-from pipelines.search_space import trial_at
+from pipelines.search_space import preset_point, trial_at
 from pipelines.search_tables import race_table, study_runs, study_table
 from pipelines.settings import SearchSettings, Settings, SwarmSettings
 from pipelines.swarm_search import Tried, objective_of, ranking, run_study
@@ -149,7 +149,7 @@ def search_swarm(
         best = [one.trial for one in ranking(tried, swarm.objective)[:CONFIRMED]]
         confirmed = run([], [preset, *best], [unseen]).standings
     answers = {one.trial.trial_id: one.standing.answers for one in tried if one.standing is not None}
-    return study_table(tried, standing, confirmed, swarm.objective), {
+    return study_table(tried, standing, preset_point(swarm, preset), confirmed, swarm.objective), {
         **swarm.model_dump(include={"method", "position", "budget", "objective"}),
         "preset": preset.spec.preset,
         "points": len(tried),

@@ -24,6 +24,20 @@ def trial_at(swarm: SwarmSettings, point: Mapping[str, Any], grid: PatchGrid, la
     return Trial(spec, spec.schedule(grid, layers), parameters, (GRID,), (swarm.budget,))
 
 
+def preset_point(swarm: SwarmSettings, preset: Trial) -> dict[str, Any]:
+    """Where the preset lies: its own value on every axis; null where it has none, as of a ratio no ratio decides."""
+    cut = preset.spec.stage2
+    own = {
+        "stage2_layer": preset.schedule.cuts[0][0] if cut else "off",
+        "stage2_scorer": cut.scorer if cut else None,
+        "stage2_ratio": getattr(cut.keep, "ratio", None) if cut else None,
+    }
+    return {
+        name: own[name] if name in own else getattr(preset.spec.config, name.partition(".")[2])
+        for name in swarm.space.axes
+    }
+
+
 def check_space(swarm: SwarmSettings, grid: PatchGrid, layers: int) -> None:
     """Raises :class:`SettingsError` when a layer is not the model's, or a layer and ratio do not reach the budget.
 

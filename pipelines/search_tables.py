@@ -35,13 +35,22 @@ def race_table(race: Race, rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFram
 
 
 def study_table(
-    tried: Sequence[Tried], preset: Standing, confirmed: Mapping[str, Standing], objective: str
+    tried: Sequence[Tried],
+    preset: Standing,
+    point: Mapping[str, Any],
+    confirmed: Mapping[str, Standing],
+    objective: str,
 ) -> pd.DataFrame:
-    """The preset (without a number), then every point in the order it was asked.
+    """The preset, which lies at ``point`` (without a number), then every point in the order it was asked.
 
-    ``point``: JSON. Columns ``unseen_*`` are on images the search has not seen, for the trials in ``confirmed``.
+    A point is JSON. Columns ``unseen_*`` are on images the search has not seen, for the trials in ``confirmed``.
     """
-    first = {"number": None, "state": "preset", "point": "{}", **_study_row(preset.trial, preset, confirmed, objective)}
+    first = {
+        "number": None,
+        "state": "preset",
+        "point": json.dumps(point, sort_keys=True),
+        **_study_row(preset.trial, preset, confirmed, objective),
+    }
     rows = [
         {
             "number": one.number,

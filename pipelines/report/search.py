@@ -17,7 +17,7 @@ from pipelines.report.inputs import SearchRecord
 from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes
 from pipelines.report.style import FAMILIES as FAMILY_NAMES
 from pipelines.report.style import method_style, parameter_name, percent, plain_number, position_name, setting_text
-from pipelines.report.tables import Cell, retention_cell
+from pipelines.report.tables import DASH, Cell, retention_cell
 
 COSTS = {"average_tokens": "average tokens", "flops": "FLOP of a prefill"}
 SHOWN = 5  # best points of the swarm search
@@ -170,24 +170,25 @@ def _swarm(table: pd.DataFrame, summary: Mapping[str, Any], families: list[str])
     rows = [
         PointRow(
             name="Preset" if row["state"] == "preset" else f"Point {int(row['number'])}",
-            settings=["preset" if name not in point else _setting(name, point[name]) for name in names]
-            if row["state"] != "preset"
-            else [""] * len(names),
+            settings=[_setting(name, point[name]) if name in point else DASH for name in names],
             retention={family: _cell(row, family) for family in families},
             unseen={family: _cell(row, f"unseen_{family}") for family in families},
         )
         for row, point in zip(shown, points, strict=True)
     ]
     objective = summary["objective"]
-    goal = "the mean of all families" if objective == "mean" else f"{FAMILY_NAMES[objective].lower()} retention"
+    goal = "mean retention over all families" if objective == "mean" else f"{FAMILY_NAMES[objective]} retention"
     sentence = (
         f"{summary['points']} points of {method_style(summary['method']).name}’s space (preset {summary['preset']}, "
-        f"{position_name(summary['position'])} ids, {plain_number(summary['budget'])} average tokens) for {goal}: "
+        f"{position_name(summary['position'])} ids, {plain_number(summary['budget'])} average tokens), for the highest {goal}: "
         f"{(table['state'] == 'stopped').sum()} stopped early, so {summary['answers']:,} of {summary['full_answers']:,} "
         f"answers ({percent(summary['answers'] / summary['full_answers'])} %) were asked."
     )
     return SwarmTable(
-        sentence, [parameter_name(name.removeprefix("parameters.")) for name in names], rows, summary["unseen_images"]
+        sentence,
+        [parameter_name(name.removeprefix("parameters.")).partition(" (")[0] for name in names],
+        rows,
+        summary["unseen_images"],
     )
 
 

@@ -7,9 +7,10 @@ import pytest
 from test_racing import RESAMPLES, SEED, engine, kill_half_way  # noqa: F401
 
 from nuwa.grid import PatchGrid
+from nuwa.stage1 import get_method
 from pipelines.plan import read_examples
 from pipelines.racing import race, slices
-from pipelines.search_space import check_space, trial_at
+from pipelines.search_space import check_space, preset_point, trial_at
 from pipelines.search_tables import study_table
 from pipelines.settings import SettingsError, SwarmSettings
 from pipelines.swarm_search import best_of, objective_of, ranking, run_study
@@ -130,11 +131,30 @@ def test_the_tables_rows_are_the_preset_and_every_point(engine, tmp_path):  # no
     tried = run_swarm(engine, tmp_path, races=races)
     preset = races[0][1][0]
     standing = races[0][2].standings[preset.trial_id]
-    table = study_table(tried, standing, {preset.trial_id: standing}, "vqa")
+    table = study_table(tried, standing, {"stage2_layer": 4}, {preset.trial_id: standing}, "vqa")
     assert table["state"].tolist() == ["preset", *("finished" if one.finished else "stopped" for one in tried)]
     assert table["objective"].tolist() == [s.estimates["vqa"][0] for s in (standing, *(one.standing for one in tried))]
     assert table["unseen_vqa"].notna().tolist() == [True] + [one.trial.trial_id == preset.trial_id for one in tried]
     assert table["rung"].tolist() == [2, *(one.standing.rung for one in tried)]
+
+
+@pytest.mark.parametrize("preset", ["released", "paper"])
+def test_the_trial_at_the_presets_place_is_the_preset(preset):
+    config = get_method("nuwa").configure(preset)
+    names = ("pillar_quantile", "salience", "separation", "candidates_per_region")
+    space = {"stage2_layer": ["off"], "stage2_scorer": ["random"], "stage2_ratio": [0.5]}
+    space["parameters"] = {name: [getattr(config, name)] for name in names}
+    swarm = swarm_of(preset=preset, space=space)
+    trial = trial_at(swarm, {}, GRID, LAYERS)
+    point = preset_point(swarm, trial)
+    assert set(point) == set(swarm.space.axes)
+    assert (point["stage2_layer"], point["stage2_ratio"]) == (4, 1 / 7)
+    assert trial_at(swarm, point, GRID, LAYERS).trial_id == trial.trial_id
+
+
+def test_a_preset_without_stage_2_lies_at_off():
+    swarm = swarm_of(method="visionzip", space={"stage2_layer": [2, "off"], "stage2_ratio": [0.5]})
+    assert preset_point(swarm, trial_at(swarm, {}, GRID, LAYERS)) == {"stage2_layer": "off", "stage2_ratio": None}
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def swarm():
 
     return pd.DataFrame(
         [
-            row(None, "preset", "p", 0.70),
+            row(None, "preset", "p", 0.70, stage2_layer=5, **{"parameters.pillar_quantile": 0.55}),
             row(0, "finished", "a", 0.60, stage2_layer=4, **{"parameters.pillar_quantile": 0.25}),
             row(1, "stopped", "b", 0.95, stage2_layer=2, **{"parameters.pillar_quantile": 0.5}),
             row(2, "finished", "c", 0.80, stage2_layer="off", **{"parameters.pillar_quantile": 0.125}),
@@ -129,13 +129,13 @@ def test_the_page_shows_every_trials_race_and_the_best_points_beside_the_preset(
     assert rows[-1][-1] == by_id.loc[by_id.loc[loser, "vqa_beaten_by"], "label"]
     assert rows[0][5:] == ["Grounding, VQA", ""], "the unpruned model is on both fronts"
     cells = [[cell.text_content() for cell in line] for line in points.xpath(".//tbody/tr")]
-    assert [line[:3] for line in cells] == [
-        ["Preset", "", ""],
+    assert [[line[0], *line[5:]] for line in cells] == [
+        ["Preset", "5", "0.55"],
         ["Point 2", "off", "0.125"],
         ["Point 0", "4", "0.25"],
     ], "finished ones by objective, each trial once"
-    assert [line[3][:4] for line in cells] == ["70.0", "80.0", "60.0"]
-    assert [line[5][:4] for line in cells] == ["60.0", "70.0", "50.0"]
+    assert [line[1][:4] for line in cells] == ["70.0", "80.0", "60.0"]
+    assert [line[3][:4] for line in cells] == ["60.0", "70.0", "50.0"]
     assert "1 stopped early, so 150 of 180 answers (83.3 %) were asked" in section.text_content()
     assert "on 7 other images" in points.text_content()
     markdown = (tmp_path / "with" / "report.md").read_text()
