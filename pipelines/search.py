@@ -6,10 +6,11 @@ Both ask through :class:`Asking`, which runs what is missing and stores it where
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -17,13 +18,14 @@ import pyarrow.compute as pc
 
 from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
-from nuwa.vlm import LlavaAdapter
+from nuwa.layout import VisualLayout
+from nuwa.vlm import Adapter
 from pipelines.executor import UnitsFailed
-from pipelines.grid import Trial
+from pipelines.grid import Layouts, Trial
 from pipelines.plan import read_examples, sweep_costs
 from pipelines.progress import SweepProgress, worker_speed
 from pipelines.racing import FEWEST_IMAGES, Race
-from pipelines.search_space import preset_point, trial_at
+from pipelines.search_space import preset_point
 from pipelines.search_tables import race_table, study_runs, study_table
 from pipelines.settings import SearchSettings, Settings, SwarmSettings
 from pipelines.swarm_search import Tried, objective_of, ranking, run_study
@@ -44,9 +46,10 @@ class Asking:
     """
 
     settings: Settings
-    vlm: LlavaAdapter
+    vlm: Adapter
     spec: SweepSpec
     context: str
+    layouts: Mapping[str, VisualLayout]  # of every image
     progress: Path
     units_log: Path
     tracker: Tracker
@@ -63,7 +66,7 @@ class Asking:
             outcome = run_sweep(
                 self.spec,
                 trials,
-                read_examples(questions, self.context),
+                read_examples(questions, self.context, self.layouts),
                 sweep_costs(self.vlm, questions),
                 worker_speed(self.units_log, cluster),
                 plan.unit_images,
@@ -88,15 +91,16 @@ class Asking:
 
 def race_grid(
     wanted: SearchSettings,
-    vlm: LlavaAdapter,
+    vlm: Adapter,
     trials: list[Trial],
+    layouts: Layouts,
     rungs: list[pd.DataFrame],
     contest: Contest,
     tracker: Tracker,
 ) -> tuple[pd.DataFrame, dict]:
     """Race the sweep's trials: the table of trials, and the race in figures."""
     costs = partial(cost_columns, llm=LlmShape.from_config(vlm.model.config), bytes_per_number=vlm.model.dtype.itemsize)
-    rows = {trial.trial_id: trial.row() | costs(trial.schedule) for trial in trials}
+    rows = {trial.trial_id: trial.row(layouts, costs) for trial in trials}
     figures: list[dict[str, float]] = []
 
     def on_rung(rung: int, numbers: dict[str, int]) -> None:
@@ -119,19 +123,18 @@ def race_grid(
 def search_swarm(
     swarm: SwarmSettings,
     seed: int,
-    vlm: LlavaAdapter,
+    make: Callable[[dict[str, Any]], Trial],
     rungs: list[pd.DataFrame],
     unseen: pd.DataFrame,
     contest: Contest,
     tracker: Tracker,
     tags: dict[str, str],
 ) -> tuple[pd.DataFrame, dict]:
-    """Search the hyper-parameters: the table of points, and the study in figures.
+    """Search the hyper-parameters: the table of points, and the study in figures. ``make``: point → trial.
 
     The best points were chosen on the images they are reported on. So they and the preset are asked once more on
     ``unseen`` ones, where there are enough.
     """
-    make = partial(trial_at, swarm, grid=vlm.grid, layers=vlm.layers)
     preset, judge = make({}), objective_of(swarm.objective)
 
     def run(batch: Sequence[Trial], stay: Sequence[Trial], on: list[pd.DataFrame] = rungs) -> Race:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from nuwa.grid import PatchGrid
 from nuwa.schedule import UnreachableBudget
-from pipelines.grid import Trial
-from pipelines.settings import SettingsError, SwarmSettings
+from pipelines.grid import Layouts, Trial, budget_on, expand
+from pipelines.settings import BudgetUnit, GridEntry, SettingsError, SwarmSettings, SweepSettings
 
 GRID = "swarm search"  # the grid its trials belong to
 
 
-def trial_at(swarm: SwarmSettings, point: Mapping[str, Any], grid: PatchGrid, layers: int) -> Trial:
+def trial_at(
+    swarm: SwarmSettings, point: Mapping[str, Any], sweep: SweepSettings, layouts: Layouts, layers: int
+) -> Trial:
     """The trial at ``point``, keyed as :attr:`SpaceSettings.axes`; the empty point is the preset.
 
-    Raises ``ValueError`` (``UnreachableBudget`` among them) where the method or the model's layers do not allow it.
+    It is the trial a block of the sweep's grids would mean. Raises :class:`SettingsError` where method or layers do not
+    allow it.
     """
-    spec = swarm.specify(point)
     parameters = {name.partition(".")[2]: value for name, value in point.items() if name.startswith("parameters.")}
-    return Trial(spec, spec.schedule(grid, layers), parameters, (GRID,), (swarm.budget,))
+    cut = {name: value for name, value in point.items() if name.startswith("stage2_")}
+    usual = swarm.model_dump(include={"method", "preset", "position", "budget"})
+    block = GridEntry(name=GRID, **usual, **cut, parameters=parameters)
+    return expand(sweep.model_copy(update={"grids": [block]}), layouts, layers)[-1]
 
 
 def preset_point(swarm: SwarmSettings, preset: Trial) -> dict[str, Any]:
@@ -32,24 +37,24 @@ def preset_point(swarm: SwarmSettings, preset: Trial) -> dict[str, Any]:
         "stage2_scorer": cut.scorer if cut else None,
         "stage2_ratio": getattr(cut.keep, "ratio", None) if cut else None,
     }
-    return {
-        name: own[name] if name in own else getattr(preset.spec.config, name.partition(".")[2])
-        for name in swarm.space.axes
-    }
+    config = preset.spec.config
+    return {name: own[name] if name in own else getattr(config, name.partition(".")[2]) for name in swarm.space.axes}
 
 
-def check_space(swarm: SwarmSettings, grid: PatchGrid, layers: int) -> None:
+def check_space(swarm: SwarmSettings, unit: BudgetUnit, layouts: Layouts, layers: int) -> None:
     """Raises :class:`SettingsError` when a layer is not the model's, or a layer and ratio do not reach the budget.
 
     All layers are tried with both ends of the ratio's range; what lies between is reached where its ends are.
     """
-    cut = {name: axis.extremes for name, axis in swarm.space.axes.items() if not name.startswith("parameters.")}
-    cut.pop("stage2_scorer", None)
+    axes = swarm.space.axes
+    cut = {name: axes[name].extremes for name in ("stage2_layer", "stage2_ratio") if name in axes}
     for values in itertools.product(*cut.values()):
-        point = {name: value for name, value in zip(cut, values, strict=True) if value is not None}
-        try:
-            trial_at(swarm, point, grid, layers)
-        except UnreachableBudget as error:
-            raise SettingsError(f"search.swarm.budget: {error}") from None
-        except ValueError as error:
-            raise SettingsError(f"search.swarm.space: {error}") from None
+        spec = swarm.specify(dict(zip(cut, values, strict=True)))
+        for layout in layouts.counts:
+            budget = budget_on(layout, swarm.budget, unit, layouts.dynamic)
+            try:
+                replace(spec, budget=budget).on(layout, layers)
+            except UnreachableBudget as error:
+                raise SettingsError(f"search.swarm.budget: {error}") from None
+            except ValueError as error:
+                raise SettingsError(f"search.swarm.space: {error}") from None

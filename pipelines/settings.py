@@ -438,6 +438,9 @@ class Settings(Section):
             raise ValueError(
                 f"report.headline_budget = {self.report.headline_budget:g} is swept by no grid; swept: {known}"
             )
+        swarm = self.search.swarm
+        if swarm is not None and asked.budget_unit == "share" and swarm.budget > 1:
+            raise ValueError(f"search.swarm.budget = {swarm.budget:g} must lie in (0, 1]: sweep.budget_unit is share")
         rungs, outside = len(self.search.shares) - 1, 1 - self.search.confidence
         if self.evaluate.resamples * outside < rungs:
             raise ValueError(

@@ -13,18 +13,21 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from nuwa import UNPRUNED
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
+from nuwa.vlm import load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.datasets import choose_questions
 from pipelines.executor import start_ray
-from pipelines.features import encode_missing, load_fixed_grid
-from pipelines.grid import expand
+from pipelines.features import encode_missing
+from pipelines.grid import Layouts, Trial, expand
 from pipelines.lock import exclusive
+from pipelines.plan import image_layouts
 from pipelines.racing import check_slices, race, slices
 from pipelines.search import Asking, race_grid, search_swarm
 from pipelines.search_space import trial_at
@@ -56,10 +59,15 @@ def search(settings: Settings) -> None:
     check_slices(rungs, wanted.shares)
     everything = choose_questions(prepared, plan.benchmarks, None, plan.subset_seed).examples
     unseen = everything[~everything["image"].isin(questions["image"])].reset_index(drop=True)
-    vlm = load_fixed_grid(settings.model.path)
-    trials = expand(plan, vlm.grid, vlm.layers)
-    preset = [trial_at(wanted.swarm, {}, vlm.grid, vlm.layers)] if wanted.swarm is not None else []
-    for trial in (*trials, *preset):
+    vlm = load_adapter(settings.model.path)
+    of_image = image_layouts(vlm, everything)
+    layouts = Layouts.of((of_image[image] for image in sorted(set(questions["image"]))), vlm.dynamic)
+    trials = expand(plan, layouts, vlm.layers)
+
+    def make(point: dict[str, Any]) -> Trial:
+        return trial_at(wanted.swarm, point, plan, layouts, vlm.layers)
+
+    for trial in (*trials, *([make({})] if wanted.swarm is not None else [])):
         if (check := get_method(trial.spec.stage1).check) is not None:
             check(trial.spec.config, vlm.encoder_identity)
     with ExitStack() as stack:
@@ -94,7 +102,7 @@ def search(settings: Settings) -> None:
             cluster.cpus,
             cluster.device,
         )
-        asking = Asking(settings, vlm, spec, context, PROGRESS, UNITS_LOG, tracker)
+        asking = Asking(settings, vlm, spec, context, of_image, PROGRESS, UNITS_LOG, tracker)
         contest = partial(
             race,
             reference=next(trial for trial in trials if trial.spec.method == UNPRUNED),
@@ -103,10 +111,10 @@ def search(settings: Settings) -> None:
             resamples=settings.evaluate.resamples,
             seed=settings.evaluate.seed,
         )
-        table, summary = race_grid(wanted, vlm, trials, rungs, contest, tracker)
+        table, summary = race_grid(wanted, vlm, trials, layouts, rungs, contest, tracker)
         tables = {"trials.csv": table}
         if wanted.swarm is not None:
-            found = search_swarm(wanted.swarm, wanted.seed, vlm, rungs, unseen, contest, tracker, fingerprints)
+            found = search_swarm(wanted.swarm, wanted.seed, make, rungs, unseen, contest, tracker, fingerprints)
             tables["swarm.csv"], summary["swarm"] = found
         _write(tables, summary | {"fingerprints": fingerprints})
         tracker.artifacts(SEARCH, "search")

@@ -170,6 +170,15 @@ def test_a_wrong_search_is_refused_in_one_line(params, tmp_path, keys, value, me
     test_one_line_names_key_value_and_what_is_allowed(params, tmp_path, keys, value, message)
 
 
+def test_a_searchs_budget_is_in_the_sweeps_unit(params, tmp_path):
+    params["sweep"] |= {"budget_unit": "share", "budgets": [0.5], "grids": [{"name": "a", "method": "random"}]}
+    params["report"]["headline_budget"] = 0.5
+    path = write(tmp_path, params)
+    with pytest.raises(SettingsError) as raised:
+        load_settings(path)
+    assert str(raised.value) == f"{path}: search.swarm.budget = 16 must lie in (0, 1]: sweep.budget_unit is share"
+
+
 def test_a_search_may_leave_out_hyper_parameters_and_off_is_a_word_there_too(params, tmp_path):
     params["search"]["swarm"]["space"]["stage2_layer"] = [2, False]
     assert load_settings(write(tmp_path, params)).search.swarm.space.stage2_layer.choices == [2, "off"]

@@ -8,14 +8,23 @@ from test_racing import RESAMPLES, SEED, engine, kill_half_way  # noqa: F401
 
 from nuwa.grid import PatchGrid
 from nuwa.stage1 import get_method
+from pipelines.grid import Layouts
 from pipelines.plan import read_examples
 from pipelines.racing import race, slices
 from pipelines.search_space import check_space, preset_point, trial_at
 from pipelines.search_tables import study_table
-from pipelines.settings import SettingsError, SwarmSettings
+from pipelines.settings import SettingsError, SwarmSettings, SweepSettings
 from pipelines.swarm_search import best_of, objective_of, ranking, run_study
 
-GRID, LAYERS = PatchGrid(12, 12), 8
+LAYOUTS, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
+SWEEP = SweepSettings(
+    benchmarks=["gqa"],
+    images=None,
+    subset_seed=0,
+    unit_images=4,
+    budgets=[16],
+    grids=[{"name": "a", "method": "random"}],
+)
 SPACE = {
     "stage2_layer": [2, 4, 6, "off"],
     "stage2_ratio": {"low": 0.1, "high": 0.9},
@@ -51,7 +60,7 @@ def run_swarm(engine, results, done=lambda *_: None, races=None, seed=0, **chang
         return found
 
     def make(point):
-        return trial_at(swarm, point, GRID, LAYERS)
+        return trial_at(swarm, point, SWEEP, LAYOUTS, LAYERS)
 
     tried, preset = run_study(swarm, seed, make, make({}), run)
     assert preset.trial == make({}) and preset.rung == 2
@@ -67,7 +76,7 @@ def test_a_study_asks_in_batches_from_the_space_and_races_beside_preset_and_best
     tried = run_swarm(engine, tmp_path, races=races)
     assert [len(batch) for batch, _, _ in races] == [4, 4, 2]
     assert [one.number for one in tried] == list(range(10))
-    preset = trial_at(swarm_of(), {}, GRID, LAYERS).trial_id
+    preset = trial_at(swarm_of(), {}, SWEEP, LAYOUTS, LAYERS).trial_id
     for number, (_, stay, found) in enumerate(races):
         best = best_of(tried[: 4 * number], "vqa")
         assert [trial.trial_id for trial in stay] == [preset, *([best.trial.trial_id] if best else [])]
@@ -145,16 +154,19 @@ def test_the_trial_at_the_presets_place_is_the_preset(preset):
     space = {"stage2_layer": ["off"], "stage2_scorer": ["random"], "stage2_ratio": [0.5]}
     space["parameters"] = {name: [getattr(config, name)] for name in names}
     swarm = swarm_of(preset=preset, space=space)
-    trial = trial_at(swarm, {}, GRID, LAYERS)
+    trial = trial_at(swarm, {}, SWEEP, LAYOUTS, LAYERS)
     point = preset_point(swarm, trial)
     assert set(point) == set(swarm.space.axes)
     assert (point["stage2_layer"], point["stage2_ratio"]) == (4, 1 / 7)
-    assert trial_at(swarm, point, GRID, LAYERS).trial_id == trial.trial_id
+    assert trial_at(swarm, point, SWEEP, LAYOUTS, LAYERS).trial_id == trial.trial_id
 
 
 def test_a_preset_without_stage_2_lies_at_off():
     swarm = swarm_of(method="visionzip", space={"stage2_layer": [2, "off"], "stage2_ratio": [0.5]})
-    assert preset_point(swarm, trial_at(swarm, {}, GRID, LAYERS)) == {"stage2_layer": "off", "stage2_ratio": None}
+    assert preset_point(swarm, trial_at(swarm, {}, SWEEP, LAYOUTS, LAYERS)) == {
+        "stage2_layer": "off",
+        "stage2_ratio": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -173,5 +185,5 @@ def test_a_preset_without_stage_2_lies_at_off():
 )  # fmt: skip
 def test_what_the_models_layers_do_not_reach_is_refused(changes, message):
     with pytest.raises(SettingsError) as raised:
-        check_space(swarm_of(**changes), GRID, LAYERS)
+        check_space(swarm_of(**changes), "tokens", LAYOUTS, LAYERS)
     assert str(raised.value) == message
