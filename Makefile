@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test chaos lint plan submit dashboard track testbed pruner clean profile experiment
+.PHONY: setup repro test chaos lint plan submit dashboard track testbed pruner clean profile search experiment
 
 setup: $(READY)
 
@@ -60,6 +60,11 @@ pruner: $(READY)
 profile: $(READY)
 	$(RUN) python -m stages.profile
 	$(RUN) dvc commit --force profile
+
+# Race the sweep's trials on growing slices, then search hyper-parameters: data/search, which the report shows.
+search: $(READY)
+	$(RUN) python -m stages.search
+	$(RUN) dvc commit --force search
 
 # Put experiments/$(PRESET).yaml into params.yaml and run it; README says where its tables belong.
 experiment: $(READY)

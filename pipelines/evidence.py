@@ -11,7 +11,7 @@ follows the table, not the number of trials.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -173,6 +173,72 @@ def score_benchmark(
     return ScoredBenchmark(benchmark, name, columns, values, shaped, labels, image_rows, resamples)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """The scored answers of some trials; ``whole``: the unpruned model's headline per benchmark, in the sample and in
+    every resample."""
+
+    trial_ids: list[str]
+    scored: list[ScoredBenchmark]
+    whole: Mapping[str, tuple[float, np.ndarray]]
+
+    @classmethod
+    def of(
+        cls,
+        trial_ids: list[str],
+        reference: str,
+        examples: pd.DataFrame,
+        predictions: pd.DataFrame,
+        resamples: int,
+        seed: int,
+    ) -> Evidence:
+        """Score ``predictions``; ``reference``: the unpruned trial. See :func:`evaluate` for what is raised."""
+        examples = examples.reset_index(drop=True)
+        answers, texts = _answer_matrix(trial_ids, examples, predictions)
+        draws_of = Resamples.draw(sorted(set(examples["image"])), resamples, seed)
+        scored = [
+            score_benchmark(parse_name(name), name, mine, answers[mine.index], texts, draws_of)
+            for name, mine in examples.groupby("benchmark", sort=True)
+        ]
+        row = trial_ids.index(reference)
+        whole = {}
+        for part in scored:
+            points, draws = part.metrics(slice(row, row + 1))
+            headline = part.benchmark.headline
+            if headline not in points:
+                raise ValueError(f"{part.name} has no {headline!r} without a judge; leave it out of sweep.benchmarks")
+            whole[part.name] = (points[headline][0], draws[headline][0])
+        return cls(trial_ids, scored, whole)
+
+    def blocks(self) -> Iterator[slice]:
+        """The trials in blocks whose resamples fit into ``BLOCK_BYTES``."""
+        widest = max((len(part.columns) + 1) * max(len(part.resamples.weights), part.examples) for part in self.scored)
+        block = max(1, BLOCK_BYTES // (8 * widest))
+        for start in range(0, len(self.trial_ids), block):
+            yield slice(start, start + block)
+
+    def retention(self, part: ScoredBenchmark, metrics: Sums, draws: Sums) -> tuple[np.ndarray, np.ndarray]:
+        """Headline over the unpruned one's: in the sample ``(trials,)`` and in every resample ``(trials, resamples)``."""
+        point, reference_draws = self.whole[part.name]
+        headline = part.benchmark.headline
+        return _ratio(metrics[headline], np.array(point)), _ratio(draws[headline], reference_draws)
+
+    def families(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Family → mean retention of all trials, in the sample ``(trials,)`` and in every resample."""
+        found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for block in self.blocks():
+            members: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+            for part in self.scored:
+                kept = self.retention(part, *part.metrics(block))
+                members.setdefault(part.benchmark.family, []).append(kept)
+            for family, parts in members.items():
+                found.setdefault(family, []).append(_family_mean(parts))
+        return {
+            family: tuple(np.concatenate(column) for column in zip(*blocks, strict=True))
+            for family, blocks in found.items()
+        }
+
+
 def evaluate(
     trials: pd.DataFrame, examples: pd.DataFrame, predictions: pd.DataFrame, resamples: int, seed: int
 ) -> pd.DataFrame:
@@ -182,55 +248,23 @@ def evaluate(
     Raises :class:`IncompleteTrials` when a trial lacks an answer to one of ``examples``, and ``ValueError`` when it
     has two.
     """
-    trial_ids = trials["trial_id"].tolist()
-    reference = trial_ids.index(trials.loc[trials["method"] == UNPRUNED, "trial_id"].item())
-    examples = examples.reset_index(drop=True)
-    answers, texts = _answer_matrix(trial_ids, examples, predictions)
-    draws_of = Resamples.draw(sorted(set(examples["image"])), resamples, seed)
-    scored = [
-        score_benchmark(parse_name(name), name, mine, answers[mine.index], texts, draws_of)
-        for name, mine in examples.groupby("benchmark", sort=True)
-    ]
-    del answers
-    one = slice(reference, reference + 1)
-    whole = {}
-    for part in scored:
-        points, draws = part.metrics(one)
-        headline = part.benchmark.headline
-        if headline not in points:
-            raise ValueError(f"{part.name} has no {headline!r} without a judge; leave it out of sweep.benchmarks")
-        whole[part.name] = (points[headline][0], draws[headline][0])
-    widest = max((len(part.columns) + 1) * max(resamples, part.examples) for part in scored)
-    block = max(1, BLOCK_BYTES // (8 * widest))
-    tables = [
-        table
-        for start in range(0, len(trial_ids), block)
-        for table in _score_block(scored, whole, trial_ids, slice(start, start + block))
-    ]
+    reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
+    evidence = Evidence.of(trials["trial_id"].tolist(), reference, examples, predictions, resamples, seed)
+    tables = [table for block in evidence.blocks() for table in _score_block(evidence, block)]
     scores = pd.concat(tables, ignore_index=True).sort_values(
         ["trial_id", "benchmark", "family", "metric"], ignore_index=True
     )
     return scores.astype(COLUMNS)[list(COLUMNS)]
 
 
-def _score_block(
-    scored: list[ScoredBenchmark],
-    whole: Mapping[str, tuple[float, np.ndarray]],
-    trial_ids: list[str],
-    block: slice,
-) -> list[pd.DataFrame]:
-    """Rows of the trials of ``block``: every metric of every benchmark, then each family's mean retention.
-
-    ``whole``: the unpruned model's headline per benchmark, in the sample and in every resample.
-    """
-    mine, tables = trial_ids[block], []
+def _score_block(evidence: Evidence, block: slice) -> list[pd.DataFrame]:
+    """Rows of the trials of ``block``: every metric of every benchmark, then each family's mean retention."""
+    mine, tables = evidence.trial_ids[block], []
     families: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
-    for part in scored:
+    for part in evidence.scored:
         benchmark = part.benchmark
         metrics, draws = part.metrics(block)
-        point, reference_draws = whole[part.name]
-        kept = _ratio(draws[benchmark.headline], reference_draws)
-        share = _ratio(metrics[benchmark.headline], np.array(point))
+        share, kept = evidence.retention(part, metrics, draws)
         spans = intervals(kept)
         families.setdefault(benchmark.family, []).append((part.examples, share, kept))
         for metric, values in metrics.items():
@@ -247,12 +281,17 @@ def _score_block(
 
 def _family_rows(trials: list[str], family: str, members: list[tuple[int, np.ndarray, np.ndarray]]) -> pd.DataFrame:
     """Unweighted mean retention over a family's benchmarks, as the papers average."""
-    counts, points, draws = zip(*members, strict=True)
-    mean = np.mean(points, axis=0)
-    low, high = intervals(np.mean(draws, axis=0))
-    rows = {"trial_id": trials, "benchmark": "mean", "family": family, "metric": "retention", "n": sum(counts)}
+    mean, draws = _family_mean([(points, drawn) for _, points, drawn in members])
+    low, high = intervals(draws)
+    rows = {"trial_id": trials, "benchmark": "mean", "family": family, "metric": "retention"}
+    rows |= {"n": sum(count for count, _, _ in members)}
     rows |= {"score": mean, "low": low, "high": high, "headline": True}
     return pd.DataFrame(rows | {"retention": mean, "retention_low": low, "retention_high": high})
+
+
+def _family_mean(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    points, draws = zip(*parts, strict=True)
+    return np.mean(points, axis=0), np.mean(draws, axis=0)
 
 
 def _answer_matrix(

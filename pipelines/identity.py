@@ -38,6 +38,7 @@ def recall(memo: Path, folder: Path) -> ModelIdentity | None:
     """The identity of the model in ``folder``; ``None`` unless the memo is of these very files."""
     try:
         held = json.loads(memo.read_text())
-        return ModelIdentity(held["model"], held["encoder"]) if held["files"] == folder_stamp(folder) else None
+        same = held["files"] and held["files"] == folder_stamp(folder)  # no files: a model of the hub
+        return ModelIdentity(held["model"], held["encoder"]) if same else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

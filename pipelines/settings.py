@@ -6,7 +6,9 @@ error is one line: the key, the value, what is allowed.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nuwa import UNPRUNED
-from nuwa.methods import RECIPES
+from nuwa.methods import RECIPES, MethodSpec, specify
 from nuwa.positions import PositionStrategy
 from nuwa.signals import SIGNAL_NAMES
 from pipelines.storage import ARROW_SCHEMES, is_uri
@@ -263,6 +265,140 @@ class ProfileSettings(Section):
         return self
 
 
+class AxisSettings(Section):
+    """Values a search may take for one hyper-parameter: a list of choices, or a range.
+
+    A range whose ends are both whole numbers is searched in whole numbers. ``log``: evenly in orders of magnitude.
+    """
+
+    choices: list[Any] | None = None
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_is_choices(cls, values: Any) -> Any:
+        return {"choices": values} if isinstance(values, list) else values
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> AxisSettings:
+        if self.choices is not None:
+            if not self.choices or self.low is not None or self.high is not None:
+                raise ValueError("must be a list of at least one choice, or a range {low: ..., high: ...}")
+            for choice in self.choices:
+                if not isinstance(choice, bool | int | float | str | None):
+                    raise ValueError(f"choice {choice!r} must be a number, a word, true, false or null")
+        elif self.low is None or self.high is None:
+            raise ValueError("a range needs both ends: {low: ..., high: ...}")
+        elif self.low >= self.high:
+            raise ValueError(f"low {self.low:g} must lie below high {self.high:g}")
+        elif self.log and self.low <= 0:
+            raise ValueError(f"low {self.low:g} must be above 0 on a logarithmic range")
+        return self
+
+    @property
+    def extremes(self) -> list[Any]:
+        """All choices, or both ends of the range."""
+        return [self.low, self.high] if self.choices is None else self.choices
+
+
+class SpaceSettings(Section):
+    """What a swarm search varies: ``parameters`` of the stage-1 method by name, and stage 2's."""
+
+    parameters: dict[str, AxisSettings] = Field(default_factory=dict)
+    stage2_layer: AxisSettings | None = None
+    stage2_scorer: AxisSettings | None = None
+    stage2_ratio: AxisSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off_is_a_word(cls, values: Any) -> Any:
+        """As in a grid, a bare ``off`` among the layers is the word."""
+        if isinstance(values, dict) and isinstance(layers := values.get("stage2_layer"), list):
+            values = {**values, "stage2_layer": ["off" if layer is False else layer for layer in layers]}
+        return values
+
+    @model_validator(mode="after")
+    def _layers_are_numbers(self) -> SpaceSettings:
+        for value in self.stage2_layer.extremes if self.stage2_layer else []:
+            if value != "off" and type(value) is not int:
+                raise ValueError(f"stage2_layer: {value!r} must be a whole number or off")
+        return self
+
+    @property
+    def axes(self) -> dict[str, AxisSettings]:
+        """Every axis by the key it has in a grid entry: ``stage2_layer``, ``parameters.pillar_quantile``."""
+        stage2 = {name: getattr(self, name) for name in ("stage2_layer", "stage2_scorer", "stage2_ratio")}
+        parameters = {f"parameters.{name}": axis for name, axis in self.parameters.items()}
+        return {name: axis for name, axis in stage2.items() if axis is not None} | parameters
+
+
+class SwarmSettings(Section):
+    """A search over one method's hyper-parameters at one budget: ``trials`` of them, ``batch`` at a time.
+
+    ``objective``: the mean retention that is maximised, of one family or (``mean``) of all with equal weight.
+    """
+
+    method: str
+    preset: str | None = None
+    position: PositionStrategy = "pesp"
+    budget: Budget
+    objective: Literal["mean", "grounding", "vqa"]
+    trials: Positive
+    batch: Positive
+    space: SpaceSettings
+
+    @model_validator(mode="after")
+    def _every_value_is_allowed(self) -> SwarmSettings:
+        """Each value by itself beside the preset; whether the model's layers reach the budget is for later."""
+        if not self.space.axes:
+            raise ValueError("space: it has no axis; name parameters, stage2_layer, stage2_scorer or stage2_ratio")
+        self.specify({})
+        for name, axis in self.space.axes.items():
+            for value in axis.extremes:
+                try:
+                    self.specify({name: value})
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"space.{name}: {error}") from None
+        return self
+
+    def specify(self, point: Mapping[str, Any]) -> MethodSpec:
+        """The method at ``point`` of the space, keyed as :attr:`SpaceSettings.axes`; raises ``ValueError``."""
+        stage2 = {name: point.get(f"stage2_{name}") for name in ("layer", "scorer", "ratio")}
+        parts = {name.partition(".")[2]: value for name, value in point.items() if name.startswith("parameters.")}
+        return specify(
+            self.method,
+            preset=self.preset,
+            position=self.position,
+            budget=self.budget,
+            without_stage2=stage2["layer"] == "off",
+            stage2={name: value for name, value in stage2.items() if value is not None},
+            parameters=parts,
+        )
+
+
+class SearchSettings(Section):
+    """``make search``: the sweep's trials race on growing shares of its images.
+
+    ``seed`` orders the images and seeds the swarm search. ``shares`` of the images are the rungs, the last is all.
+    ``confidence``: see :mod:`pipelines.racing`. ``cost``: the column of ``trials.parquet`` by which trials cost more or
+    less.
+    """
+
+    seed: Seed
+    shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    cost: Literal["average_tokens", "flops"]
+    swarm: SwarmSettings | None
+
+    @model_validator(mode="after")
+    def _shares_rise_to_everything(self) -> SearchSettings:
+        if self.shares != sorted(set(self.shares)) or self.shares[-1] != 1:
+            raise ValueError(f"shares {self.shares} must rise and end with 1.0, all of the images")
+        return self
+
+
 class ReportSettings(Section):
     headline_budget: Budget
 
@@ -288,6 +424,7 @@ class Settings(Section):
     sweep: SweepSettings
     evaluate: EvaluateSettings
     profile: ProfileSettings
+    search: SearchSettings
     report: ReportSettings
     tracking: TrackingSettings
 
@@ -316,6 +453,15 @@ class Settings(Section):
             known = ", ".join(f"{budget:g}" for budget in sorted(budgets))
             raise ValueError(
                 f"report.headline_budget = {self.report.headline_budget:g} is swept by no grid; swept: {known}"
+            )
+        swarm = self.search.swarm
+        if swarm is not None and asked.budget_unit == "share" and swarm.budget > 1:
+            raise ValueError(f"search.swarm.budget = {swarm.budget:g} must lie in (0, 1]: sweep.budget_unit is share")
+        rungs, outside = len(self.search.shares) - 1, 1 - self.search.confidence
+        if self.evaluate.resamples * outside < rungs:
+            raise ValueError(
+                f"search.confidence = {self.search.confidence:g} over {rungs} rungs needs evaluate.resamples of at least "
+                f"{math.ceil(rungs / outside - 1e-6)}, not {self.evaluate.resamples}"
             )
         return self
 

@@ -74,7 +74,8 @@ class TrialRun:
     """What MLflow shows of one trial.
 
     Name, `params` and `metrics` are the content: when they change, the child run is replaced. `tags` say where the run
-    came from (a DVC revision, say) and do not count: a child keeps the tags it was written with.
+    came from (a DVC revision, say) and do not count: a child keeps the tags it was written with. `steps` are metrics
+    at steps 1, 2, and so on: a curve.
     """
 
     trial_id: str
@@ -82,11 +83,12 @@ class TrialRun:
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
+    steps: tuple[Mapping[str, float], ...] = ()
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal characters over name, params and metrics; independent of their order."""
-        content = [self.name, dict(self.params), mlflow_metrics(self.metrics)]
+        """32 hexadecimal characters over name, params, metrics and steps; independent of the order of keys."""
+        content = [self.name, dict(self.params), mlflow_metrics(self.metrics), *map(mlflow_metrics, self.steps)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -459,6 +461,8 @@ class Tracker:
         identity = {"mlflow.parentRunId": parent, "trial_id": row.trial_id, "fingerprint": fingerprint}
         run = client.create_run(self._store.experiment_id, run_name=row.name, tags={**row.tags, **identity})
         self._store.batch(run.info.run_id, row.metrics, row.params)
+        for step, metrics in enumerate(row.steps, start=1):
+            self._store.batch(run.info.run_id, metrics, step=step)
         client.set_terminated(run.info.run_id)
         self._children[row.trial_id] = [_Child(run.info.run_id, fingerprint)]
         return True

@@ -19,6 +19,7 @@ from pipelines.features import MissingFeatures
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.lock import WorkDirectoryBusy
 from pipelines.results import DamagedUnit
+from pipelines.search_space import check_space
 from pipelines.settings import Settings, SettingsError, load_settings
 from pipelines.storage import StorageFull, StorageUnavailable
 from pipelines.tracking import checked_uri
@@ -37,6 +38,7 @@ SCORES = DATA / "scores.parquet"
 METRICS = DATA / "metrics.json"
 PLOTS = DATA / "plots"
 PROFILE = DATA / "profile.csv"
+SEARCH = DATA / "search"
 REPORT = Path("report")
 FEATURE_STORE = CACHE / "features"
 RESULT_STORE = CACHE / "results"
@@ -81,7 +83,7 @@ def _published(path: str) -> str:
 
 
 def planned_trials(settings: Settings) -> list[Trial]:
-    """All trials the settings mean on their model, whose shape is read without its weights.
+    """All trials of the sweep on its model, whose shape is read without its weights; a search's space is checked too.
 
     Where images have layouts of their own, they are planned for a photo of usual size: which images there are is not
     known yet.
@@ -97,9 +99,12 @@ def planned_trials(settings: Settings) -> list[Trial]:
         raise SettingsError(
             f"model.path = {path!r}: no model of a supported family there ({reason}); `make testbed` trains one"
         ) from None
-    trials = expand(settings.sweep, Layouts({layout: 1}, family.dynamic), layers)
+    layouts = Layouts({layout: 1}, family.dynamic)
+    trials = expand(settings.sweep, layouts, layers)
     for trial in trials:
         check_signals(trial, family, settings)
+    if settings.search.swarm is not None:
+        check_space(settings.search.swarm, settings.sweep.budget_unit, layouts, layers)
     return trials
 
 

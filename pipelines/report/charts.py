@@ -7,7 +7,9 @@ SVG text stays text, so the page's font, search and selection apply to it.
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +51,8 @@ SEQUENTIAL = LinearSegmentedColormap.from_list("paper to blue", ["#f4f7fb", "#a9
 HIGHEST = "#D55E00"
 PNG_DPI = 200
 LABEL_SIZE, LABEL_LINE = 7.0, 0.14  # points; inches from one line to the next
+RACE_TICKS = 0.12  # logarithm of the ratio of neighbouring ticks
+RACE_DODGE = 0.03  # of the cost, between trials that stopped at neighbouring rungs
 DODGE = 0.35  # average tokens between neighbouring series of one budget
 
 
@@ -296,3 +300,47 @@ def forest(title: str, points: Sequence[Point], color: str) -> Panel:
         ax.spines["left"].set_visible(False)
 
     return Panel(title, draw, height=1.0 + 0.22 * len(points))
+
+
+@dataclass(frozen=True)
+class RacePoint:
+    """A trial of a race: what it costs, its retention where it stopped, the rung it reached (from 1)."""
+
+    cost: float
+    value: float
+    rung: int
+    name: str
+    front: bool
+
+
+def race_plane(title: str, points: Sequence[RacePoint], rungs: int, cost: str) -> Panel:
+    """Retention against cost: the darker and further right in its group, the longer a trial raced; the front is ringed
+    and named."""
+
+    def draw(ax: Axes) -> None:
+        lane = {rung: (1 + RACE_DODGE) ** (rung - (rungs + 1) / 2) for rung in range(1, rungs + 1)}
+        for rung in range(1, rungs + 1):
+            mine = [point for point in points if point.rung == rung]
+            x, y = [point.cost * lane[rung] for point in mine], [100 * point.value for point in mine]
+            color = SEQUENTIAL(0.25 + 0.75 * rung / rungs)
+            ax.plot(
+                x, y, "o", color=color, markersize=3.4, markeredgecolor="white", markeredgewidth=0.3, zorder=2 + rung
+            )
+        ahead = sorted((point for point in points if point.front), key=lambda point: (point.cost, point.value))
+        x, y = [point.cost * lane[point.rung] for point in ahead], [100 * point.value for point in ahead]
+        ax.step(x, y, where="post", color=HIGHEST, linewidth=1.0, zorder=2)
+        ax.plot(x, y, "o", color=HIGHEST, markersize=6.5, markerfacecolor="none", markeredgewidth=1.2, zorder=20)
+        ax.set_xscale("log")
+        marked: list[float] = []
+        for at, _ in Counter(point.cost for point in points).most_common():  # where labels would touch, the fuller one
+            if all(abs(math.log(at / other)) > RACE_TICKS for other in marked):
+                marked.append(at)
+        ax.set_xticks(marked, [f"{at:.3g}" for at in marked])
+        ax.minorticks_off()
+        ax.set_xlabel(f"{cost} (logarithmic)")
+        ax.set_ylabel("retention, %")
+        ax.set_ylim(bottom=min(0, min(y, default=0)))
+        ax.grid(axis="y")
+        _label_ends(ax, [(at, value, point.name, INK) for at, value, point in zip(x, y, ahead, strict=True)])
+
+    return Panel(title, draw, width=5.6, height=3.9)

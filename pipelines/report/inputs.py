@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -31,6 +33,41 @@ PROFILE_COLUMNS = (
     "encode_ms", "selection_ms", "prefill_ms", "decode_ms", "total_ms", "kv_bytes",
 )  # fmt: skip
 
+SEARCH_REMEDY = "run `make search` to make it"
+RACE_COLUMNS = ("trial_id", "label", "method", "position", "cost", "rung", "images", "answers")
+SWARM_COLUMNS = ("number", "state", "trial_id", "point", "objective", "rung", "images")
+SUMMARY_KEYS = ("confidence", "cost", "rungs", "answers", "full_answers")
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """The files of ``data/search``; ``swarm`` is ``None`` where only a race was run."""
+
+    trials: pd.DataFrame
+    swarm: pd.DataFrame | None
+    summary: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> SearchRecord | None:
+        """Read the record, if there is one. Raises ``ValueError`` where a part of it is missing."""
+        if not (folder / "search.json").is_file():
+            return None
+        summary = json.loads((folder / "search.json").read_text())
+        missing = [key for key in SUMMARY_KEYS if key not in summary]
+        if missing:
+            raise ValueError(f"{folder / 'search.json'} lacks {', '.join(missing)}; {SEARCH_REMEDY}")
+        trials = _table(folder / "trials.csv", RACE_COLUMNS)
+        swarm = _table(folder / "swarm.csv", SWARM_COLUMNS) if "swarm" in summary else None
+        return cls(trials, swarm, summary)
+
+
+def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; {SEARCH_REMEDY}")
+    return table
+
 
 @dataclass(frozen=True)
 class ReportInputs:
@@ -38,7 +75,7 @@ class ReportInputs:
 
     ``trials``, ``scores`` and ``examples`` are small and held as tables. ``predictions``, ``kept`` and ``images`` grow
     with trials × examples; they stay Arrow datasets, of which the gallery reads the few rows it shows.
-    ``profile``: the table of the ``profile`` stage, where there is one.
+    ``profile``, ``search``: what the stages of these names left, where there is any.
     ``provenance`` is printed as it is (fingerprints, versions); its key ``model path`` names the model in the text.
     """
 
@@ -50,6 +87,7 @@ class ReportInputs:
     images: ds.Dataset
     provenance: Mapping[str, str] = field(default_factory=dict)
     profile: pd.DataFrame | None = None
+    search: SearchRecord | None = None
 
     @classmethod
     def load(cls, data_dir: Path, provenance: Mapping[str, str] | None = None) -> ReportInputs:
@@ -78,6 +116,7 @@ class ReportInputs:
             images=datasets["images"],
             provenance=dict(provenance or {}),
             profile=_profile(Path(data_dir) / "profile.csv"),
+            search=SearchRecord.load(Path(data_dir) / "search"),
         )
 
 

@@ -26,6 +26,7 @@ from pipelines.report.gallery import gallery
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import FAMILIES, Outcomes
 from pipelines.report.published import MODEL_NAME, published_retention, published_scores
+from pipelines.report.search import search_section
 from pipelines.report.style import FAMILIES as FAMILY_NAMES
 from pipelines.report.style import benchmark_name, plain_number, position_name, position_rank
 from pipelines.report.tables import budget_table, failure_table, side_by_side
@@ -76,6 +77,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
     scores = published_scores()
     rows, unanchored = published_retention(scores)
     ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
+    search = search_section(inputs.search, outcomes)
     return {
         "model": inputs.provenance.get("model path", "model not named"),
         "finding": finding(outcomes, headline_budget),
@@ -88,6 +90,8 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
         "curves": _chart("retention", _curves(outcomes)),
         "ablations": [(item, _ablation_chart(item)) for item in ablations],
+        "search": search,
+        "plane": _chart("search", search.panels) if search else None,
         "cases": gallery(inputs, outcomes, headline_budget),
         "beside": side_by_side(outcomes, rows, unanchored),
         "published_model": MODEL_NAME,
@@ -143,7 +147,7 @@ def _slug(text: str) -> str:
 
 def _pictures(context: dict[str, Any]) -> list[tuple[str, bytes]]:
     """Every PNG that the Markdown shows: charts, then the gallery's pictures."""
-    charts = [context["curves"], *(chart for _, chart in context["ablations"])]
+    charts = [context["curves"], context["plane"], *(chart for _, chart in context["ablations"])]
     pictures = [(chart.name, chart.png) for chart in charts if chart is not None]
     for number, case in enumerate(context["cases"], start=1):
         pictures += [(f"case-{number}-{index}", picture.png) for index, picture in enumerate(case.pictures)]

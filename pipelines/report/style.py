@@ -59,6 +59,7 @@ PARAMETERS = {  # in the order in which a grid's parameters are read; others fol
     "distance_threshold": "distance threshold (share of the largest squared distance)",
     "stage2_layer": "stage-2 layer",
     "stage2_scorer": "stage-2 scorer",
+    "stage2_ratio": "stage-2 ratio",
     "stage2_recycling": "recycling",
     "stage1_keep": "K1",
 }

@@ -79,11 +79,7 @@ class Bench:
             done,
             in_process=in_process,
         )
-        with tempfile.TemporaryDirectory() as folder:
-            targets = {part: Path(folder) / f"{part}.parquet" for part in PARTS}
-            ids = [trial.trial_id for trial in trials]
-            collect(ResultStore(results), ids, examples, targets, Path(folder) / "collecting")
-            return Swept(outcome, {part: path.read_bytes() for part, path in targets.items()})
+        return Swept.of(outcome, results, trials, examples)
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,14 @@ class Swept:
 
     outcome: SweepOutcome
     files: dict[str, bytes]
+
+    @classmethod
+    def of(cls, outcome, results, trials, examples):
+        with tempfile.TemporaryDirectory() as folder:
+            targets = {part: Path(folder) / f"{part}.parquet" for part in PARTS}
+            ids = [trial.trial_id for trial in trials]
+            collect(ResultStore(results), ids, examples, targets, Path(folder) / "collecting")
+            return cls(outcome, {part: path.read_bytes() for part, path in targets.items()})
 
     @property
     def failures(self):

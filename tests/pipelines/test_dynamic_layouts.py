@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bench import same
+from bench import Swept, same
 
 from nuwa.generation import answer_encoded
 from nuwa.methods import specify
@@ -89,14 +89,14 @@ class Dynamic:
         self.layouts = image_layouts(vlm, self.table)
         self.counts = Layouts.of(self.layouts.values(), dynamic=True)
         self.costs = sweep_costs(vlm, self.table)
-        self.examples = read_examples(self.table, answer_context(vlm, self.store.identity), self.layouts)
+        self.examples = read_examples(self.table, answer_context(vlm.fingerprint(), self.store.identity), self.layouts)
 
     def expand(self, unit, budgets, *entries):
         return expand(sweep_settings(unit, budgets, *entries), self.counts, self.vlm.layers)
 
     def run(self, trials, results, unit_images=3, done=lambda *_: None):
         places = (str(self.root / "features"), self.store.identity, str(results), str(self.root / "images.parquet"))
-        return run_sweep(
+        outcome = run_sweep(
             SweepSpec("model", *places, threads=1),
             trials,
             self.examples,
@@ -108,6 +108,7 @@ class Dynamic:
             done,
             in_process=True,
         )
+        return Swept.of(outcome, results, trials, self.examples)
 
 
 @pytest.fixture(params=["tiny_next", "tiny_qwen"])

@@ -9,6 +9,7 @@ import yaml
 
 from nuwa.grid import PatchGrid
 from nuwa.methods import RECIPES
+from nuwa.stage2 import SCORERS
 from pipelines.grid import Layouts, expand
 from pipelines.settings import SettingsError, SweepSettings, load_settings
 
@@ -90,6 +91,106 @@ def test_one_line_names_key_value_and_what_is_allowed(params, tmp_path, keys, va
     with pytest.raises(SettingsError) as raised:
         load_settings(path)
     assert str(raised.value) == f"{path}: {message}"
+
+
+SPACE = ("search", "swarm", "space")
+QUANTILE = (*SPACE, "parameters")
+NUWA = "separation, region_side, candidates_per_region, salience, pillars, pillar_signal, pillar_quantile, aggregation, distance_threshold, distance_convention, reset_self_weight"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (QUANTILE, {"pilar": [1]}, f"search.swarm: space.parameters.pilar: nuwa has no parameter 'pilar'; allowed: {NUWA}"),
+        (
+            QUANTILE,
+            {"pillar_quantile": {"low": 0.7, "high": 0.3}},
+            "search.swarm.space.parameters.pillar_quantile: low 0.7 must lie below high 0.3",
+        ),
+        (
+            QUANTILE,
+            {"pillar_quantile": {"low": 0.5, "high": 0.5}},
+            "search.swarm.space.parameters.pillar_quantile: low 0.5 must lie below high 0.5",
+        ),
+        (
+            QUANTILE,
+            {"pillar_quantile": {"low": 0.5, "high": 1.5}},
+            "search.swarm: space.parameters.pillar_quantile: nuwa.pillar_quantile 1.5 must lie in [0, 1]",
+        ),
+        (
+            QUANTILE,
+            {"separation": ["yes"]},
+            "search.swarm: space.parameters.separation: nuwa.separation 'yes' is of the wrong type; allowed: bool",
+        ),
+        (
+            QUANTILE,
+            {"pillar_quantile": []},
+            "search.swarm.space.parameters.pillar_quantile: must be a list of at least one choice, or a range {low: ..., high: ...}",
+        ),
+        (
+            QUANTILE,
+            {"pillar_quantile": {"low": 0.1}},
+            "search.swarm.space.parameters.pillar_quantile: a range needs both ends: {low: ..., high: ...}",
+        ),
+        (
+            QUANTILE,
+            {"pillar_quantile": {"low": 0.0, "high": 1.0, "log": True}},
+            "search.swarm.space.parameters.pillar_quantile: low 0 must be above 0 on a logarithmic range",
+        ),
+        (
+            QUANTILE,
+            {"pillar_quantile": [[0.1]]},
+            "search.swarm.space.parameters.pillar_quantile: choice [0.1] must be a number, a word, true, false or null",
+        ),
+        (
+            (*SPACE, "stage2_scorer"),
+            ["attn"],
+            "search.swarm: space.stage2_scorer: stage-2 scorer 'attn' is unknown; allowed: " + ", ".join(SCORERS),
+        ),
+        ((*SPACE, "stage2_layer"), [2, "of"], "search.swarm.space: stage2_layer: 'of' must be a whole number or off"),
+        (
+            (*SPACE, "stage2_ratio"),
+            {"low": 0.5, "high": 1.5},
+            "search.swarm: space.stage2_ratio: stage-2 ratio K2/K1 1.5 must lie in (0, 1]",
+        ),
+        (SPACE, {}, "search.swarm: space: it has no axis; name parameters, stage2_layer, stage2_scorer or stage2_ratio"),
+        (
+            ("search", "swarm", "preset"),
+            "papper",
+            "search.swarm: nuwa has no preset 'papper'; allowed: released, released_next, released_qwen, paper",
+        ),
+        (
+            ("search", "shares"),
+            [0.5, 0.25, 1.0],
+            "search: shares [0.5, 0.25, 1.0] must rise and end with 1.0, all of the images",
+        ),
+        (("search", "shares"), [0.5], "search: shares [0.5] must rise and end with 1.0, all of the images"),
+        (
+            ("search", "confidence"),
+            0.999,
+            "search.confidence = 0.999 over 3 rungs needs evaluate.resamples of at least 3000, not 1000",
+        ),
+        (("search", "cost"), "tokens", "search.cost = 'tokens': Input should be 'average_tokens' or 'flops'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_search_is_refused_in_one_line(params, tmp_path, keys, value, message):
+    test_one_line_names_key_value_and_what_is_allowed(params, tmp_path, keys, value, message)
+
+
+def test_a_searchs_budget_is_in_the_sweeps_unit(params, tmp_path):
+    params["sweep"] |= {"budget_unit": "share", "budgets": [0.5], "grids": [{"name": "a", "method": "random"}]}
+    params["report"]["headline_budget"] = 0.5
+    path = write(tmp_path, params)
+    with pytest.raises(SettingsError) as raised:
+        load_settings(path)
+    assert str(raised.value) == f"{path}: search.swarm.budget = 16 must lie in (0, 1]: sweep.budget_unit is share"
+
+
+def test_a_search_may_leave_out_hyper_parameters_and_off_is_a_word_there_too(params, tmp_path):
+    params["search"]["swarm"]["space"]["stage2_layer"] = [2, False]
+    assert load_settings(write(tmp_path, params)).search.swarm.space.stage2_layer.choices == [2, "off"]
+    params["search"]["swarm"] = None
+    assert load_settings(write(tmp_path, params)).search.swarm is None
 
 
 def test_a_missing_section_a_missing_file_and_no_yaml(params, tmp_path):

@@ -114,6 +114,16 @@ def _search(uri: str, filter_string: str) -> list[Run]:
     return list(client.search_runs([experiment], filter_string, max_results=5000))
 
 
+def test_steps_become_a_curve_and_count_as_content(uri: str) -> None:
+    row = replace(run_of("p"), steps=({"rung/vqa": 0.5}, {"rung/vqa": 0.75}))
+    assert write(uri, [row]) == 1
+    child = children_of(uri)["p"].info.run_id
+    points = MlflowClient(uri).get_metric_history(child, "rung/vqa")
+    assert [(point.step, point.value) for point in points] == [(1, 0.5), (2, 0.75)]
+    assert write(uri, [row]) == 0, "it is there already"
+    assert write(uri, [replace(row, steps=({"rung/vqa": 0.5},))]) == 1, "another curve is another run"
+
+
 # --- tables to runs ---------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ def settings_for(folder: Path, model: Path, grids: list[dict], **sections):
     params["model"]["path"] = str(model)
     params["sweep"] |= {"budget_unit": "share", "budgets": [0.25, 0.5], "grids": grids}
     params["report"]["headline_budget"] = 0.25
-    params["search"] = None
+    params["search"]["swarm"] = None
     for name, values in sections.items():
         params[name] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(params))

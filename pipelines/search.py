@@ -1,0 +1,170 @@
+"""A search through the sweep's own engine: the race of a grid, then one method's hyper-parameters.
+
+Both ask through :class:`Asking`, which runs what is missing and stores it where a sweep finds it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nuwa import UNPRUNED
+from nuwa.cost import LlmShape, cost_columns
+from nuwa.layout import VisualLayout
+from nuwa.vlm import Adapter
+from pipelines.collection import collect
+from pipelines.executor import UnitsFailed
+from pipelines.grid import Layouts, Trial
+from pipelines.plan import read_examples, sweep_costs
+from pipelines.progress import SweepProgress, worker_speed
+from pipelines.racing import FEWEST_IMAGES, Race
+from pipelines.results import ResultStore
+from pipelines.search_space import preset_point
+from pipelines.search_tables import race_table, study_runs, study_table
+from pipelines.settings import SearchSettings, Settings, SwarmSettings
+from pipelines.swarm_search import Tried, objective_of, ranking, run_study
+from pipelines.sweep import SweepSpec, run_sweep
+from pipelines.tracking import Tracker
+
+CONFIRMED = 5  # best points that are also asked on images the search has not seen
+
+Contest = Callable[..., Race]  # :func:`pipelines.racing.race` with reference, ask, confidence and bootstrap filled in
+
+
+@dataclass
+class Asking:
+    """Trials and questions → their answers. ``answered`` counts those that were not stored yet.
+
+    ``context``: digest of model, features and code. ``progress``, ``units_log``: files as of
+    :class:`pipelines.progress.SweepProgress`. ``scratch``: a folder for tables under way.
+    """
+
+    settings: Settings
+    vlm: Adapter
+    spec: SweepSpec
+    context: str
+    layouts: Mapping[str, VisualLayout]  # of every image
+    progress: Path
+    units_log: Path
+    tracker: Tracker
+    scratch: Path
+    answered: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def __call__(self, trials: Sequence[Trial], questions: pd.DataFrame) -> pd.DataFrame:
+        """Raises :class:`UnitsFailed` where answers cannot be made and ``sweep.quarantine`` does not let them go."""
+        plan, cluster = self.settings.sweep, self.settings.cluster
+        since = int(1000 * (time.monotonic() - self.began))
+        examples = read_examples(questions, self.context, self.layouts)
+        with SweepProgress(
+            self.progress, self.units_log, lambda step, log: self.tracker.progress(since + step, log)
+        ) as progress:
+            outcome = run_sweep(
+                self.spec,
+                trials,
+                examples,
+                sweep_costs(self.vlm, questions),
+                worker_speed(self.units_log, cluster),
+                plan.unit_images,
+                cluster,
+                progress.start,
+                progress.done,
+            )
+        self.answered += progress.finished
+        lacking = outcome.incomplete
+        unpruned = any(trial.spec.method == UNPRUNED for trial in trials if trial.trial_id in lacking)
+        if lacking and (plan.quarantine != "allow" or unpruned):
+            first, failure = next(iter(sorted(lacking.items())))
+            raise UnitsFailed(
+                f"{len(lacking)} of {len(trials)} trials lack answers, all others are kept; first {first}: "
+                f"{failure.reason}. Run the same command again to try just these, or set sweep.quarantine: allow to go "
+                "on without these trials"
+            )
+        whole = [trial.trial_id for trial in trials if trial.trial_id not in lacking]
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            predictions = Path(folder) / "predictions.parquet"
+            collect(
+                ResultStore(self.spec.results), whole, examples, {"predictions": predictions}, Path(folder) / "runs"
+            )
+            return pd.read_parquet(predictions, columns=["trial_id", "example_id", "prediction"])
+
+
+def race_grid(
+    wanted: SearchSettings,
+    vlm: Adapter,
+    trials: list[Trial],
+    layouts: Layouts,
+    rungs: list[pd.DataFrame],
+    contest: Contest,
+    tracker: Tracker,
+) -> tuple[pd.DataFrame, dict]:
+    """Race the sweep's trials: the table of trials, and the race in figures."""
+    costs = partial(cost_columns, llm=LlmShape.from_config(vlm.model.config), bytes_per_number=vlm.model.dtype.itemsize)
+    rows = {trial.trial_id: trial.row(layouts, costs) for trial in trials}
+    figures: list[dict[str, float]] = []
+
+    def on_rung(rung: int, numbers: dict[str, int]) -> None:
+        figures.append({"rung": rung, **numbers})
+        tracker.progress(rung, {f"race/{key}": value for key, value in numbers.items()})
+        print("rung {rung}: {trials} trials on {images} images, {stopped} stop".format(**figures[-1]), flush=True)
+
+    # Schedules of one budget differ by up to half a token; that is no advantage.
+    cost = {trial_id: round(row[wanted.cost]) for trial_id, row in rows.items()}
+    raced = contest(trials, rungs=rungs, cost=cost, on_rung=on_rung)
+    return race_table(raced, rows), {
+        "confidence": wanted.confidence,
+        "cost": wanted.cost,
+        "rungs": figures,
+        "answers": raced.answers,
+        "full_answers": len(trials) * len(rungs[-1]),
+    }
+
+
+def search_swarm(
+    swarm: SwarmSettings,
+    seed: int,
+    make: Callable[[dict[str, Any]], Trial],
+    rungs: list[pd.DataFrame],
+    unseen: pd.DataFrame,
+    contest: Contest,
+    tracker: Tracker,
+    tags: dict[str, str],
+) -> tuple[pd.DataFrame, dict]:
+    """Search the hyper-parameters: the table of points, and the study in figures. ``make``: point → trial.
+
+    The best points were chosen on the images they are reported on. So they and the preset are asked once more on
+    ``unseen`` ones, where there are enough.
+    """
+    preset, judge = make({}), objective_of(swarm.objective)
+
+    def run(batch: Sequence[Trial], stay: Sequence[Trial], on: list[pd.DataFrame] = rungs) -> Race:
+        # One budget is one cost: what rounding leaves between its schedules is no advantage.
+        cost = {trial.trial_id: swarm.budget for trial in (*batch, *stay)}
+        return contest(batch, rungs=on, cost=cost, stay=stay, judge=judge)
+
+    def on_batch(batch: list[Tried]) -> None:
+        tracker.trials(study_runs(batch, swarm.objective, tags))
+        print(f"swarm search: {batch[-1].number + 1} of {swarm.trials} points tried", flush=True)
+
+    tried, standing = run_study(swarm, seed, make, preset, run, on_batch)
+    confirmed = {}
+    if unseen["image"].nunique() >= FEWEST_IMAGES:
+        best = [one.trial for one in ranking(tried, swarm.objective)[:CONFIRMED]]
+        confirmed = run([], [preset, *best], [unseen]).standings
+    answers = {one.trial.trial_id: one.standing.answers for one in tried if one.standing is not None}
+    return study_table(tried, standing, preset_point(swarm, preset), confirmed, swarm.objective), {
+        **swarm.model_dump(include={"method", "position", "budget", "objective"}),
+        "preset": preset.spec.preset,
+        "points": len(tried),
+        "trials": len(answers),
+        "answers": sum(answers.values()),
+        "full_answers": len(answers) * len(rungs[-1]),
+        "unseen_images": int(unseen["image"].nunique()) if confirmed else 0,
+    }
