@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +42,19 @@ def parse_name(name: str) -> Benchmark:
     return BenchmarkName.parse(name).benchmark()
 
 
-def write_examples(sources: Mapping[str, Path], style: str, examples: Path, images: Path) -> None:
+Size = tuple[int, int]  # width and height
+
+
+def write_examples(
+    sources: Mapping[str, Path],
+    style: str,
+    examples: Path,
+    images: Path,
+    seen: Callable[[Size], Size] = lambda size: size,
+) -> None:
     """Read every benchmark from its folder; write ``examples.parquet`` sorted by image, and each image once.
+
+    ``seen``: the size at which the model sees an image; truths told in pixels are told on it.
 
     Tables are read batch by batch and images written as they come, so memory does not grow with the images.
     """
@@ -62,6 +73,9 @@ def write_examples(sources: Mapping[str, Path], style: str, examples: Path, imag
                 if len(pending) == IMAGES_PER_ROW_GROUP:
                     _flush(writer, pending, sizes)
                 width, height = sizes[digest]
+                truth = example.truth
+                if "size" in truth:
+                    truth = {**truth, "size": list(seen((width, height)))}
                 rows.append(
                     {
                         "example_id": name.table + example.example_id.removeprefix(benchmark.name),
@@ -70,7 +84,7 @@ def write_examples(sources: Mapping[str, Path], style: str, examples: Path, imag
                         "image": digest,
                         "question": example.question,
                         "prompt": benchmark.prompt(example, style),
-                        "truth": json.dumps(example.truth, sort_keys=True),
+                        "truth": json.dumps(truth, sort_keys=True),
                         "category": example.category,
                         "width": width,
                         "height": height,

@@ -26,7 +26,7 @@ from nuwa.layout import View, VisualLayout, layout_order
 from nuwa.methods import LayoutPlan, MethodSpec, specify
 from nuwa.schedule import TokenSchedule, UnreachableBudget
 from nuwa.stage1 import get_method
-from pipelines.settings import BudgetUnit, GridEntry, SettingsError, SweepSettings
+from pipelines.settings import BudgetUnit, GridEntry, SettingsError, SweepSettings, budget_tokens
 
 
 @dataclass(frozen=True)
@@ -231,11 +231,6 @@ class Trial:
             "params": json.dumps(self.parameters, sort_keys=True),
             **priced,
         }
-
-
-def budget_tokens(budget: float, unit: BudgetUnit, tokens: int) -> float:
-    """A budget in average tokens, of images of ``tokens`` tokens; of shares the nearest whole number."""
-    return float(round(budget * tokens)) if unit == "share" else budget
 
 
 def _short(value: Any) -> str:

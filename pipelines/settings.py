@@ -42,6 +42,11 @@ def _of_a_known_scheme(place: str) -> str:
 Place = Annotated[str, Field(min_length=1), AfterValidator(_of_a_known_scheme)]
 
 
+def budget_tokens(budget: float, unit: BudgetUnit, tokens: int) -> float:
+    """A budget in average tokens, of images of ``tokens`` tokens; of shares the nearest whole number."""
+    return float(round(budget * tokens)) if unit == "share" else budget
+
+
 class SettingsError(ValueError):
     """A wrong ``params.yaml``; the message is one line a user can act on."""
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelines.atomic import atomic_path
 from pipelines.datasets import choose_questions
 from pipelines.evidence import evaluate as score
-from pipelines.settings import Settings
+from pipelines.settings import Settings, budget_tokens
 from pipelines.summary import budget_table, headline_metrics
 from stages.entry import EXAMPLES, METRICS, PLOTS, PREDICTIONS, SCORES, TRIALS, run_stage
 from stages.track import track
@@ -36,8 +36,9 @@ def evaluate(settings: Settings) -> None:
     scores = score_tables(TRIALS, questions.examples, PREDICTIONS, settings.evaluate.resamples, settings.evaluate.seed)
     write_scores(scores, SCORES)
     trials = pd.read_parquet(TRIALS)
+    headline = budget_tokens(settings.report.headline_budget, plan.budget_unit, int(trials["image_tokens"].iloc[0]))
     with atomic_path(METRICS) as path:
-        path.write_text(json.dumps(headline_metrics(trials, scores, settings.report.headline_budget), indent=1) + "\n")
+        path.write_text(json.dumps(headline_metrics(trials, scores, headline), indent=1) + "\n")
     for family, table in budget_table(trials, scores).items():
         with atomic_path(PLOTS / f"{family}_retention.csv") as path:
             table.to_csv(path, index=False)

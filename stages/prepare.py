@@ -4,9 +4,15 @@ published tables in folders or on the hub."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AutoProcessor, PretrainedConfig
 
 from nuwa.testbed.benchmark import make_testbed_benchmark
-from pipelines.datasets import write_examples
+from nuwa.vlm import Qwen2_5VLAdapter
+from nuwa.vlm.shapes import model_shape
+from pipelines.datasets import Size, write_examples
 from pipelines.settings import Settings
 from pipelines.tables import BenchmarkName, fetch_tables
 from stages.entry import BENCHMARKS, EXAMPLES, IMAGES, run_stage
@@ -22,7 +28,29 @@ def prepare(settings: Settings) -> None:
         sources = dict.fromkeys(plan.questions, BENCHMARKS)
     else:
         sources = {name: fetch_tables(location) for name, location in plan.tables.items()}
-    write_examples(sources, settings.model.prompt_style, EXAMPLES, IMAGES)
+    told_in_pixels = any(BenchmarkName.parse(name).benchmark().variant == "pixels" for name in sources)
+    seen = seen_by(settings.model.path) if told_in_pixels else lambda size: size
+    write_examples(sources, settings.model.prompt_style, EXAMPLES, IMAGES, seen)
+
+
+def seen_by(path: str) -> Callable[[Size], Size]:
+    """The size at which the model of ``path`` sees an image; its weights are not needed."""
+    config = model_shape(path)
+    return seen_size(config, AutoProcessor.from_pretrained(path).image_processor)
+
+
+def seen_size(config: PretrainedConfig, image_processor: Any) -> Callable[[Size], Size]:
+    """Qwen2.5-VL sees images resized to whole merged patches and tells boxes on those; others on the image itself."""
+    if config.model_type != "qwen2_5_vl":
+        return lambda size: size
+    vision = config.vision_config
+    cell = vision.patch_size * vision.spatial_merge_size
+
+    def seen(size: Size) -> Size:
+        (view,) = Qwen2_5VLAdapter.layout_for(config, image_processor, size).views
+        return view.grid.width * cell, view.grid.height * cell
+
+    return seen
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pipelines.report.page import ReportInputs, build_report
-from pipelines.settings import Settings
+from pipelines.settings import Settings, budget_tokens
 from stages.entry import DATA, REPORT, SWEEP, run_stage
 from stages.track import track
 
@@ -13,7 +13,9 @@ from stages.track import track
 def report(settings: Settings) -> None:
     facts = json.loads(SWEEP.read_text())
     inputs = ReportInputs.load(DATA, provenance=facts["fingerprints"] | {"model path": settings.model.path})
-    build_report(inputs, REPORT, settings.report.headline_budget)
+    tokens = int(inputs.trials["image_tokens"].iloc[0])
+    headline = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)
+    build_report(inputs, REPORT, headline)
     track(settings)
 
 

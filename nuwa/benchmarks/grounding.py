@@ -1,8 +1,8 @@
 """Referring expression comprehension: RefCOCO, RefCOCO+ and RefCOCOg differ in nothing but their tables' rows.
 
-Every expression of a row's ``answer`` is a question of its own. Variants: ``normalized`` reads answers as shares of the
-image (LLaVA, the testbed); ``pixels`` reads absolute pixels of ``truth["size"]`` (Qwen2.5-VL), which the model's
-adapter may replace by the size of its resized image.
+Every expression of a row's ``answer`` is a question of its own. Variants: ``normalized`` asks for shares of the image
+(LLaVA, the testbed); ``pixels`` asks for JSON in absolute pixels of ``truth["size"]`` (Qwen2.5-VL): the size at which
+the model sees the image, which the caller of :meth:`Benchmark.examples` puts in the place of the image's own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ INSTRUCTION = (
     "All values are floating point numbers bounded between 0 and 1. "
     "Please provide the bounding box coordinate of the region this sentence describes: "
 )
+IN_PIXELS = (
+    'Find the region this sentence describes and give its box in pixels as JSON {{"bbox_2d": [x1, y1, x2, y2]}}: {}'
+)
 
 
 def referring_expressions(name: str) -> tuple[Benchmark, ...]:
@@ -55,7 +58,9 @@ def _benchmark(name: str, space: Space) -> Benchmark:
         max_new_tokens=64,
         headline="acc@0.5",
         read=read,
-        llava_v1=lambda example: INSTRUCTION + example.question,
+        llava_v1=lambda example: (
+            INSTRUCTION + example.question if space == "normalized" else IN_PIXELS.format(example.question)
+        ),
         score=score,
     )
 

@@ -25,7 +25,7 @@ from pipelines.report.finding import finding
 from pipelines.report.gallery import gallery
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import FAMILIES, Outcomes
-from pipelines.report.published import MODEL_NAME, published_retention, published_scores
+from pipelines.report.published import published_model, published_retention, published_scores
 from pipelines.report.search import search_section
 from pipelines.report.style import FAMILIES as FAMILY_NAMES
 from pipelines.report.style import benchmark_name, plain_number, position_name, position_rank
@@ -75,7 +75,8 @@ def build_report(inputs: ReportInputs, output: Path, headline_budget: float) -> 
 
 def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -> dict[str, Any]:
     scores = published_scores()
-    rows, unanchored = published_retention(scores)
+    beside = published_model(inputs.provenance.get("model path", ""))
+    rows, unanchored = published_retention(scores, beside)
     ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
     search = search_section(inputs.search, outcomes)
     return {
@@ -94,7 +95,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "plane": _chart("search", search.panels) if search else None,
         "cases": gallery(inputs, outcomes, headline_budget),
         "beside": side_by_side(outcomes, rows, unanchored),
-        "published_model": MODEL_NAME,
+        "published_model": beside,
         "efficiency": efficiency_tables(inputs.profile),
         "published_efficiency": published_efficiency(),
         "failures": failure_table(outcomes, inputs.scores),

@@ -11,9 +11,52 @@ from pathlib import Path
 import pandas as pd
 
 DIRECTORY = Path(__file__).parent / "published"
-MODEL = "llava-1.5-7b"
-MODEL_NAME = "LLaVA-1.5-7B"
-IMAGE_TOKENS = 576
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model of the papers. ``named``: parts of a checkpoint's name; ``tables``: where its scores are printed.
+
+    ``tokens``: visual tokens that budgets were counted of; null where they are shares of each image's own.
+    """
+
+    key: str
+    name: str
+    named: tuple[str, ...]
+    tables: str
+    budgets: str
+    tokens: int | None
+
+
+LLAVA = PublishedModel(
+    "llava-1.5-7b", "LLaVA-1.5-7B", ("llava-1.5",), "tables 2, 3, 5", "64, 128 and 192 of 576 tokens", 576
+)
+MODELS = (
+    LLAVA,
+    PublishedModel(
+        "llava-next-7b",
+        "LLaVA-NeXT-7B",
+        ("llava-v1.6", "llava-next"),
+        "table 11",
+        "160, 320 and 640 of 2880 tokens",
+        2880,
+    ),
+    PublishedModel(
+        "qwen2.5-vl-7b",
+        "Qwen2.5-VL-7B",
+        ("qwen2.5-vl",),
+        "tables 13, 14",
+        "25, 50 and 75 % of each image's tokens",
+        None,
+    ),
+)
+MODEL_NAME, IMAGE_TOKENS = LLAVA.name, LLAVA.tokens  # of the ablation tables
+
+
+def published_model(path: str) -> PublishedModel:
+    """The model whose figures belong beside a run of the checkpoint ``path``; LLaVA-1.5 beside what none knows."""
+    name = path.lower()
+    return next((model for model in MODELS if any(part in name for part in model.named)), LLAVA)
 
 
 @dataclass(frozen=True)
@@ -45,9 +88,9 @@ def family_of(task: str) -> str:
     return "grounding" if task.startswith("refcoco") else "vqa"
 
 
-def published_retention(scores: pd.DataFrame) -> tuple[list[PublishedRow], list[str]]:
-    """Retention of every method on LLaVA-1.5-7B, and the methods whose source has no unpruned row."""
-    scores = scores[(scores["model"] == MODEL) & ~scores["task"].str.endswith("_retention_avg")]
+def published_retention(scores: pd.DataFrame, model: PublishedModel = LLAVA) -> tuple[list[PublishedRow], list[str]]:
+    """Retention of every method on ``model``, and the methods whose source has no unpruned row."""
+    scores = scores[(scores["model"] == model.key) & ~scores["task"].str.endswith("_retention_avg")]
     vanilla = scores[scores["method"] == "vanilla"][["source", "task", "score"]]
     pruned = scores[scores["method"] != "vanilla"]
     joined = pruned.merge(vanilla, on=["source", "task"], suffixes=("", "_vanilla"))
@@ -57,7 +100,7 @@ def published_retention(scores: pd.DataFrame) -> tuple[list[PublishedRow], list[
     for (method, tokens, family), group in joined.groupby(["method", "avg_tokens", "family"]):
         name, mark, _ = method.partition("+rpme")
         position = "rpme" if mark else ""
-        share = int(tokens) / IMAGE_TOKENS
+        share = int(tokens) / model.tokens if model.tokens else int(tokens.removesuffix("%")) / 100
         rows.append(PublishedRow(name, position, family, share, group["retention"].mean(), len(group)))
     return rows, sorted(set(pruned["method"]) - set(joined["method"]))
 
@@ -67,7 +110,7 @@ def published_ablations(table: str, scores: pd.DataFrame) -> list[PublishedAblat
     ablations = pd.read_csv(DIRECTORY / "nuwa_ablations.csv")
     rows = ablations[ablations["source"].str.startswith(table)]
     unpruned = scores[
-        (scores["model"] == MODEL) & (scores["method"] == "vanilla") & scores["source"].str.startswith("nuwa ")
+        (scores["model"] == LLAVA.key) & (scores["method"] == "vanilla") & scores["source"].str.startswith("nuwa ")
     ].set_index("task")["score"]
     tasks = [column for column in rows.columns if column not in ("source", "knob", "value")]
     retention = rows[tasks] / unpruned[tasks]

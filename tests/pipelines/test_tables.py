@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nuwa.vlm.shapes import model_shape, usual_image_processor
 from pipelines.datasets import write_examples
 from pipelines.settings import Settings
 from pipelines.tables import BenchmarkName, MissingTables, hub_address, read_benchmark
+from stages.prepare import seen_size
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -83,6 +85,19 @@ def test_two_splits_and_a_variant_stay_apart(published, tmp_path):
     assert frame["example_id"].is_unique
     assert set(frame["benchmark"]) == set(sources)
     assert set(json.loads(frame[frame["benchmark"] == "refcoco/val:pixels"].iloc[0]["truth"])) == {"box", "size"}
+
+
+def test_boxes_told_in_pixels_are_told_on_the_image_as_the_model_sees_it(published, tmp_path):
+    config = model_shape("Qwen/Qwen2.5-VL-7B-Instruct")
+    seen = seen_size(config, usual_image_processor(config))
+    assert seen((640, 480)) == (644, 476), "to multiples of 28"
+    sources = {"refcoco/val:pixels": published / "RefCOCO", "refcoco/testA": published / "RefCOCO"}
+    write_examples(sources, "llava_v1", tmp_path / "e.parquet", tmp_path / "i.parquet", seen)
+    for row in pq.read_table(tmp_path / "e.parquet").to_pylist():
+        truth = json.loads(row["truth"])
+        assert truth.get("size") == (
+            list(seen((row["width"], row["height"]))) if row["benchmark"].endswith("pixels") else None
+        )
 
 
 def test_a_missing_part_is_named(published, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.presets import compose
+from pipelines.presets import REPLACED, compose
 from pipelines.settings import parse_settings
 from stages.entry import planned_trials
 
@@ -25,8 +25,9 @@ def test_an_overlay_is_valid_and_plans_trials_on_the_published_shape(overlay):
     settings = parse_settings(text, overlay.name)
     trials = planned_trials(settings)
     assert len(trials) > 3
+    tokens = trials[0].schedule.tokens if settings.sweep.budget_unit == "share" else 1
     for trial in trials[1:]:
-        assert trial.schedule.average_tokens <= max(settings.sweep.budgets) * 1.01
+        assert trial.schedule.average_tokens <= max(settings.sweep.budgets) * tokens * 1.01
     assert set(settings.prepare.names) == set(settings.sweep.benchmarks)
 
 
@@ -36,7 +37,9 @@ def test_composing_keeps_the_rest_and_is_idempotent(overlay):
     before, over, after = yaml.safe_load(PARAMS), yaml.safe_load(overlay.read_text()), yaml.safe_load(text)
     for section, values in before.items():
         for key, value in values.items():
-            assert after[section][key] == over.get(section, {}).get(key, value)
+            named = over.get(section, {}).get(key, value)
+            merged = isinstance(value, dict) and key not in REPLACED
+            assert after[section][key] == (value | named if merged else named)
     assert compose(text, overlay.read_text()) == text
     assert "# Everything a run depends on." in text
 

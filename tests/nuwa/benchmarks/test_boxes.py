@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nuwa.benchmarks import get_benchmark
+from nuwa.benchmarks import Example, get_benchmark
 from nuwa.benchmarks.boxes import box_iou, parse_box, score_box
 from nuwa.testbed.language import format_box
 
@@ -164,3 +164,12 @@ def test_parsing_undoes_writing_in_both_spaces(box, width, height, blank):
     assert parse_box(write(box), "normalized") == list(box)
     pixels = [box[0] * width, box[1] * height, box[2] * width, box[3] * height]
     assert parse_box(write(pixels), "pixels", (width, height)) == pytest.approx(list(box), abs=1e-12)
+
+
+def test_boxes_in_pixels_are_asked_for_in_pixels():
+    asked = [
+        get_benchmark("refcoco", variant).prompt(Example("refcoco:1:0", "the red cup", {}, "", b""), "llava_v1")
+        for variant in ("normalized", "pixels")
+    ]
+    assert "bounded between 0 and 1" in asked[0] and asked[0].endswith("describes: the red cup")
+    assert "in pixels as JSON" in asked[1] and asked[1].endswith('{"bbox_2d": [x1, y1, x2, y2]}: the red cup')

@@ -7,7 +7,7 @@ import pytest
 from pipelines.report.ablations import ablation
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes, varying
-from pipelines.report.published import published_ablations, published_retention, published_scores
+from pipelines.report.published import published_ablations, published_model, published_retention, published_scores
 
 KEPT = (0.5, 0.9)
 ATTENTION = "attention_last_token"
@@ -137,6 +137,22 @@ def test_published_retention_by_hand():
     extended = found["visionzip", "rpme", "grounding", 0.111]  # one split of the two printed has an unpruned score
     assert (extended.retention, extended.tasks) == (pytest.approx(11.57 / 58.30), 1)
     assert unanchored == ["divprune", "learnpruner", "vispruner"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "share", "family", "tasks"),
+    [
+        ("models/llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT-7B", 160 / 2880, "grounding", 4),
+        ("models/Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-7B", 0.25, "vqa", 6),
+        ("models/llava-hf/llava-1.5-7b-hf", "LLaVA-1.5-7B", 64 / 576, "grounding", 7),
+        ("models/testbed", "LLaVA-1.5-7B", 64 / 576, "grounding", 7),
+    ],
+)
+def test_a_run_stands_beside_the_figures_of_its_own_model(path, name, share, family, tasks):
+    model = published_model(path)
+    rows, _ = published_retention(published_scores(), model)
+    mine = [row for row in rows if (row.method, row.family) == ("nuwa", family) and abs(row.share - share) < 1e-9]
+    assert model.name == name and [row.tasks for row in mine] == [tasks]
 
 
 def test_published_ablation_by_hand():
