@@ -10,7 +10,9 @@ one layout.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -272,6 +274,19 @@ def _specifications(entry: GridEntry, budgets: list[float]) -> Iterator[dict[str
         }
 
 
+@contextlib.contextmanager
+def no_cycles() -> Iterator[None]:
+    """For work that makes very many objects and no cycles, which Python would look for again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@no_cycles()
 def expand(sweep: SweepSettings, layouts: Layouts, layers: int) -> list[Trial]:
     """All trials of a sweep, the unpruned one first, each once; raises :class:`SettingsError` for impossible ones."""
     unit, dynamic = sweep.budget_unit, layouts.dynamic

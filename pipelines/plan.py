@@ -23,7 +23,7 @@ from nuwa.cost import LlmShape
 from nuwa.decoder import share_beginnings
 from nuwa.layout import VisualLayout, layout_order
 from nuwa.vlm import Adapter
-from pipelines.grid import Trial
+from pipelines.grid import Trial, no_cycles
 from pipelines.results import unit_name
 
 UNIT_SECONDS = 10.0
@@ -355,6 +355,7 @@ def _strata(layouts: Sequence[VisualLayout]) -> list[slice]:
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(layouts)], strict=True)]
 
 
+@no_cycles()
 def plan_units(
     trials: Sequence[Trial],
     examples: Sequence[Example],
@@ -385,13 +386,15 @@ def plan_units(
     start = 0
     for batch in _batches(examples, unit_images, unit_seconds, max(seconds.values(), default=0.0)):
         everything, open_units = (1 << len(batch)) - 1, {}
+        asked = functools.cache(functools.partial(_chosen, batch))  # few patterns, many units
 
         def close(
-            missing: int, batch: Sequence[Example] = batch, open_units: dict[int, _OpenUnit] = open_units
+            missing: int,
+            asked: Callable[[int], tuple[Example, ...]] = asked,
+            open_units: dict[int, _OpenUnit] = open_units,
         ) -> None:
-            begun = open_units.pop(missing)
-            asked = tuple(example for place, example in enumerate(batch) if missing >> place & 1)
-            unit = WorkUnit(tuple(begun.trials), asked, begun.seconds * len(asked) * speed)
+            begun, examples = open_units.pop(missing), asked(missing)
+            unit = WorkUnit(tuple(begun.trials), examples, begun.seconds * len(examples) * speed)
             units[unit.unit_id] = unit
 
         for trial in ordered:
@@ -409,6 +412,11 @@ def plan_units(
             close(missing)
         start += len(batch)
     return units, sum(held.bit_count() for held in have.values())
+
+
+def _chosen(batch: Sequence[Example], pattern: int) -> tuple[Example, ...]:
+    """The examples whose bits are set."""
+    return tuple(example for place, example in enumerate(batch) if pattern >> place & 1)
 
 
 def _bits(places: Sequence[int], size: int) -> int:
