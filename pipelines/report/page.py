@@ -75,7 +75,7 @@ def build_report(inputs: ReportInputs, output: Path, headline_budget: float) -> 
 
 def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -> dict[str, Any]:
     scores = published_scores()
-    beside = published_model(inputs.provenance.get("model path", ""))
+    beside, same_model = published_model(inputs.provenance.get("model path", ""))
     rows, unanchored = published_retention(scores, beside)
     ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
     search = search_section(inputs.search, outcomes)
@@ -94,7 +94,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "search": search,
         "plane": _chart("search", search.panels) if search else None,
         "cases": gallery(inputs, outcomes, headline_budget),
-        "beside": side_by_side(outcomes, rows, unanchored),
+        "beside": side_by_side(outcomes, rows, unanchored, beside.tokens if same_model else None),
         "published_model": beside,
         "efficiency": efficiency_tables(inputs.profile),
         "published_efficiency": published_efficiency(),

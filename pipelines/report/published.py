@@ -53,10 +53,12 @@ MODELS = (
 MODEL_NAME, IMAGE_TOKENS = LLAVA.name, LLAVA.tokens  # of the ablation tables
 
 
-def published_model(path: str) -> PublishedModel:
-    """The model whose figures belong beside a run of the checkpoint ``path``; LLaVA-1.5 beside what none knows."""
+def published_model(path: str) -> tuple[PublishedModel, bool]:
+    """The model whose figures belong beside a run of the checkpoint ``path``, and whether it is that very model;
+    LLaVA-1.5 beside what no paper has."""
     name = path.lower()
-    return next((model for model in MODELS if any(part in name for part in model.named)), LLAVA)
+    known = next((model for model in MODELS if any(part in name for part in model.named)), None)
+    return known or LLAVA, known is not None
 
 
 @dataclass(frozen=True)

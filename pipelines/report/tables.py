@@ -186,9 +186,15 @@ class SideBySide:
     unanchored: list[str]
 
 
-def side_by_side(outcomes: Outcomes, published: list[PublishedRow], unanchored: list[str]) -> SideBySide | None:
-    """Budgets within one point of a published share of tokens; ``None`` where no budget is."""
-    total = outcomes.unpruned.image_tokens
+def side_by_side(
+    outcomes: Outcomes, published: list[PublishedRow], unanchored: list[str], tokens: int | None = None
+) -> SideBySide | None:
+    """Budgets within one point of a published share of tokens; ``None`` where no budget is.
+
+    ``tokens``: of a run of the very model whose shares these are, what they are shares of; there budgets in tokens are
+    compared, because images of other sizes have other numbers of tokens.
+    """
+    total = tokens or outcomes.unpruned.image_tokens
     pairs = [
         (share, budget)
         for share in sorted({row.share for row in published})
