@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import mmap
+import os
 import shutil
 import tempfile
 import zlib
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -36,7 +38,7 @@ from torch import Tensor
 from nuwa.layout import VisualLayout, layout_from_json, layout_order, layout_to_json
 from nuwa.signals import SIGNAL_NAMES
 from nuwa.source import code_fingerprint
-from nuwa.vlm import load_adapter
+from nuwa.vlm import Adapter, load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.executor import UnitsFailed, run_units
 from pipelines.settings import ClusterSettings, FeatureSettings
@@ -44,7 +46,7 @@ from pipelines.storage import Folder, is_uri
 
 ENCODING = ("grid", "layout", "signals", "vlm")  # the code that decides what is stored
 CACHE_BYTES = 1024**3  # what a worker keeps of what it read
-SHARD_CACHE = Path(tempfile.gettempdir()) / "nuwa-features"  # shards of remote stores, on each machine
+SHARD_CACHE = Path(tempfile.gettempdir()) / f"nuwa-features-{os.getuid()}"  # shards of remote stores, on each machine
 
 
 class MissingFeatures(LookupError):
@@ -57,6 +59,25 @@ def store_identity(encoder_fingerprint: str, dtype: str, keep: Sequence[str] = S
     """What decides the stored numbers; batch size, device and worker count do not belong to it."""
     content = json.dumps([code_fingerprint(ENCODING), encoder_fingerprint, dtype, list(keep)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+class ImpossibleImage(UnitsFailed):
+    """An image whose size the model cannot take."""
+
+
+def layouts_of(vlm: Adapter, sizes: Mapping[str, tuple[int, int]]) -> dict[str, VisualLayout]:
+    """The layout of every image from its width and height; raises :class:`ImpossibleImage` naming the first that has none."""
+    of = cache(vlm.layout_of)
+    found = {}
+    for image, (width, height) in sizes.items():
+        try:
+            found[image] = of((width, height))
+        except ValueError as error:
+            raise ImpossibleImage(
+                f"image {image[:12]} of {width}x{height} pixels: the model takes no such image ({error}); take its rows "
+                "out of the benchmark's table"
+            ) from None
+    return found
 
 
 class NoRoom(UnitsFailed):
@@ -362,9 +383,23 @@ class EncodeWorker:
 
 def read_images(path: Path, images: Sequence[str]) -> dict[str, Image.Image]:
     """Decoded RGB images of ``images.parquet`` by digest."""
-    table = pq.read_table(path, filters=[("image", "in", list(images))])
+    groups = _row_groups(path, path.stat().st_mtime_ns)
+    held = pq.ParquetFile(path)
+    table = held.read_row_groups(sorted({groups[image] for image in images}), columns=["image", "bytes"])
+    table = table.filter(pc.is_in(table["image"], pa.array(images, pa.string())))
     rows = zip(table["image"].to_pylist(), table["bytes"].to_pylist(), strict=True)
     return {digest: Image.open(io.BytesIO(content)).convert("RGB") for digest, content in rows}
+
+
+@cache
+def _row_groups(path: Path, _changed: int) -> dict[str, int]:
+    """The row group of every image: a file of many gigabytes is not searched for each batch."""
+    held = pq.ParquetFile(path)
+    return {
+        image: number
+        for number in range(held.num_row_groups)
+        for image in held.read_row_group(number, columns=["image"])["image"].to_pylist()
+    }
 
 
 def encode_missing(
@@ -387,8 +422,8 @@ def encode_missing(
     store.discard_damaged()
     columns = pq.read_table(images_path, columns=["image", "width", "height"]).to_pydict().values()
     sizes = {image: (width, height) for image, width, height in zip(*columns, strict=True)}
-    layouts = {image: vlm.layout_of(sizes[image]) for image in store.missing(sorted(sizes))}
-    missing = sorted(layouts, key=lambda image: (layout_order(layouts[image]), image))
+    layouts = layouts_of(vlm, {image: sizes[image] for image in store.missing(list(sizes))})
+    missing = sorted(layouts, key=lambda image: (layout_order(layouts[image]), image))  # as units will read them
     widths = vlm.signal_widths(vlm.model.config)
     _check_room(store, len(missing), sum(signal_bytes(widths, layout, settings) for layout in layouts.values()))
     shards = []

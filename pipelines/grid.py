@@ -64,6 +64,12 @@ class Layouts:
         return sum(count * value(layout) for layout, count in self.counts.items()) / sum(self.counts.values())
 
     @property
+    def grid(self) -> str | None:
+        """``12x12`` where every image is one such grid of patches, else null."""
+        view, *others = self.typical.views
+        return None if self.dynamic or others else f"{view.grid.height}x{view.grid.width}"
+
+    @property
     def tokens(self) -> int:
         """Visual tokens of an image, on average."""
         return round(self.mean(lambda layout: layout.tokens))
@@ -125,7 +131,8 @@ class Trial:
 
     @cached_property
     def seeded(self) -> bool:
-        cuts = self.spec.cuts(self.schedule) if self.cuts else []
+        # What a cut changes on the typical image says nothing of the others.
+        cuts = self.spec.cuts(self.schedule) if self.cuts or self.dynamic else []
         return get_method(self.spec.stage1).seeded or any(cut.scorer.seeded or cut.recycling for cut in cuts)
 
     @cached_property
@@ -161,7 +168,8 @@ class Trial:
 
     @cached_property
     def trial_id(self) -> str:
-        recycling = vars(self.spec.stage2.recycling) if self.cuts and self.spec.stage2.recycling else None
+        cut = self.spec.stage2 if self.cuts or self.dynamic else None
+        recycling = vars(cut.recycling) if cut and cut.recycling else None
         cuts = [[*cut, self.spec.stage2.scorer, recycling] for cut in self.cuts]
         position = self.spec.position if self.final_keep < self.schedule.tokens else None
         if self.dynamic:  # what the typical image keeps says nothing of the others
@@ -223,6 +231,7 @@ class Trial:
             "budgets": sorted(budgets),
             "average_tokens": mean(lambda schedule: schedule.average_tokens),
             "image_tokens": layouts.tokens,
+            "image_grid": layouts.grid,
             "stage1_keep": round(mean(lambda schedule: schedule.stage1_keep)),
             "stage2_layer": cuts[0][0] if cuts else None,
             "stage2_keep": round(mean(lambda schedule: schedule.entering[-1])) if cuts else None,
@@ -304,7 +313,13 @@ def expand(sweep: SweepSettings, layouts: Layouts, layers: int) -> list[Trial]:
         own = (asked,) if asked is not None else ()
         key = (spec.stage1, asked, spec.stage2)
         if key not in plans:
-            everywhere = {layout: there(layout).on(layout, layers) for layout in layouts.counts}
+            everywhere = {}
+            for layout in layouts.counts:
+                try:
+                    everywhere[layout] = there(layout).on(layout, layers)
+                except UnreachableBudget as error:
+                    where = f" (budget {asked:g}, an image of {layout.tokens} tokens)" if dynamic else ""
+                    raise UnreachableBudget(f"{error}{where}") from None
             plans[key] = everywhere[layouts.typical]
         plan = plans[key]
         if spec.budget != plan.spec.budget:

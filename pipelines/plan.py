@@ -23,6 +23,7 @@ from nuwa.cost import LlmShape
 from nuwa.decoder import share_beginnings
 from nuwa.layout import VisualLayout, layout_order
 from nuwa.vlm import Adapter
+from pipelines.features import layouts_of
 from pipelines.grid import Trial, no_cycles
 from pipelines.results import unit_name
 
@@ -54,9 +55,8 @@ class Example(NamedTuple):
 
 def image_layouts(vlm: Adapter, table: pd.DataFrame) -> dict[str, VisualLayout]:
     """The layout of every image of the questions in ``table``; ``vlm`` needs no weights."""
-    sizes = table.drop_duplicates("image")[["image", "width", "height"]].itertuples(index=False)
-    of = functools.cache(vlm.layout_of)
-    return {image: of((width, height)) for image, width, height in sizes}
+    rows = table.drop_duplicates("image")[["image", "width", "height"]].itertuples(index=False)
+    return layouts_of(vlm, {image: (width, height) for image, width, height in rows})
 
 
 def read_examples(

@@ -15,6 +15,7 @@ import collections
 import functools
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +62,9 @@ FOOTER = (b"trials", b"examples")  # keys of its metadata; JSON
 FOOTER_BYTES = 32 * 1024  # read at first; a longer footer is asked for again
 READERS = 16  # requests under way at once
 AHEAD = 4  # units that are fetched while one is worked on
-FOOTERS = Path(tempfile.gettempdir()) / "nuwa-footers"  # what footers of remote stores said, on each machine
+FOOTERS = (
+    Path(tempfile.gettempdir()) / f"nuwa-footers-{os.getuid()}"
+)  # what footers of remote stores said, on each machine
 
 
 class DamagedUnit(RuntimeError):

@@ -29,6 +29,13 @@ def trial_at(
     return expand(sweep.model_copy(update={"grids": [block]}), layouts, layers)[-1]
 
 
+def swarm_trials(swarm: SwarmSettings, sweep: SweepSettings, layouts: Layouts, layers: int) -> list[Trial]:
+    """The preset, and every end and choice of every axis by itself: what decides which signals are read."""
+    axes = swarm.space.axes.items()
+    points = [{}, *({name: value} for name, axis in axes if name.startswith("parameters.") for value in axis.extremes)]
+    return [trial_at(swarm, point, sweep, layouts, layers) for point in points]
+
+
 def preset_point(swarm: SwarmSettings, preset: Trial) -> dict[str, Any]:
     """Where the preset lies: its own value on every axis; null where it has none, as of a ratio no ratio decides."""
     cut = preset.spec.stage2

@@ -19,7 +19,7 @@ from pipelines.features import MissingFeatures
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.lock import WorkDirectoryBusy
 from pipelines.results import DamagedUnit
-from pipelines.search_space import check_space
+from pipelines.search_space import check_space, swarm_trials
 from pipelines.settings import Settings, SettingsError, load_settings
 from pipelines.storage import StorageFull, StorageUnavailable
 from pipelines.tracking import checked_uri
@@ -101,10 +101,12 @@ def planned_trials(settings: Settings) -> list[Trial]:
         ) from None
     layouts = Layouts({layout: 1}, family.dynamic)
     trials = expand(settings.sweep, layouts, layers)
-    for trial in trials:
+    searched: list[Trial] = []
+    if (swarm := settings.search.swarm) is not None:
+        check_space(swarm, settings.sweep.budget_unit, layouts, layers)
+        searched = swarm_trials(swarm, settings.sweep, layouts, layers)
+    for trial in (*trials, *searched):
         check_signals(trial, family, settings)
-    if settings.search.swarm is not None:
-        check_space(settings.search.swarm, settings.sweep.budget_unit, layouts, layers)
     return trials
 
 
@@ -113,7 +115,7 @@ def check_signals(trial: Trial, family: type[Adapter], settings: Settings) -> No
     try:
         check_encoder(trial.spec, family)
     except ValueError as error:
-        raise SettingsError(f"sweep.grids ({', '.join(trial.grids)}): {error}") from None
+        raise SettingsError(f"grid {', '.join(trial.grids)}: {error}") from None
     kept = settings.features.keep
     for name in get_method(trial.spec.stage1).reads(trial.spec.config):
         if name not in kept:

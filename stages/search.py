@@ -30,7 +30,7 @@ from pipelines.lock import exclusive
 from pipelines.plan import image_layouts
 from pipelines.racing import check_slices, race, slices
 from pipelines.search import Asking, race_grid, search_swarm
-from pipelines.search_space import trial_at
+from pipelines.search_space import check_space, trial_at
 from pipelines.settings import Settings
 from pipelines.storage import everywhere
 from pipelines.sweep import SweepSpec, answer_context
@@ -62,7 +62,10 @@ def search(settings: Settings) -> None:
     vlm = load_adapter(settings.model.path)
     of_image = image_layouts(vlm, everything)
     layouts = Layouts.of((of_image[image] for image in sorted(set(questions["image"]))), vlm.dynamic)
+    anywhere = Layouts.of(of_image.values(), vlm.dynamic)  # the best points are asked on all images
     trials = expand(plan, layouts, vlm.layers)
+    if wanted.swarm is not None:
+        check_space(wanted.swarm, plan.budget_unit, anywhere, vlm.layers)
 
     def make(point: dict[str, Any]) -> Trial:
         return trial_at(wanted.swarm, point, plan, layouts, vlm.layers)

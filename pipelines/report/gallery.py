@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,9 +68,12 @@ class _Answers:
 
 def gallery(inputs: ReportInputs, outcomes: Outcomes, budget: float) -> list[Case]:
     """Up to six cases on different images; none where patches form no square grid or no trial can be shown."""
-    side = math.isqrt(outcomes.unpruned.image_tokens)
+    (grid,) = set(inputs.trials["image_grid"])
     trials = _shown_trials(outcomes, budget)
-    if not trials or side * side != outcomes.unpruned.image_tokens:
+    if not trials or grid is None:
+        return []
+    side, width = map(int, grid.split("x"))
+    if side != width:
         return []
     answers = _answers(inputs, trials)
     chosen = _choose(answers)

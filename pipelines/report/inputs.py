@@ -16,7 +16,7 @@ REMEDY = "run `dvc repro evaluate` to make it"
 COLUMNS: dict[str, tuple[str, ...]] = {
     "trials": (
         "trial_id", "label", "grids", "method", "preset", "position", "budget", "budgets", "average_tokens",
-        "image_tokens", "stage1_keep", "stage2_layer", "stage2_keep", "stage2_cuts", "stage2_scorer",
+        "image_tokens", "image_grid", "stage1_keep", "stage2_layer", "stage2_keep", "stage2_cuts", "stage2_scorer",
         "stage2_recycling", "seed", "params", "flops", "flops_convention",
     ),
     "scores": (
@@ -88,6 +88,14 @@ class ReportInputs:
     provenance: Mapping[str, str] = field(default_factory=dict)
     profile: pd.DataFrame | None = None
     search: SearchRecord | None = None
+
+    @property
+    def search_of_this_model(self) -> SearchRecord | None:
+        """The search in git may be of another model, of which this page says nothing."""
+        if self.search is None:
+            return None
+        searched = self.search.summary.get("fingerprints", {}).get("model")
+        return self.search if searched == self.provenance.get("model") else None
 
     @classmethod
     def load(cls, data_dir: Path, provenance: Mapping[str, str] | None = None) -> ReportInputs:

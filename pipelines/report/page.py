@@ -78,7 +78,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
     beside, same_model = published_model(inputs.provenance.get("model path", ""))
     rows, unanchored = published_retention(scores, beside)
     ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
-    search = search_section(inputs.search, outcomes)
+    search = search_section(inputs.search_of_this_model, outcomes)
     return {
         "model": inputs.provenance.get("model path", "model not named"),
         "finding": finding(outcomes, headline_budget),

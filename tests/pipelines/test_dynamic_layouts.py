@@ -15,7 +15,7 @@ from bench import Swept, same
 from nuwa.generation import answer_encoded
 from nuwa.methods import specify
 from pipelines.datasets import IMAGES
-from pipelines.features import encode_missing
+from pipelines.features import ImpossibleImage, encode_missing, layouts_of
 from pipelines.grid import Layouts, budget_on, expand
 from pipelines.plan import forecast, image_layouts, plan_units, read_examples, sweep_costs
 from pipelines.results import ResultStore
@@ -204,7 +204,7 @@ def test_a_budget_out_of_reach_on_one_image_is_refused_or_left_out(tiny_next, ph
     assert str(caught.value).startswith(
         "sweep.grids.0 (g), method random: 5 tokens before the first cut are out of reach"
     )
-    assert "newline tokens; give the entry its own budget or set where_reachable: true" in str(caught.value)
+    assert str(caught.value).endswith("tokens); give the entry its own budget or set where_reachable: true")
     assert len(dynamic.expand("tokens", [5.0], {**entry, "where_reachable": True})) == 1
     with pytest.raises(ValueError, match=r"budget 5 of grid 'g' must lie in \(0, 1\]: budget_unit is share"):
         dynamic.expand("share", [5.0], entry)
@@ -245,3 +245,23 @@ def test_trials_alike_on_a_layout_run_once(dynamic, tmp_path, monkeypatch):
     together = [unit for unit in ResultStore(tmp_path / "results").done() if len(unit.trials) == 5]
     assert len(together) == len(dynamic.photos), "a unit an image, so that what follows is a count of one layout each"
     assert len(branches) == 3 * len(dynamic.photos), "unpruned, random and uniform"
+
+
+def test_seeds_count_wherever_they_may_matter(tiny_qwen, photos, tmp_path, monkeypatch):
+    """A budget that is everything on the typical image is none on larger ones; ids do not hang on which is typical."""
+    dynamic = Dynamic(tiny_qwen, photos, tmp_path, monkeypatch)
+    typical = dynamic.counts.typical.tokens
+    assert any(layout.tokens > typical for layout in dynamic.counts.counts)
+    entry = {"name": "g", "method": "nuwa", "stage2_scorer": "random", "seed": [0, 1, 2]}
+    ids = []
+    for counts in (dynamic.counts, Layouts({layout: 1 for layout in reversed(dynamic.counts.counts)}, dynamic=True)):
+        trials = expand(sweep_settings("tokens", [float(typical)], entry), counts, tiny_qwen.layers)
+        assert len(trials) == 4
+        ids.append([trial.trial_id for trial in trials])
+    assert ids[0] == ids[1]
+
+
+def test_an_image_that_no_model_takes_is_named(tiny_qwen):
+    with pytest.raises(ImpossibleImage) as caught:
+        layouts_of(tiny_qwen, {"a" * 64: (40, 40), "b" * 64: (2000, 8)})
+    assert str(caught.value).startswith(f"image {'b' * 12} of 2000x8 pixels: the model takes no such image (absolute")

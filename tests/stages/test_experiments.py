@@ -38,7 +38,7 @@ def test_composing_keeps_the_rest_and_is_idempotent(overlay):
     for section, values in before.items():
         for key, value in values.items():
             named = over.get(section, {}).get(key, value)
-            merged = isinstance(value, dict) and key not in REPLACED
+            merged = isinstance(value, dict) and isinstance(named, dict) and key not in REPLACED
             assert after[section][key] == (value | named if merged else named)
     assert compose(text, overlay.read_text()) == text
     assert "# Everything a run depends on." in text

@@ -50,7 +50,7 @@ def test_methods_that_the_encoder_cannot_serve_are_refused(method, reason, tmp_p
     Qwen2_5_VLConfig().save_pretrained(tmp_path / "model")
     with pytest.raises(SettingsError) as caught:
         planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": method}]))
-    assert str(caught.value).startswith(f"sweep.grids (g): method '{method}' {reason}")
+    assert str(caught.value).startswith(f"grid g: method '{method}' {reason}")
 
 
 def test_a_method_that_reads_what_is_not_kept_is_refused(tmp_path):
@@ -65,6 +65,28 @@ def test_a_method_that_reads_what_is_not_kept_is_refused(tmp_path):
     assert len(planned_trials(settings_for(tmp_path, tmp_path / "model", grids, features=keep))) == 3
     with pytest.raises(SettingsError, match="keep must hold features, which every method reads"):
         settings_for(tmp_path, tmp_path / "model", grids, features={"keep": ["keys"]})
+
+
+@pytest.mark.parametrize(
+    ("method", "keep", "message"),
+    [
+        ("visionzip", None, "grid swarm search: method 'visionzip' needs the attention of a CLS token"),
+        ("nuwa", ["features", "cls_attention"], "method 'nuwa' of grid 'swarm search' reads similarity; add it there"),
+    ],
+)
+def test_what_is_searched_is_checked_like_what_is_swept(method, keep, message, tmp_path):
+    Qwen2_5_VLConfig().save_pretrained(tmp_path / "model")
+    space = {"stage2_ratio": {"low": 0.2, "high": 0.4}}
+    swarm = yaml.safe_load((ROOT / "params.yaml").read_text())["search"]["swarm"] | {
+        "method": method,
+        "preset": None,
+        "budget": 0.25,
+        "space": space,
+    }
+    features = {"keep": keep} if keep else {}
+    grids = [{"name": "g", "method": "random"}]
+    with pytest.raises(SettingsError, match=message):
+        planned_trials(settings_for(tmp_path, tmp_path / "model", grids, search={"swarm": swarm}, features=features))
 
 
 def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):

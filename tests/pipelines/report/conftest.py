@@ -105,7 +105,7 @@ class Synthetic:
             "trial_id": trial_id, "label": f"{method} {preset} {position} {budget}{extra}", "grids": list(grids),
             "method": method, "preset": preset, "position": position, "budget": budget,
             "budgets": [] if budget is None else [float(budget)],
-            "average_tokens": budget or TOKENS, "image_tokens": TOKENS,
+            "average_tokens": budget or TOKENS, "image_tokens": TOKENS, "image_grid": "12x12",
             "stage1_keep": keep or first,
             "stage2_layer": layer, "stage2_keep": budget // 4 if two_stages else None, "stage2_scorer": scorer,
             "stage2_cuts": f"{layer}:{budget // 4}" if two_stages else None,

@@ -190,10 +190,21 @@ def test_without_ablations_or_square_patches_those_sections_are_absent(synthetic
     run = synthetic(images=2)
     run.add_main({("nuwa", "released", "pesp"): ((0.5, 0.6, 0.7), (0.9, 0.9, 0.9))})
     for trial in run.trials:
-        trial["image_tokens"] = 150  # no square, and 16 of 150 is 10.7 %, within a point of 11.1 %
+        trial["image_tokens"] = 150  # 16 of 150 is 10.7 %, within a point of 11.1 %
+        trial["image_grid"] = "10x15"
     run.scores = [row for row in run.scores if row["metric"] != "parse_failure"]
     page = read_page(build(run.write(tmp_path / "data"), tmp_path / "report"))
     assert page.xpath("//section/@id") == ["headline", "curves", "published"]
+
+
+def test_images_of_several_layouts_are_not_drawn_as_one_grid(synthetic, tmp_path):
+    """Their mean may be a square by chance; their slots are places in layouts of their own."""
+    run = synthetic(images=2)
+    run.add_main({("nuwa", "released", "pesp"): ((0.5, 0.6, 0.7), (0.9, 0.9, 0.9))})
+    assert "gallery" in read_page(build(run.write(tmp_path / "one"), tmp_path / "report")).xpath("//section/@id")
+    for trial in run.trials:
+        trial["image_grid"] = None
+    assert "gallery" not in read_page(build(run.write(tmp_path / "two"), tmp_path / "report")).xpath("//section/@id")
 
 
 def test_a_run_of_ablations_only_still_makes_a_page(synthetic, tmp_path):

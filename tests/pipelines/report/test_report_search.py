@@ -144,6 +144,16 @@ def test_the_page_shows_every_trials_race_and_the_best_points_beside_the_preset(
     assert (tmp_path / "with" / "figures" / "search.png").stat().st_size > 10_000
 
 
+def test_a_search_of_another_model_is_not_on_the_page(full_run, tmp_path):
+    for searched, shown in (("this model", True), ("another model", False)):
+        data = tmp_path / searched
+        shutil.copytree(full_run, data)
+        write(data / "search", raced(data), swarm(), SUMMARY | {"fingerprints": {"model": searched}})
+        build_report(ReportInputs.load(data, {"model": "this model"}), tmp_path / f"{searched} report", 16)
+        page = lxml.html.fromstring((tmp_path / f"{searched} report" / "index.html").read_text())
+        assert bool(page.xpath("//section[@id='search']")) == shown
+
+
 def test_a_search_without_points_and_one_without_other_images(full_run, tmp_path):
     for name, points, expected in (("race", None, 1), ("few", swarm(), 2)):
         data = tmp_path / name
