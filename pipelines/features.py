@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,7 @@ from nuwa.source import code_fingerprint
 from nuwa.vlm import Adapter, load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.executor import UnitsFailed, run_units
-from pipelines.settings import ClusterSettings, FeatureSettings
+from pipelines.settings import ClusterSettings, FeatureSettings, ModelSettings
 from pipelines.storage import Folder, is_uri
 
 ENCODING = ("grid", "layout", "signals", "vlm")  # the code that decides what is stored
@@ -339,8 +340,31 @@ def _check_room(store: FeatureStore, images: int, needed: int) -> None:
         )
 
 
-# One model a process, however many workers it hosts in turn.
-load_model = cache(load_adapter)
+class Loading(NamedTuple):
+    """How a model is loaded. ``spread``: over all GPUs the worker has, by Accelerate."""
+
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    spread: bool = False
+
+    @classmethod
+    def of(cls, model: ModelSettings, cluster: ClusterSettings) -> Loading:
+        return cls(model.dtype, model.attention, spread=cluster.gpus > 1)
+
+    def here(self, path: str) -> Adapter:
+        """The same weights for the driver, which encodes and answers nothing itself."""
+        return load_adapter(path, dtype=getattr(torch, self.dtype))
+
+
+@cache  # one model a process, however many workers it hosts in turn
+def load_model(path: str, device: str, loading: Loading = Loading()) -> Adapter:
+    return load_adapter(
+        path,
+        device,
+        getattr(torch, loading.dtype),
+        attention=loading.attention,
+        device_map="auto" if loading.spread else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -356,6 +380,7 @@ class EncodeSpec:
     batch_size: int
     threads: int
     device: str
+    loading: Loading = Loading()
 
     def build(self) -> EncodeWorker:
         torch.set_num_threads(self.threads)
@@ -364,7 +389,7 @@ class EncodeSpec:
 
 class EncodeWorker:
     def __init__(self, spec: EncodeSpec) -> None:
-        self.spec, self.vlm = spec, load_model(spec.model, spec.device)
+        self.spec, self.vlm = spec, load_model(spec.model, spec.device, spec.loading)
         self.store = FeatureStore(spec.root, spec.identity)
 
     def run(self, images: Sequence[str], _upcoming: Sequence[str] | None = None) -> int:
@@ -410,13 +435,14 @@ def encode_missing(
     cluster: ClusterSettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
+    loading: Loading = Loading(),
     in_process: bool = False,
 ) -> tuple[FeatureStore, int]:
     """Bring the store up to date with ``images.parquet``; returns it and how many images were encoded.
 
     Damaged shards are discarded first and encoded again.
     """
-    vlm = load_adapter(model)
+    vlm = loading.here(model)
     identity = store_identity(vlm.encoder_fingerprint(), settings.dtype, settings.keep)
     store = FeatureStore(root, identity)
     store.discard_damaged()
@@ -440,6 +466,7 @@ def encode_missing(
         settings.batch_size,
         cluster.cpus,
         cluster.device,
+        loading,
     )
     done = 0
 

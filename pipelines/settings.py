@@ -56,10 +56,21 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    """``path``: a folder or hub id ``from_pretrained`` loads. ``prompt_style``: see ``nuwa.benchmarks.STYLES``."""
+    """``path``: a folder or hub id ``from_pretrained`` loads. ``prompt_style``: see ``nuwa.benchmarks.STYLES``.
+
+    ``dtype``: of the weights. ``attention``: the kernel of the language model; flash-attention needs half precision.
+    """
 
     path: Annotated[str, Field(min_length=1)]
     prompt_style: Literal["llava_v1", "testbed"]
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+    @model_validator(mode="after")
+    def _flash_attention_in_half_precision(self) -> ModelSettings:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ValueError("attention flash_attention_2 needs dtype bfloat16 or float16, not float32")
+        return self
 
 
 class PrepareSettings(Section):

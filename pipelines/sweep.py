@@ -32,16 +32,17 @@ from nuwa.signals import VisionSignals
 from nuwa.source import code_fingerprint
 from nuwa.vlm import Adapter, EncodedPrompt, view_signals
 from pipelines.executor import Failure, OnDone, Partial, run_units
-from pipelines.features import FeatureStore, load_model, read_images
+from pipelines.features import FeatureStore, Loading, load_model, read_images
 from pipelines.grid import Trial
 from pipelines.plan import Costs, Example, WorkUnit, plan_units, work_tree
 from pipelines.results import PARTS, ResultStore, StoredUnit
 from pipelines.settings import ClusterSettings
 
 
-def answer_context(fingerprint: str, feature_identity: str) -> str:
-    """Digest of what decides answers beside trial and questions: the model's fingerprint, features and code."""
-    content = json.dumps([fingerprint, feature_identity, code_fingerprint()])
+def answer_context(fingerprint: str, feature_identity: str, attention: str = "sdpa") -> str:
+    """Digest of what decides answers beside trial and questions: the model's fingerprint, features, code and kernel."""
+    kernel = [] if attention == "sdpa" else [attention]
+    content = json.dumps([fingerprint, feature_identity, code_fingerprint(), *kernel])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -56,6 +57,7 @@ class SweepSpec:
     images: str  # images.parquet, for methods that encode images anew
     threads: int
     device: str = "cpu"
+    loading: Loading = Loading()
 
     def build(self) -> SweepWorker:
         torch.set_num_threads(self.threads)
@@ -88,7 +90,7 @@ class SweepWorker:
     """Holds one model. The features of the unit that is likely next are read while one runs."""
 
     def __init__(self, spec: SweepSpec) -> None:
-        self.vlm, self.images = load_model(spec.model, spec.device), Path(spec.images)
+        self.vlm, self.images = load_model(spec.model, spec.device, spec.loading), Path(spec.images)
         self.device = device_name(spec.device, spec.threads)
         self.features = FeatureStore(spec.feature_root, spec.feature_identity)
         self.results = ResultStore(spec.results)

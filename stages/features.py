@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from rich.progress import Progress
 
 from pipelines.atomic import atomic_path
-from pipelines.features import encode_missing
+from pipelines.features import Loading, encode_missing
 from pipelines.lock import exclusive
 from pipelines.settings import Settings
 from stages.entry import CACHE, FEATURE_STORE, FEATURES, IMAGES, run_stage
@@ -24,6 +24,7 @@ def features(settings: Settings) -> None:
             settings.features,
             settings.cluster,
             lambda done, total: bar.update(task, completed=done, total=total),
+            loading=Loading.of(settings.model, settings.cluster),
         )
     images = sorted(pq.read_table(IMAGES, columns=["image"])["image"].to_pylist())
     print(f"{encoded} images encoded, {len(images) - encoded} found in {store.storage.place}")

@@ -112,11 +112,13 @@ def compare(
     stored = ResultStore(asked.store or RESULT_STORE).done()
     if not stored:
         return []
-    model = recall(MODEL, Path(settings.model.path))
+    model = recall(MODEL, Path(settings.model.path), settings.model.dtype)
     if model is None:
         return [f"stored: {len(stored)} units; which answers are this model's is known once a sweep has loaded it"]
     context = answer_context(
-        model.model, store_identity(model.encoder, settings.features.dtype, settings.features.keep)
+        model.model,
+        store_identity(model.encoder, settings.features.dtype, settings.features.keep),
+        settings.model.attention,
     )
     examples = read(context)
     held = [(unit.trials, unit.examples) for unit in stored]

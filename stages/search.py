@@ -20,11 +20,10 @@ import pandas as pd
 from nuwa import UNPRUNED
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
-from nuwa.vlm import load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.datasets import choose_questions
 from pipelines.executor import start_ray
-from pipelines.features import encode_missing
+from pipelines.features import Loading, encode_missing
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.lock import exclusive
 from pipelines.plan import image_layouts
@@ -52,6 +51,7 @@ def search(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan, wanted, cluster = settings.sweep, settings.search, settings.cluster
+    loading = Loading.of(settings.model, cluster)
     place, results = settings.features.store or FEATURE_STORE, plan.store or RESULT_STORE
     prepared = pd.read_parquet(EXAMPLES)
     questions = choose_questions(prepared, plan.benchmarks, plan.images, plan.subset_seed).examples
@@ -59,7 +59,7 @@ def search(settings: Settings) -> None:
     check_slices(rungs, wanted.shares)
     everything = choose_questions(prepared, plan.benchmarks, None, plan.subset_seed).examples
     unseen = everything[~everything["image"].isin(questions["image"])].reset_index(drop=True)
-    vlm = load_adapter(settings.model.path)
+    vlm = loading.here(settings.model.path)
     of_image = image_layouts(vlm, everything)
     layouts = Layouts.of((of_image[image] for image in sorted(set(questions["image"]))), vlm.dynamic)
     anywhere = Layouts.of(of_image.values(), vlm.dynamic)  # the best points are asked on all images
@@ -79,8 +79,8 @@ def search(settings: Settings) -> None:
             import ray
 
             stack.callback(ray.shutdown)
-        store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster)
-        context = answer_context(vlm.fingerprint(), store.identity)
+        store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster, loading=loading)
+        context = answer_context(vlm.fingerprint(), store.identity, settings.model.attention)
         data = hashlib.sha256("".join(questions["example_id"] + questions["image"]).encode()).hexdigest()
         asked = [wanted.model_dump(), settings.evaluate.model_dump()]
         content = [context, data, sorted(trial.trial_id for trial in trials), *asked]
@@ -104,6 +104,7 @@ def search(settings: Settings) -> None:
             str(IMAGES.resolve()),
             cluster.cpus,
             cluster.device,
+            loading,
         )
         asking = Asking(settings, vlm, spec, context, of_image, PROGRESS, UNITS_LOG, tracker, CACHE)
         contest = partial(

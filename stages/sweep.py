@@ -17,12 +17,11 @@ from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
 from nuwa.source import code_fingerprint
 from nuwa.stage1 import get_method
-from nuwa.vlm import load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.collection import collect
 from pipelines.datasets import choose_questions
 from pipelines.executor import UnitsFailed
-from pipelines.features import encode_missing
+from pipelines.features import Loading, encode_missing
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.identity import ModelIdentity, folder_stamp, remember
 from pipelines.lock import exclusive
@@ -57,9 +56,10 @@ def sweep(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan, cluster = settings.sweep, settings.cluster
+    loading = Loading.of(settings.model, cluster)
     place, results = settings.features.store or FEATURE_STORE, plan.store or RESULT_STORE
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    stamp, vlm = folder_stamp(Path(settings.model.path)), load_adapter(settings.model.path)
+    stamp, vlm = folder_stamp(Path(settings.model.path), loading.dtype), loading.here(settings.model.path)
     of_image = image_layouts(vlm, questions.examples)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
     trials = expand(plan, layouts, vlm.layers)
@@ -68,10 +68,10 @@ def sweep(settings: Settings) -> None:
             check(trial.spec.config, vlm.encoder_identity)
     with exclusive(CACHE):
         # Normally finds everything; after the cache was thrown away it encodes again instead of failing.
-        store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster)
+        store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster, loading=loading)
         model = ModelIdentity(vlm.fingerprint(), vlm.encoder_identity)
         remember(MODEL, stamp, model)
-        context = answer_context(model.model, store.identity)
+        context = answer_context(model.model, store.identity, settings.model.attention)
         examples = read_examples(questions.examples, context, of_image)
         facts = _facts(model.model, trials, questions.examples, store.identity, context)
         spec = SweepSpec(
@@ -82,6 +82,7 @@ def sweep(settings: Settings) -> None:
             str(IMAGES.resolve()),
             cluster.cpus,
             cluster.device,
+            loading,
         )
         tracking = settings.tracking
         with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:

@@ -54,8 +54,8 @@ class Dynamic:
 
     def __init__(self, vlm, photos, root, monkeypatch):
         for module in ("pipelines.features", "pipelines.sweep"):
-            monkeypatch.setattr(f"{module}.load_model", lambda path, device: vlm)
-        monkeypatch.setattr("pipelines.features.load_adapter", lambda path: vlm)
+            monkeypatch.setattr(f"{module}.load_model", lambda path, device, loading: vlm)
+        monkeypatch.setattr("pipelines.features.load_adapter", lambda path, **_: vlm)
         self.vlm, self.root = vlm, root
         content = []
         for photo in photos:

@@ -11,7 +11,7 @@ from nuwa.grid import PatchGrid
 from nuwa.methods import RECIPES
 from nuwa.stage2 import SCORERS
 from pipelines.grid import Layouts, expand
-from pipelines.settings import SettingsError, SweepSettings, load_settings
+from pipelines.settings import SettingsError, SweepSettings, load_settings, parse_settings
 
 GRID, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
 
@@ -255,3 +255,12 @@ def test_yaml_reads_off_as_a_word_or_as_false(params):
             sweep_with(params, {"name": "g", "method": "nuwa", "budget": 16, "stage2_layer": off}), GRID, LAYERS
         )
         assert trial.schedule.entering == [16] * LAYERS
+
+
+def test_flash_attention_in_full_precision_is_refused(params):
+    params["model"] |= {"attention": "flash_attention_2"}
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(yaml.safe_dump(params), "params.yaml")
+    assert str(caught.value) == (
+        "params.yaml: model: attention flash_attention_2 needs dtype bfloat16 or float16, not float32"
+    )

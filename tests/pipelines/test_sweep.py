@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from bench import BENCHMARKS, PATHS, ROOT, SLOW, same
 
 from nuwa.decoder import Trunk
@@ -24,13 +25,13 @@ from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
 from pipelines import sweep
 from pipelines.executor import UnitsFailed, run_units
-from pipelines.features import FeatureStore, read_images
+from pipelines.features import FeatureStore, Loading, encode_missing, read_images
 from pipelines.grid import Layouts, expand
 from pipelines.lock import exclusive
-from pipelines.plan import read_examples
+from pipelines.plan import WorkUnit, read_examples
 from pipelines.results import ResultStore
-from pipelines.settings import SweepSettings
-from pipelines.sweep import branch
+from pipelines.settings import FeatureSettings, SweepSettings
+from pipelines.sweep import answer_context, branch
 
 
 def test_every_trial_answers_every_question_once(bench, undisturbed):
@@ -353,3 +354,22 @@ def test_a_worker_stays_with_its_data_while_there_is_any(cluster):
     assert [homes[0]] * 3 + [homes[3]] * 3 + [homes[6]] * 3 == homes
     assert [upcoming for _, upcoming in seen[:-1]] == [unit for unit, _ in seen[1:]]
     assert seen[-1][1] is None
+
+
+def test_a_sweep_runs_in_the_dtype_and_kernel_it_was_asked_for(bench, cluster, tmp_path):
+    """Half precision is another model with other features, and its answers are kept apart."""
+    loading = Loading("bfloat16", "eager")
+    settings = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
+    root = tmp_path / "features"
+    store, _ = encode_missing(bench.model, bench.images, root, settings, cluster, loading=loading, in_process=True)
+    assert store.identity != bench.identity
+    vlm = loading.here(bench.model)
+    contexts = {answer_context(vlm.fingerprint(), store.identity, kernel) for kernel in ("sdpa", "eager")}
+    assert len(contexts | {bench.context}) == 3
+    spec = replace(bench.spec(tmp_path / "results"), feature_root=str(root), feature_identity=store.identity)
+    worker = replace(spec, loading=loading).build()
+    assert worker.vlm.model.dtype == torch.bfloat16
+    assert worker.vlm.language.config._attn_implementation == "eager"
+    unit = WorkUnit(tuple(bench.trials), tuple(bench.examples[:6]))
+    report = worker.run(unit)
+    assert report.answers == 6 * len(bench.trials)
