@@ -356,8 +356,11 @@ class Loading(NamedTuple):
         return load_adapter(path, dtype=getattr(torch, self.dtype))
 
 
+FULL_PRECISION = Loading()
+
+
 @cache  # one model a process, however many workers it hosts in turn
-def load_model(path: str, device: str, loading: Loading = Loading()) -> Adapter:
+def load_model(path: str, device: str, loading: Loading = FULL_PRECISION) -> Adapter:
     return load_adapter(
         path,
         device,
@@ -380,7 +383,7 @@ class EncodeSpec:
     batch_size: int
     threads: int
     device: str
-    loading: Loading = Loading()
+    loading: Loading = FULL_PRECISION
 
     def build(self) -> EncodeWorker:
         torch.set_num_threads(self.threads)
@@ -435,7 +438,7 @@ def encode_missing(
     cluster: ClusterSettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
-    loading: Loading = Loading(),
+    loading: Loading = FULL_PRECISION,
     in_process: bool = False,
 ) -> tuple[FeatureStore, int]:
     """Bring the store up to date with ``images.parquet``; returns it and how many images were encoded.

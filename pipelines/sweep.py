@@ -32,7 +32,7 @@ from nuwa.signals import VisionSignals
 from nuwa.source import code_fingerprint
 from nuwa.vlm import Adapter, EncodedPrompt, view_signals
 from pipelines.executor import Failure, OnDone, Partial, run_units
-from pipelines.features import FeatureStore, Loading, load_model, read_images
+from pipelines.features import FULL_PRECISION, FeatureStore, Loading, load_model, read_images
 from pipelines.grid import Trial
 from pipelines.plan import Costs, Example, WorkUnit, plan_units, work_tree
 from pipelines.results import PARTS, ResultStore, StoredUnit
@@ -57,7 +57,7 @@ class SweepSpec:
     images: str  # images.parquet, for methods that encode images anew
     threads: int
     device: str = "cpu"
-    loading: Loading = Loading()
+    loading: Loading = FULL_PRECISION
 
     def build(self) -> SweepWorker:
         torch.set_num_threads(self.threads)
