@@ -26,7 +26,7 @@ plan: $(READY)
 test: $(READY) lint
 	$(RUN) python -m pytest
 
-# Twenty kills of workers, nodes and the driver during one sweep on a cluster of three raylets: about ten minutes.
+# Twenty kills of workers, nodes and the driver during one sweep on a cluster of three raylets: about three minutes.
 chaos: $(READY)
 	$(RUN) CHAOS_KILLS=20 python -m pytest tests/pipelines/test_chaos.py
 
