@@ -17,6 +17,7 @@ stay where a layer left them, everything else is kept on the model's first devic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -501,13 +502,12 @@ def _advance(vlm: Adapter, stretch: Stretch, layer: int, watch: frozenset[int] =
 def _parts(spans: Tensor, tokens: int) -> Iterator[tuple[slice, int]]:
     """Neighbouring rows of about ``tokens`` columns together, and the columns that any of them fills."""
     rows, columns = spans.shape[:2]
-    filled = (spans[..., 0] >= 0) * torch.arange(1, columns + 1, device=spans.device)
-    widths = filled.amax(dim=1).tolist()
     if rows * columns <= tokens:
         yield slice(0, rows), columns
         return
+    filled = (spans[..., 0] >= 0) * torch.arange(1, columns + 1, device=spans.device)
     start, width = 0, 0
-    for row, mine in enumerate(widths):
+    for row, mine in enumerate(filled.amax(dim=1).tolist()):
         if row > start and (row + 1 - start) * max(width, mine) > tokens:
             yield slice(start, row), width
             start, width = row, 0
@@ -586,7 +586,7 @@ def _generate(vlm: Adapter, stretches: list[Stretch], max_new_tokens: Sequence[i
     active = torch.arange(len(limits), device=vlm.device)
     hidden = _at(top.hidden, top.place[:, 0], top.last)
     made: list[list[int]] = [[] for _ in limits]
-    together = len(active) / ENOUGH_ENDED + 1
+    together = math.inf  # the first step lays all out: its caches grow
     for step in range(int(limits.max())):
         tokens = vlm.model.lm_head(vlm.language.norm(hidden)).argmax(dim=-1).to(vlm.device)
         going = ~torch.isin(tokens, ends)

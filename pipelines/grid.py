@@ -168,13 +168,14 @@ class Trial:
 
     @cached_property
     def trial_id(self) -> str:
-        cut = self.spec.stage2 if self.cuts or self.dynamic else None
-        recycling = vars(cut.recycling) if cut and cut.recycling else None
-        cuts = [[*cut, self.spec.stage2.scorer, recycling] for cut in self.cuts]
-        position = self.spec.position if self.final_keep < self.schedule.tokens else None
+        stage2 = self.spec.stage2
+        recycling = vars(stage2.recycling) if stage2 and stage2.recycling else None
         if self.dynamic:  # what the typical image keeps says nothing of the others
             position = self.spec.position if self.budgets else None
-            cuts = [self._asked, self.spec.stage2.scorer, recycling] if self.spec.stage2 else None
+            cuts = [self._asked, stage2.scorer, recycling] if stage2 else None
+        else:
+            position = self.spec.position if self.final_keep < self.schedule.tokens else None
+            cuts = [[*cut, stage2.scorer, recycling] for cut in self.cuts]
         return _digest([self.selection_identity, cuts, position, self.spec.seed if self.seeded else None])[:16]
 
     @property

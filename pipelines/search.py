@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,17 @@ import pandas as pd
 
 from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
-from nuwa.layout import VisualLayout
 from nuwa.vlm import Adapter
 from pipelines.collection import collect
+from pipelines.engine import Engine
 from pipelines.executor import UnitsFailed
 from pipelines.grid import Layouts, Trial
-from pipelines.plan import read_examples, sweep_costs
-from pipelines.progress import SweepProgress, worker_speed
 from pipelines.racing import FEWEST_IMAGES, Race
 from pipelines.results import ResultStore
 from pipelines.search_space import preset_point
 from pipelines.search_tables import race_table, study_runs, study_table
-from pipelines.settings import SearchSettings, Settings, SwarmSettings
+from pipelines.settings import SearchSettings, SwarmSettings
 from pipelines.swarm_search import Tried, objective_of, ranking, run_study
-from pipelines.sweep import SweepSpec, run_sweep
 from pipelines.tracking import Tracker
 
 CONFIRMED = 5  # best points that are also asked on images the search has not seen
@@ -42,17 +39,10 @@ Contest = Callable[..., Race]  # :func:`pipelines.racing.race` with reference, a
 class Asking:
     """Trials and questions → their answers. ``answered`` counts those that were not stored yet.
 
-    ``context``: digest of model, features and code. ``progress``, ``units_log``: files as of
-    :class:`pipelines.progress.SweepProgress`. ``scratch``: a folder for tables under way.
+    ``scratch``: a folder for tables under way.
     """
 
-    settings: Settings
-    vlm: Adapter
-    spec: SweepSpec
-    context: str
-    layouts: Mapping[str, VisualLayout]  # of every image
-    progress: Path
-    units_log: Path
+    engine: Engine
     tracker: Tracker
     scratch: Path
     answered: int = 0
@@ -60,27 +50,14 @@ class Asking:
 
     def __call__(self, trials: Sequence[Trial], questions: pd.DataFrame) -> pd.DataFrame:
         """Raises :class:`UnitsFailed` where answers cannot be made and ``sweep.quarantine`` does not let them go."""
-        plan, cluster = self.settings.sweep, self.settings.cluster
         since = int(1000 * (time.monotonic() - self.began))
-        examples = read_examples(questions, self.context, self.layouts)
-        with SweepProgress(
-            self.progress, self.units_log, lambda step, log: self.tracker.progress(since + step, log)
-        ) as progress:
-            outcome = run_sweep(
-                self.spec,
-                trials,
-                examples,
-                sweep_costs(self.vlm, questions),
-                worker_speed(self.units_log, cluster),
-                plan.unit_images,
-                cluster,
-                progress.start,
-                progress.done,
-            )
-        self.answered += progress.finished
+        outcome, made = self.engine.run(
+            trials, questions, lambda step, figures: self.tracker.progress(since + step, figures)
+        )
+        self.answered += made
         lacking = outcome.incomplete
         unpruned = any(trial.spec.method == UNPRUNED for trial in trials if trial.trial_id in lacking)
-        if lacking and (plan.quarantine != "allow" or unpruned):
+        if lacking and (self.engine.settings.sweep.quarantine != "allow" or unpruned):
             first, failure = next(iter(sorted(lacking.items())))
             raise UnitsFailed(
                 f"{len(lacking)} of {len(trials)} trials lack answers, all others are kept; first {first}: "
@@ -90,9 +67,9 @@ class Asking:
         whole = [trial.trial_id for trial in trials if trial.trial_id not in lacking]
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             predictions = Path(folder) / "predictions.parquet"
-            collect(
-                ResultStore(self.spec.results), whole, examples, {"predictions": predictions}, Path(folder) / "runs"
-            )
+            examples = self.engine.examples(questions)
+            store = ResultStore(self.engine.places.results)
+            collect(store, whole, examples, {"predictions": predictions}, Path(folder) / "runs")
             return pd.read_parquet(predictions, columns=["trial_id", "example_id", "prediction"])
 
 

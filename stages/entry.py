@@ -13,6 +13,7 @@ from nuwa.stage1 import get_method
 from nuwa.stage1.learnpruner import WeightsError
 from nuwa.vlm import Adapter, adapter_class
 from nuwa.vlm.shapes import SHAPES, model_shape, usual_image_processor
+from pipelines.engine import Places
 from pipelines.evidence import IncompleteTrials
 from pipelines.executor import ClusterUnavailable, UnitsFailed
 from pipelines.features import MissingFeatures
@@ -66,6 +67,12 @@ MENDABLE = (
     WeightsError,
     WorkDirectoryBusy,
 )
+
+
+def places(settings: Settings) -> Places:
+    """Where a sweep or a search reads and writes."""
+    features, results = settings.features.store or FEATURE_STORE, settings.sweep.store or RESULT_STORE
+    return Places(IMAGES, features, results, PROGRESS, UNITS_LOG)
 
 
 def check_tracking(settings: Settings) -> None:

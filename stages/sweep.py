@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import time
@@ -15,39 +14,32 @@ import pyarrow.parquet as pq
 
 from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
-from nuwa.source import code_fingerprint
-from nuwa.stage1 import get_method
 from pipelines.atomic import atomic_path
 from pipelines.collection import collect
 from pipelines.datasets import choose_questions
+from pipelines.engine import Engine, check_weights
 from pipelines.executor import UnitsFailed
-from pipelines.features import Loading, encode_missing
+from pipelines.features import Loading
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.identity import ModelIdentity, folder_stamp, remember
 from pipelines.lock import exclusive
-from pipelines.plan import image_layouts, read_examples, sweep_costs
-from pipelines.progress import SweepProgress, worker_speed
+from pipelines.plan import image_layouts
 from pipelines.results import ResultStore
 from pipelines.settings import Settings
-from pipelines.storage import everywhere
-from pipelines.sweep import SweepOutcome, SweepSpec, answer_context, run_sweep
+from pipelines.sweep import SweepOutcome
 from pipelines.tracking import Tracker, git_and_dvc_tags
 from stages.entry import (
     CACHE,
     COLLECTING,
     EXAMPLES,
-    FEATURE_STORE,
-    IMAGES,
     KEPT,
     MODEL,
     PREDICTIONS,
-    PROGRESS,
     QUARANTINE,
-    RESULT_STORE,
     SWEEP,
     TIMINGS,
     TRIALS,
-    UNITS_LOG,
+    places,
     run_stage,
 )
 
@@ -55,53 +47,26 @@ from stages.entry import (
 def sweep(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    plan, cluster = settings.sweep, settings.cluster
-    loading = Loading.of(settings.model, cluster)
-    place, results = settings.features.store or FEATURE_STORE, plan.store or RESULT_STORE
-    questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    stamp, vlm = folder_stamp(Path(settings.model.path), loading.dtype), loading.here(settings.model.path)
-    of_image = image_layouts(vlm, questions.examples)
+    plan, model = settings.sweep, settings.model
+    loading = Loading.of(model, settings.cluster)
+    questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed).examples
+    stamp, vlm = folder_stamp(Path(model.path), loading.dtype), loading.here(model.path)
+    of_image = image_layouts(vlm, questions)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
     trials = expand(plan, layouts, vlm.layers)
-    for trial in trials:
-        if (check := get_method(trial.spec.stage1).check) is not None:
-            check(trial.spec.config, vlm.encoder_identity)
+    check_weights(trials, vlm)
     with exclusive(CACHE):
-        # Normally finds everything; after the cache was thrown away it encodes again instead of failing.
-        store, _ = encode_missing(settings.model.path, IMAGES, place, settings.features, cluster, loading=loading)
-        model = ModelIdentity(vlm.fingerprint(), vlm.encoder_identity)
-        remember(MODEL, stamp, model)
-        context = answer_context(model.model, store.identity, settings.model.attention)
-        examples = read_examples(questions.examples, context, of_image)
-        facts = _facts(model.model, trials, questions.examples, store.identity, context)
-        spec = SweepSpec(
-            settings.model.path,
-            everywhere(place),
-            store.identity,
-            everywhere(results),
-            str(IMAGES.resolve()),
-            cluster.cpus,
-            cluster.device,
-            loading,
-        )
+        engine = Engine.start(settings, vlm, of_image, places(settings))
+        remember(MODEL, stamp, ModelIdentity(engine.fingerprints["model"], vlm.encoder_identity))
+        facts = _facts(engine, trials, questions)
         tracking = settings.tracking
         with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
             tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
-            with SweepProgress(PROGRESS, UNITS_LOG, tracker.progress) as progress:
-                outcome = run_sweep(
-                    spec,
-                    trials,
-                    examples,
-                    sweep_costs(vlm, questions.examples),
-                    worker_speed(UNITS_LOG, cluster),
-                    plan.unit_images,
-                    cluster,
-                    progress.start,
-                    progress.done,
-                )
+            outcome, _ = engine.run(trials, questions, tracker.progress)
         trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
         targets = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}
-        collect(ResultStore(results), [trial.trial_id for trial in trials], examples, targets, COLLECTING)
+        ids = [trial.trial_id for trial in trials]
+        collect(ResultStore(engine.places.results), ids, engine.examples(questions), targets, COLLECTING)
         shape, number = LlmShape.from_config(vlm.model.config), vlm.model.dtype.itemsize
         costs = partial(cost_columns, llm=shape, bytes_per_number=number)
         _write_trials([trial.row(layouts, costs) for trial in trials])
@@ -143,18 +108,15 @@ def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict,
     return [trial for trial in trials if trial.trial_id not in incomplete]
 
 
-def _facts(model: str, trials: list[Trial], examples: pd.DataFrame, features: str, context: str) -> dict:
+def _facts(engine: Engine, trials: list[Trial], questions: pd.DataFrame) -> dict:
     """What identifies this sweep, and its size."""
-    data = hashlib.sha256("".join(examples["example_id"] + examples["image"]).encode()).hexdigest()
-    ids = sorted(trial.trial_id for trial in trials)
-    sweep_id = hashlib.sha256(json.dumps([context, data, ids]).encode()).hexdigest()[:16]
+    sweep_id, fingerprints = engine.identify(trials, questions)
     counts = {
         "trials": len(trials),
-        "questions": len(examples),
-        "images": int(examples["image"].nunique()),
-        "benchmarks": ", ".join(sorted(set(examples["benchmark"]))),
+        "questions": len(questions),
+        "images": int(questions["image"].nunique()),
+        "benchmarks": ", ".join(sorted(set(questions["benchmark"]))),
     }
-    fingerprints = {"model": model, "features": features, "data": data, "code": code_fingerprint()}
     name = f"sweep {sweep_id[:8]}: {counts['trials']} trials, {counts['questions']} questions"
     return {"sweep_id": sweep_id, "name": name, "counts": counts, "fingerprints": fingerprints}
 

@@ -34,8 +34,7 @@ class LlavaNextAdapter(Adapter):
         super().__init__(model, processor)
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
-        self.crop_side = config.vision_config.image_size
-        side = self.crop_side // config.vision_config.patch_size
+        side = config.vision_config.image_size // config.vision_config.patch_size
         self.crop_grid = PatchGrid(side, side)
 
     def crops_of(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -278,32 +278,6 @@ def test_a_folder_is_loaded_by_its_model_type_with_or_without_a_device_map(tiny_
         assert not any(parameter.requires_grad for parameter in vlm.model.parameters())
 
 
-# --- flash-attention's layout
-
-
-def test_rows_of_one_question_each_answer_as_shared_prefixes_do(family, pictures, monkeypatch):
-    """What flash-attention is handed, with masks in its place: the kernels themselves need a GPU."""
-    asked = [[ASKED, "how many red"], ["how many red", "where is the blue sign ?"]]
-    two = [pictures[0], pictures[5]]
-    options = {"average_tokens": 20, "max_new_tokens": MAX_NEW}
-    shared = nuwa.generate(family.model, family.processor, two, asked, **options)
-    monkeypatch.setattr("nuwa.decoder._mask", _mask_from_key_lengths)
-    monkeypatch.setattr(type(family), "flash_attention", True)
-    apart = nuwa.generate(family.model, family.processor, two, asked, **options)
-    for one, other in zip(itertools.chain(*shared), itertools.chain(*apart), strict=True):
-        assert (one.tokens, one.kept_last) == (other.tokens, other.kept_last)
-
-
-def _mask_from_key_lengths(vlm, queries, keys, dtype, causal):
-    """The mask a causal kernel makes of one question a row and of which keys are no padding."""
-    real = keys[..., 0] >= 0
-    seen = real[:, None, :].expand(-1, queries.shape[1], -1).clone()
-    if causal:
-        seen &= torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).tril()
-    seen |= ~seen.any(dim=-1, keepdim=True)  # a row of padding must see something
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
-
-
 # --- imports
 
 
