@@ -56,9 +56,9 @@ testbed: $(READY)
 pruner: $(READY)
 	$(RUN) dvc repro --force --single-item pruner
 
-# Time methods on this machine: data/profile.csv, which the report shows.
+# Time methods on this machine: data/profile.csv, which the report shows. Without the memory profiler's own log.
 profile: $(READY)
-	$(RUN) python -m stages.profile
+	$(RUN) KINETO_LOG_LEVEL=5 python -m stages.profile
 	$(RUN) dvc commit --force profile
 
 # Race the sweep's trials on growing slices, then search hyper-parameters: data/search, which the report shows.

@@ -30,12 +30,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from nuwa.grid import PatchGrid
 from nuwa.signals import VisionSignals
 from nuwa.stage1 import METHODS
 from nuwa.stage1.learnpruner import Lpm, save_lpm
+from pipelines.profiling import peak_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from oracles import dense
@@ -70,24 +70,6 @@ def seconds(run: Run, device: str) -> float:
     return time.perf_counter() - began
 
 
-def peak_bytes(run: Run, device: str) -> int:
-    """Largest tensor memory held during ``run`` beyond what was held before it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - held
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def random_weights(folder: Path) -> str:
     """A file of an untrained LearnPruner module of the width at hand."""
     torch.manual_seed(0)
@@ -115,7 +97,7 @@ def measure(
     figures = {}
     for side, (run, images) in runs.items():
         figures[f"{side}_ms"] = statistics.median(times[side]) / images * 1000
-        figures[f"{side}_mib"] = peak_bytes(run, device) / images / 2**20
+        figures[f"{side}_mib"] = peak_bytes(run, torch.device(device)) / images / 2**20
     if "reference" in runs:
         figures["time_ratio"] = figures["ours_ms"] / figures["reference_ms"]
         figures["memory_ratio"] = figures["ours_mib"] / figures["reference_mib"]

@@ -1,33 +1,39 @@
 """How long answers take and what they hold: encoder, selection, prefill and decoding of every method, by the clock.
 
 Latency depends on shapes and not on the values of weights, so models of true size are timed with random weights. Every
-figure is the median of repeated runs after one warm-up; on a GPU the clock is a pair of CUDA events.
+time is the median of repeated runs after one warm-up; on a GPU the clock is a pair of CUDA events. Memory is the peak of
+tensor memory above model and encoded images, in a run of its own.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText
+from transformers.utils import is_flash_attn_2_available
 
 from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, kv_cache_bytes
 from nuwa.decoder import Answer, Trunk
 from nuwa.generation import LayoutPlan, plan, select
 from nuwa.layout import VisualLayout
-from nuwa.methods import MethodSpec, specify
+from nuwa.methods import MethodSpec, check_encoder, specify
+from nuwa.schedule import UnreachableBudget
 from nuwa.selection import Selection
-from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, adapt
+from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, adapt, adapter_class
 from nuwa.vlm.shapes import model_shape, usual_image_processor
-from pipelines.settings import ProfileSettings
+from pipelines.settings import ProfileSettings, SettingsError
 
 PREFILL_TOKENS = 1
 STOCK = "stock generate"  # the model's own generate, pixels to tokens
@@ -64,6 +70,28 @@ class Clock:
         last.record()
         torch.cuda.synchronize()
         return first.elapsed_time(last)
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Largest tensor memory held during ``run`` beyond what was held before it.
+
+    From the caching allocator on a GPU, from the profiler's allocator events on a CPU; scratch space inside matrix
+    kernels is not tensor memory.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def random_model(path: str, device: str, dtype: torch.dtype, attention: str) -> Adapter:
@@ -129,10 +157,10 @@ class Bench:
         selection = self._select(planned)
         selection_ms = self.median(lambda: self._select(planned))
         prefill_ms = self.median(lambda: self.answer(selection, planned, PREFILL_TOKENS))
-        self._reset_memory()
         whole_ms = self.median(lambda: self.answer(selection, planned, self.workload.output_tokens))
         return self._row(
             planned,
+            lambda: self.answer(self._select(planned), planned, self.workload.output_tokens),
             selection_ms=0.0 if spec.stage1 == UNPRUNED else selection_ms,
             prefill_ms=prefill_ms,
             decode_ms=max(whole_ms - prefill_ms, 0.0),
@@ -160,22 +188,18 @@ class Bench:
             )
 
         prefill_ms = self.median(lambda: generate(PREFILL_TOKENS))
-        self._reset_memory()
         whole_ms = self.median(lambda: generate(self.workload.output_tokens))
         unpruned = plan(self.adapter, specify(UNPRUNED), self.layout)
         row = self._row(
             unpruned,
+            lambda: generate(self.workload.output_tokens),
             selection_ms=0.0,
             prefill_ms=max(prefill_ms - self.encode_ms, 0.0),
             decode_ms=max(whole_ms - prefill_ms, 0.0),
         )
         return row | {"method": STOCK}
 
-    def _reset_memory(self) -> None:
-        if self.clock.cuda:
-            torch.cuda.reset_peak_memory_stats()
-
-    def _row(self, planned: LayoutPlan, **times: float) -> dict[str, Any]:
+    def _row(self, planned: LayoutPlan, run: Callable[[], Any], **times: float) -> dict[str, Any]:
         schedule, config = planned.schedule, self.adapter.model.config
         text = self.workload.text_before + self.workload.text_after + self.workload.output_tokens
         kept = kv_cache_bytes(schedule, LlmShape.from_config(config), self.adapter.model.dtype.itemsize, text)
@@ -187,30 +211,85 @@ class Bench:
             **times,
             "total_ms": self.encode_ms + sum(times.values()),
             "kv_bytes": self.workload.batch * kept,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if self.clock.cuda else None,
+            "peak_memory_bytes": peak_bytes(run, self.adapter.device),
         }
 
 
-def profile_model(settings: ProfileSettings, device: str, on_row: Callable[[dict[str, Any]], None]) -> None:
+def planned_methods(settings: ProfileSettings, say: Callable[[str], None]) -> dict[str, list[MethodSpec]]:
+    """The methods to time, by model; ``say`` gets a line for every budget that a method cannot reach there.
+
+    Nothing is loaded. Raises :class:`SettingsError` for a model, method or kernel that cannot be had.
+    """
+    if "flash_attention_2" in settings.attention and not is_flash_attn_2_available():
+        raise SettingsError(
+            "profile.attention: flash_attention_2 is not installed here; leave it out, or install flash-attn"
+        )
+    found: dict[str, list[MethodSpec]] = {}
+    for path in settings.models:
+        try:
+            config = model_shape(path)
+            family = adapter_class(config.model_type)
+            layout = family.layout_for(config, usual_image_processor(config), tuple(settings.image_size))
+        except (OSError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SettingsError(f"profile.models: {path!r} is no model of a supported family ({reason})") from None
+        found[path] = []
+        for method in settings.methods:
+            for share in settings.shares:
+                spec = specify(method, budget=share * layout.tokens)
+                try:
+                    check_encoder(spec, family)
+                    spec.on(layout, config.get_text_config().num_hidden_layers)
+                except UnreachableBudget as error:
+                    say(f"{path}: {error}; left out")
+                except ValueError as error:
+                    raise SettingsError(f"profile.methods: {error}; {path} is of that kind") from None
+                else:
+                    found[path].append(spec)
+    return found
+
+
+def profile_model(
+    settings: ProfileSettings, on_row: Callable[[dict[str, Any]], None], say: Callable[[str], None]
+) -> None:
     """Time every method × budget × batch × attention kernel of ``settings``; ``on_row`` gets each finished row.
 
-    A kernel or method the model cannot have is refused before anything is timed.
+    What does not fit into the GPU's memory is left out, and ``say`` told. Raises as :func:`planned_methods`.
     """
-    dtype = getattr(torch, settings.dtype)
-    for path in settings.models:
+    planned = planned_methods(settings, say)
+    for path, specs in planned.items():
         for attention in settings.attention:
-            adapter = random_model(path, device, dtype, attention)
+            adapter = random_model(path, settings.device, getattr(torch, settings.dtype), attention)
             for batch in settings.batch:
-                bench = Bench(adapter, _workload(settings, batch), settings.repeats)
                 fixed = {"model": path, "attention": attention, "dtype": settings.dtype, "batch": batch}
-                fixed |= {"output_tokens": settings.output_tokens, "device": device_name(device)}
-                on_row(fixed | bench.time_stock())
-                on_row(fixed | bench.time_method(specify(UNPRUNED)))
-                for method in settings.methods:
-                    for share in settings.shares:
-                        budget = share * bench.layout.tokens
-                        on_row(fixed | bench.time_method(specify(method, budget=budget)))
+                fixed |= {"output_tokens": settings.output_tokens, "device": device_name(settings.device)}
+                _profile_batch(adapter, _workload(settings, batch), settings.repeats, specs, fixed, on_row, say)
             del adapter
+            gc.collect()  # a module refers to itself; two models of true size would not fit
+
+
+def _profile_batch(
+    adapter: Adapter,
+    workload: Workload,
+    repeats: int,
+    specs: list[MethodSpec],
+    fixed: dict[str, Any],
+    on_row: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> None:
+    where = f"{fixed['model']}, {fixed['attention']}, batch {workload.batch}"
+    try:
+        bench = Bench(adapter, workload, repeats)
+    except torch.OutOfMemoryError:
+        say(f"{where}: the images do not fit into memory; left out")
+        return
+    runs = [(STOCK, bench.time_stock), (UNPRUNED, partial(bench.time_method, specify(UNPRUNED)))]
+    runs += [(f"{spec.method} at {spec.budget:g}", partial(bench.time_method, spec)) for spec in specs]
+    for name, run in runs:
+        try:
+            on_row(fixed | run())
+        except torch.OutOfMemoryError:
+            say(f"{where}: {name} does not fit into memory; left out")
 
 
 def _workload(settings: ProfileSettings, batch: int) -> Workload:
@@ -222,4 +301,5 @@ def device_name(device: str) -> str:
     """What the figures were measured on, in words."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"

@@ -278,6 +278,8 @@ class ProfileSettings(Section):
             if method not in RECIPES or method == UNPRUNED:
                 known = ", ".join(sorted(set(RECIPES) - {UNPRUNED}))
                 raise ValueError(f"methods: {method!r} is unknown; allowed: {known} (unpruned is always timed)")
+        if "flash_attention_2" in self.attention and self.dtype == "float32":
+            raise ValueError("attention flash_attention_2 needs dtype bfloat16 or float16, not float32")
         return self
 
 

@@ -30,7 +30,7 @@ def profile(settings: Settings) -> None:
             flush=True,
         )
 
-    profile_model(plan, plan.device, show)
+    profile_model(plan, show, lambda line: print(line, flush=True))
     with atomic_path(PROFILE) as fresh:
         pd.DataFrame(rows).to_csv(fresh, index=False, float_format="%.4g")
 

@@ -20,9 +20,10 @@ class EfficiencyRow:
     name: str
     tokens: str
     times: tuple[str, ...]
-    prefill: str  # times faster than the unpruned run of the same engine
+    prefill: str  # times faster than the unpruned run of the same engine; a dash where that did not fit into memory
     total: str
     cache: str  # key-value cache, MB
+    memory: str  # peak, MB
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def _table(setting: dict, rows: pd.DataFrame) -> EfficiencyTable:
         f"{setting['model']}, {setting['device']}, {setting['dtype']}, {setting['attention']}, "
         f"batch {setting['batch']}, {setting['output_tokens']} tokens of answer"
     )
-    reference = rows[rows["method"] == UNPRUNED].iloc[0]
+    reference = next(iter(rows[rows["method"] == UNPRUNED].to_dict("records")), None)
     ordered = sorted(
         rows.to_dict("records"),
         key=lambda row: (row["method"] != STOCK, method_rank(row["method"]), row["average_tokens"]),
@@ -54,14 +55,18 @@ def _table(setting: dict, rows: pd.DataFrame) -> EfficiencyTable:
     return EfficiencyTable(title, [_row(row, reference) for row in ordered])
 
 
-def _row(row: dict, reference: pd.Series) -> EfficiencyRow:
+def _row(row: dict, reference: dict | None) -> EfficiencyRow:
+    def faster(part: str) -> str:
+        return f"{reference[part] / row[part]:.2f}×" if reference else "–"
+
     return EfficiencyRow(
         name=method_style(row["method"]).name if row["method"] in METHODS else row["method"].capitalize(),
         tokens=plain_number(row["average_tokens"]),
         times=tuple(f"{row[part]:.1f}" for part in PARTS),
-        prefill=f"{reference['prefill_ms'] / row['prefill_ms']:.2f}×",
-        total=f"{reference['total_ms'] / row['total_ms']:.2f}×",
+        prefill=faster("prefill_ms"),
+        total=faster("total_ms"),
         cache=f"{row['kv_bytes'] / 1e6:.1f}",
+        memory=f"{row['peak_memory_bytes'] / 1e6:.1f}",
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from pipelines.presets import REPLACED, compose
+from pipelines.profiling import planned_methods
 from pipelines.settings import parse_settings
 from stages.entry import planned_trials
 
@@ -29,6 +30,15 @@ def test_an_overlay_is_valid_and_plans_trials_on_the_published_shape(overlay):
     for trial in trials[1:]:
         assert trial.schedule.average_tokens <= max(settings.sweep.budgets) * tokens * 1.01
     assert set(settings.prepare.names) == set(settings.sweep.benchmarks)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_what_an_overlay_times_can_be_timed(overlay):
+    wanted = parse_settings(compose(PARAMS, overlay.read_text()), overlay.name).profile
+    planned = planned_methods(wanted, lambda line: None)
+    assert set(planned) == set(wanted.models)
+    for specs in planned.values():
+        assert {spec.method for spec in specs} == set(wanted.methods)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)

@@ -12,13 +12,20 @@ from pipelines.report.efficiency import efficiency_tables
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.page import build_report
 
-SETTING = {"model": "m/one", "device": "CPU, 1 threads", "dtype": "float32", "attention": "sdpa", "output_tokens": 16}
+SETTING = {"model": "m/one", "device": "CPU, 1 thread", "dtype": "float32", "attention": "sdpa", "output_tokens": 16}
 MEASURED = {"encode_ms": 2.0, "selection_ms": 1.0, "prefill_ms": 5.0, "decode_ms": 4.0, "total_ms": 12.0}
 
 
 def row(method: str, average: float, batch: int = 1, **values: float) -> dict:
     measured = MEASURED | values
-    return {**SETTING, "batch": batch, "method": method, "average_tokens": average, "kv_bytes": 2e6} | measured
+    return {
+        **SETTING,
+        "batch": batch,
+        "method": method,
+        "average_tokens": average,
+        "kv_bytes": 2e6,
+        "peak_memory_bytes": 3e6,
+    } | measured
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def profile() -> pd.DataFrame:
 
 def test_a_table_a_setting_and_ratios_within_it(profile):
     one, eight = efficiency_tables(profile)
-    assert one.title == "m/one, CPU, 1 threads, float32, sdpa, batch 1, 16 tokens of answer"
+    assert one.title == "m/one, CPU, 1 thread, float32, sdpa, batch 1, 16 tokens of answer"
     assert [(line.name, line.tokens) for line in one.rows] == [
         ("Stock generate", "144"),
         ("Unpruned", "144"),
@@ -53,6 +60,12 @@ def test_a_table_a_setting_and_ratios_within_it(profile):
     assert [line.prefill for line in eight.rows] == ["1.00×", "2.00×"]
 
 
+def test_without_an_unpruned_run_that_fits_there_are_no_ratios(profile):
+    kept = profile[(profile["batch"] == 1) | (profile["method"] != "unpruned")]
+    _, eight = efficiency_tables(kept)
+    assert [(line.name, line.prefill, line.total) for line in eight.rows] == [("Nüwa", "–", "–")]
+
+
 def test_the_page_shows_it_where_it_was_measured(full_run, profile, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(full_run, data)
@@ -63,10 +76,10 @@ def test_the_page_shows_it_where_it_was_measured(full_run, profile, tmp_path):
     assert not before.xpath("//section[@id='efficiency']")
     (section,) = after.xpath("//section[@id='efficiency']")
     cells = [[cell.text_content() for cell in line] for line in section.xpath("(.//table)[1]//tbody/tr")]
-    assert cells[2] == ["Nüwa", "16", "2.0", "1.0", "5.0", "4.0", "12.0", "4.00×", "3.00×", "2.0"]
+    assert cells[2] == ["Nüwa", "16", "2.0", "1.0", "5.0", "4.0", "12.0", "4.00×", "3.00×", "2.0", "3.0"]
     assert "5.973" in section.text_content(), "the papers' figures stand beside"
     assert (
-        "| Nüwa | 16 | 2.0 | 1.0 | 5.0 | 4.0 | 12.0 | 4.00× | 3.00× | 2.0 |"
+        "| Nüwa | 16 | 2.0 | 1.0 | 5.0 | 4.0 | 12.0 | 4.00× | 3.00× | 2.0 | 3.0 |"
         in (tmp_path / "with" / "report.md").read_text()
     )
 
