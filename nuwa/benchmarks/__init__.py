@@ -7,6 +7,7 @@ import difflib
 from nuwa.benchmarks import (
     gqa,
     mmbench,
+    mmbench_cn,
     mme,
     mmmu,
     mmvet,
@@ -41,7 +42,7 @@ BENCHMARKS: dict[str, tuple[Benchmark, ...]] = {
     for module in (
         *(refcoco, refcocoplus, refcocog),
         *(gqa, pope, textvqa, vqav2, scienceqa),
-        *(mme, mmbench, seedbench, mmmu, mmvet),
+        *(mme, mmbench, mmbench_cn, seedbench, mmmu, mmvet),
     )
 }
 

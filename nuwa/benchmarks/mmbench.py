@@ -59,14 +59,15 @@ def named_text(answer: str, options: Options) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _read(row: dict[str, Any]) -> Iterator[Example]:
+def read(row: dict[str, Any], name: str = "mmbench") -> Iterator[Example]:
+    """One question of the benchmark called ``name``."""
     # an option that a question lacks is published as "nan": it is no option
     options = {letter: option for letter in LETTERS if (option := optional_text(row, letter))}
     if len(options) < 2:
         raise RecordError(f"columns 'A' to 'D' hold {len(options)} options, at least 2 are needed")
     index = int(text(row, "index"))
     yield Example(
-        example_id=f"mmbench:{index}",
+        example_id=f"{name}:{index}",
         question=text(row, "question"),
         truth={"answer": one_of(row, "answer", tuple(options)), "options": options, "group": str(index % COPY_STEP)},
         category=row["category"] or "",
@@ -75,10 +76,11 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
     )
 
 
-def _prompt(example: Example) -> str:
+def prompt(example: Example, instruction: str = OPTION_LETTER) -> str:
+    """Hint, question, options, then ``instruction``."""
     hint = f"{example.context['hint']} " if example.context["hint"] else ""
     options = option_lines(example.truth["options"])
-    return f"{hint}{example.question} There are several options:\n{options}\n{OPTION_LETTER}"
+    return f"{hint}{example.question} There are several options:\n{options}\n{instruction}"
 
 
 def _score(prediction: str, truth: Truth) -> Scores:
@@ -109,8 +111,8 @@ VARIANTS = (
         schema=SCHEMA,
         max_new_tokens=16,
         headline="circular_accuracy",
-        read=_read,
-        llava_v1=_prompt,
+        read=read,
+        llava_v1=prompt,
         score=_score,
         metrics=metrics,
         summands=summands,

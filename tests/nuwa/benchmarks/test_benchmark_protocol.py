@@ -24,6 +24,7 @@ TRUTHS = {
     "scienceqa": [{"answer": "A", "options": OPTIONS}],
     "mme": [{"answer": "yes", "group": "count/1"}],
     "mmbench": [{"answer": "A", "options": OPTIONS, "group": "1"}],
+    "mmbench_cn": [{"answer": "A", "options": OPTIONS, "group": "1"}],
     "seedbench": [{"answer": "A", "options": OPTIONS}],
     "mmmu": [
         {"id": "x", "type": "multiple-choice", "options": OPTIONS, "answer": "A"},
@@ -97,6 +98,7 @@ def test_the_registry_holds_every_benchmark_and_variant():
         "scienceqa": [""],
         "mme": [""],
         "mmbench": [""],
+        "mmbench_cn": [""],
         "seedbench": [""],
         "mmmu": ["single_image", "first_image"],
         "mmvet": [""],
@@ -108,7 +110,7 @@ def test_the_registry_holds_every_benchmark_and_variant():
             assert get_benchmark(name, benchmark.variant) is benchmark
 
 
-ALL = "refcoco, refcocoplus, refcocog, gqa, pope, textvqa, vqav2, scienceqa, mme, mmbench, seedbench, mmmu, mmvet"
+ALL = "refcoco, refcocoplus, refcocog, gqa, pope, textvqa, vqav2, scienceqa, mme, mmbench, mmbench_cn, seedbench, mmmu, mmvet"
 UNKNOWN = [
     (("refcco", None), f"no benchmark is called 'refcco'; did you mean 'refcoco'? there are: {ALL}"),
     (("xyz", None), f"no benchmark is called 'xyz'; there are: {ALL}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nuwa.benchmarks import get_benchmark
+from nuwa.benchmarks import get_benchmark, mmbench_cn
 
 OPTIONS = {"A": "red", "B": "dark red", "C": "a DVD player", "D": "banana"}
 
@@ -80,6 +80,31 @@ MMMU = [
     ("E", None),
     ("", None),
 ]
+
+
+CHINESE = {"A": "红色", "B": "深红色", "C": "一只狗", "D": "X射线"}
+MMBENCH_CN = [
+    ("A", "A"),
+    ("B。", "B"),
+    ("答案是C", "C"),
+    ("选项D：X射线", "D"),
+    ("（B）深红色", "B"),
+    ("A或B", None),  # two letters
+    ("E", None),  # no such option
+    ("DVD", None),  # letters of a word
+    ("红色", "A"),  # all of the answer
+    ("深红色。", "B"),
+    ("它是一只狗", "C"),
+    ("它是深红色的", None),  # two options stand there
+    ("X射线", "D"),
+    ("", None),
+    ("不知道", None),
+]
+
+
+@pytest.mark.parametrize(("answer", "letter"), MMBENCH_CN)
+def test_mmbench_cn(answer, letter):
+    assert mmbench_cn.named_option(answer, CHINESE) == letter
 
 
 @pytest.mark.parametrize(("answer", "letter"), SCIENCEQA)

@@ -56,6 +56,13 @@ EXPECTED = {
         "identity_reasoning",
         "Which is a fruit? There are several options:\nA. stone\nB. banana\n" + LETTER,
     ),
+    "mmbench_cn": (
+        "mmbench_cn:2000241",
+        "哪一个是水果？",
+        {"answer": "B", "options": {"A": "石头", "B": "香蕉"}, "group": "241"},
+        "identity_reasoning",
+        "哪一个是水果？ There are several options:\nA. 石头\nB. 香蕉\n\n请直接使用所提供的选项字母作为答案回答。",
+    ),
     "seedbench": (
         "seedbench:101669",
         "How many towels are there?",

@@ -1,0 +1,44 @@
+"""MMBench in Chinese (cn, dev): the English set translated, in the same columns and with the same score.
+
+Chinese does not put spaces between words, so a letter is an option's where no other letter touches it, and an option's
+text may stand anywhere in the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+
+from nuwa.benchmarks import mmbench
+from nuwa.benchmarks.choices import Options, choice_scores
+from nuwa.benchmarks.protocol import Scores, Truth
+
+NAME = "mmbench_cn"
+OPTION_LETTER = "\n请直接使用所提供的选项字母作为答案回答。"
+LONE_LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z])")
+
+
+def named_option(answer: str, options: Options) -> str | None:
+    """The one option whose letter stands alone in the answer; else the one whose text it is, or else holds."""
+    letters = set(LONE_LETTER.findall(answer)) & set(options)
+    if letters:
+        return letters.pop() if len(letters) == 1 else None
+    found = [letter for letter, option in options.items() if option == answer.strip(" 。.")]
+    found = found or [letter for letter, option in options.items() if option in answer]
+    return found[0] if len(found) == 1 else None
+
+
+def _score(prediction: str, truth: Truth) -> Scores:
+    return choice_scores(named_option(prediction, truth["options"]), truth["answer"])
+
+
+VARIANTS = (
+    replace(
+        mmbench.VARIANTS[0],
+        name=NAME,
+        read=partial(mmbench.read, name=NAME),
+        llava_v1=partial(mmbench.prompt, instruction=OPTION_LETTER),
+        score=_score,
+    ),
+)
