@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from nuwa import UNPRUNED
@@ -19,7 +21,8 @@ def _retention(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline_metrics(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) -> dict:
-    """Unpruned headline scores per benchmark, and mean retentions of the main trials at ``budget`` average tokens."""
+    """Unpruned headline scores per benchmark, and mean retentions of the main trials at ``budget`` average tokens; null
+    where the unpruned model scores 0, of which nothing is a share."""
     reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
     own = scores[(scores["trial_id"] == reference) & scores["headline"] & (scores["benchmark"] != "mean")]
     retention = _retention(scores)["score"]
@@ -28,10 +31,14 @@ def headline_metrics(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) 
     return {
         "unpruned": {row.benchmark: round(row.score, 4) for row in own.itertuples()},
         f"retention at {budget:g} tokens": {
-            row.label: {family: round(value, 4) for family, value in retention.loc[row.trial_id].items()}
+            row.label: {family: _rounded(value) for family, value in retention.loc[row.trial_id].items()}
             for row in chosen.itertuples()
         },
     }
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)  # JSON has no NaN
 
 
 def budget_table(trials: pd.DataFrame, scores: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -81,10 +81,11 @@ def _is_numeric(values: Sequence[Any]) -> bool:
 
 
 def _panels(outcomes: Outcomes, trials: list[Trial], parameters: list[str], prefix: str) -> list[Panel]:
+    families = [family for family in FAMILIES if any(outcomes.retention(trial, family) for trial in trials)]
     if len(parameters) == 2:
-        return [_heatmap(outcomes, trials, parameters, family, prefix) for family in FAMILIES]
+        return [_heatmap(outcomes, trials, parameters, family, prefix) for family in families]
     panels = []
-    for family in FAMILIES:
+    for family in families:
         points, color = _points(outcomes, trials, parameters, family), method_style(trials[0].method).color
         title = f"{prefix}{FAMILY_NAMES[family]}"
         if len(parameters) == 1 and _is_numeric([trial.setting(parameters[0]) for trial in trials]):

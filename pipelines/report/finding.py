@@ -7,8 +7,11 @@ are said to differ, and needs intervals apart to call one ahead of another.
 
 from __future__ import annotations
 
-from pipelines.report.outcomes import Estimate, Outcomes, Trial
-from pipelines.report.style import percent, plain_number, position_name
+from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, Trial
+from pipelines.report.style import benchmark_name, percent, plain_number, position_name
+
+
+FAMILY_WORDS = {"grounding": "grounding", "vqa": "visual question answering"}
 
 
 def describe(estimate: Estimate) -> str:
@@ -22,13 +25,14 @@ def finding(outcomes: Outcomes, budget: float) -> list[str]:
     trials = outcomes.at_budget(budget)
     nuwa = _first(trials, "nuwa", ("pesp", "rpme", "perc"))
     if nuwa is None or outcomes.retention(nuwa, "grounding") is None:
-        return [_without_nuwa(outcomes, trials, budget)]
+        return [_without_nuwa(outcomes, trials, budget), *_undefined(outcomes)]
     rivals = [trial for trial in trials if trial.method != "nuwa" and outcomes.retention(trial, "grounding")]
     sentences = [_kept(outcomes, nuwa, _first(rivals, "visionzip", ("perc", "pesp", "rpme")), budget)]
     if rivals:
         best = max(rivals, key=lambda trial: outcomes.retention(trial, "grounding").value)
         sentences.append(_verdict(outcomes, nuwa, best))
-    return sentences + [text for text in (_positions(outcomes, trials), _learned(outcomes, trials)) if text]
+    further = [text for text in (_positions(outcomes, trials), _learned(outcomes, trials)) if text]
+    return sentences + further + _undefined(outcomes)
 
 
 def share_of_tokens(outcomes: Outcomes, budget: float) -> str:
@@ -117,7 +121,7 @@ def _learned(outcomes: Outcomes, trials: list[Trial]) -> str | None:
     if not controls:
         return None
     parts = []
-    for family, name in (("grounding", "grounding"), ("vqa", "visual question answering")):
+    for family, name in FAMILY_WORDS.items():
         ours, other = outcomes.retention(learned, family), outcomes.retention(controls[0], family)
         if ours is not None and other is not None:
             if ours.low > other.high:
@@ -130,6 +134,23 @@ def _learned(outcomes: Outcomes, trials: list[Trial]) -> str | None:
     if not parts:
         return None
     return f"LearnPruner’s learned choice of tokens against a random one behind the same stage 2: {'; '.join(parts)}."
+
+
+def _undefined(outcomes: Outcomes) -> list[str]:
+    """A sentence where retention would be a share of nothing."""
+    scores = {column.benchmark: outcomes.score(outcomes.unpruned, column.benchmark) for column in outcomes.columns}
+    nothing = [benchmark_name(name) for name, score in scores.items() if score is not None and score.value == 0]
+    if not nothing:
+        return []
+    families = " and ".join(FAMILY_WORDS[family] for family in FAMILIES if _is_undefined(outcomes, family))
+    return [
+        f"The unpruned model scores 0 on {', '.join(nothing)}: retention on {families} is a share of nothing and left out."
+    ]
+
+
+def _is_undefined(outcomes: Outcomes, family: str) -> bool:
+    known = any(column.family == family for column in outcomes.columns)
+    return known and outcomes.retention(outcomes.unpruned, family) is None
 
 
 def _without_nuwa(outcomes: Outcomes, trials: list[Trial], budget: float) -> str:

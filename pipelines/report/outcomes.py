@@ -103,6 +103,7 @@ class Outcomes:
         trials: pruned trials in the order of rows: method, preset (``released`` first), position, budget.
         unpruned: the trial every retention is measured against.
         columns: headline scores, grounding benchmarks first.
+        dynamic: whether images have layouts of their own; token counts are then means over images.
         main: the trials of the unpruned one's grid, and of grids that vary method, preset, position or budget only.
         ablations: the names of the other grids, in alphabetical order.
     """
@@ -111,6 +112,7 @@ class Outcomes:
         trials = [_trial(row) for row in inputs.trials.to_dict("records")]
         self.unpruned = next(trial for trial in trials if not trial.pruned)
         self.trials = sorted((trial for trial in trials if trial.pruned), key=_rank)
+        self.dynamic = bool(inputs.trials["image_grid"].isna().any())
         self._scores: dict[tuple[str, str], Estimate] = {}
         self._retention: dict[tuple[str, str], Estimate] = {}
         self._read_scores(inputs.scores)

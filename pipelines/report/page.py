@@ -86,10 +86,12 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "columns": outcomes.columns,
         "families": FAMILY_NAMES,
         "image_tokens": outcomes.unpruned.image_tokens,
+        "dynamic": outcomes.dynamic,
         "flops_convention": outcomes.unpruned.flops_convention,
         "headline": budget_table(outcomes, headline_budget),
         "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
         "curves": _chart("retention", _curves(outcomes)),
+        "no_curves": "no trial has a retention" if outcomes.main else "the first grid of this run has no pruned trial",
         "ablations": [(item, _ablation_chart(item)) for item in ablations],
         "search": search,
         "plane": _chart("search", search.panels) if search else None,
@@ -105,12 +107,13 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
 
 
 def _curves(outcomes: Outcomes) -> list[Panel]:
-    """One row a position strategy, one column a family."""
+    """One row a position strategy, one column a family that has any retention."""
     positions = sorted({trial.position for trial in outcomes.main}, key=position_rank)
+    families = [f for f in FAMILIES if any(outcomes.retention(trial, f) for trial in outcomes.main)]
     return [
         budget_curves(outcomes, family, position, f"{FAMILY_NAMES[family]}, {position_name(position)} ids")
         for position in positions
-        for family in FAMILIES
+        for family in families
     ]
 
 

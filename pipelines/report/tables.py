@@ -67,14 +67,14 @@ def budget_table(outcomes: Outcomes, budget: float) -> BudgetTable:
 
 
 def _best(outcomes: Outcomes, trials: list[Trial]) -> dict[str, float]:
-    """The highest value of every column, by family or benchmark."""
+    """The highest value of every column, by family or benchmark; of a column of zeros none."""
     values: dict[str, list[Estimate | None]] = {
         family: [outcomes.retention(trial, family) for trial in trials] for family in FAMILIES
     }
     for column in outcomes.columns:
         values[column.benchmark] = [outcomes.score(trial, column.benchmark) for trial in trials]
     known = {key: [estimate.value for estimate in column if estimate] for key, column in values.items()}
-    return {key: max(column) for key, column in known.items() if column}
+    return {key: max(column) for key, column in known.items() if max(column, default=0) > 0}
 
 
 def _row(outcomes: Outcomes, trial: Trial, best: dict[str, float]) -> Row:
@@ -102,7 +102,9 @@ def _row(outcomes: Outcomes, trial: Trial, best: dict[str, float]) -> Row:
         position=trial.position.upper() if trial.pruned else "all tokens",
         strategy=POSITIONS.get(trial.position, "") if trial.pruned else "",
         retention={
-            family: retention_cell(estimate, is_best(family, estimate)) if trial.pruned else Cell("100")
+            family: retention_cell(estimate, is_best(family, estimate))
+            if trial.pruned or estimate is None
+            else Cell("100")
             for family, estimate in retention.items()
         },
         scores=scores,

@@ -260,6 +260,50 @@ def test_facts_count_what_was_asked_not_what_was_prepared(synthetic, tmp_path):
     assert (facts["Images"], facts["Questions"], facts["Trials"], facts["Answers"]) == ("2", "12", "4", "48")
 
 
+GROUNDING, VISUAL = ("RefCOCO", "RefCOCO+", "RefCOCOg"), ("POPE", "GQA", "TextVQA")
+
+
+@pytest.mark.parametrize(
+    ("families", "benchmarks", "words"),
+    [
+        (("grounding",), GROUNDING, "grounding"),
+        (("grounding", "vqa"), GROUNDING + VISUAL, "grounding and visual question answering"),
+    ],
+)
+def test_where_the_unpruned_model_scores_nothing_no_retention_is_printed(
+    synthetic, tmp_path, families, benchmarks, words
+):
+    """As ``evaluate`` writes it: scores of 0, and shares of 0 that are not numbers."""
+    run = synthetic(images=2)
+    run.add_main({("nuwa", "released", "pesp"): ((0.5, 0.6, 0.7), (0.8, 0.9, 0.9))})
+    run.add_ablations()
+    for row in run.scores:
+        if row["family"] in families:
+            row |= dict.fromkeys(("retention", "retention_low", "retention_high"), np.nan)
+            row |= dict.fromkeys(("score", "low", "high"), np.nan if row["benchmark"] == "mean" else 0.0)
+    report = build(run.write(tmp_path / "data"), tmp_path / "report")
+    page = read_page(report)
+    said = page.xpath('//p[@class="finding"]')[-1].text_content()
+    assert said == (
+        f"The unpruned model scores 0 on {', '.join(benchmarks)}: retention on {words} is a share of nothing and left out."
+    )
+    rows = page.xpath('//table[@data-budget="16"]/tbody/tr')
+    assert len(rows) == 2
+    for row in rows:
+        retention, scores = cell_texts(row)[1:3], cell_texts(row)[3:6]
+        assert retention[0] == "–" and (retention[1] == "–") == ("vqa" in families)
+        assert set(scores) == {"0.0 0.0–0.0"}
+        assert not any("best" in (cell.get("class") or "") for cell in row.xpath("./td")[3:6])
+    for text in (page.text_content(), (report / "report.md").read_text()):
+        assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+    titles = [svg.get("aria-label") for svg in page.xpath('//section[@id="curves"]//*[name()="svg"]')]
+    assert titles == ([] if "vqa" in families else ["VQA, original (PESP) ids"])
+    if "vqa" in families:
+        assert page.xpath('//section[@id="curves"]/p')[0].text_content() == "No curves: no trial has a retention."
+    ours = [svg.get("aria-label") for svg in page.xpath('//section[@id="ablations"]//*[name()="svg"]')]
+    assert {title.removeprefix("This run: ") for title in ours if "Published" not in title} <= {"VQA"}
+
+
 @pytest.mark.parametrize("name", list(COLUMNS))
 def test_a_missing_file_is_named_with_the_stage_to_run(full_run, tmp_path, name):
     for other in COLUMNS:
