@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from pipelines.report.page import ReportInputs, build_report
+from pipelines.report.places import places_of_model
 from pipelines.settings import Settings, budget_tokens
 from stages.entry import DATA, REPORT, SWEEP, run_stage
 from stages.track import track
@@ -12,7 +14,8 @@ from stages.track import track
 
 def report(settings: Settings) -> None:
     facts = json.loads(SWEEP.read_text())
-    inputs = ReportInputs.load(DATA, provenance=facts["fingerprints"] | {"model path": settings.model.path})
+    provenance = facts["fingerprints"] | {"model path": settings.model.path}
+    inputs = ReportInputs.load(DATA, provenance, partial(places_of_model, settings.model.path))
     tokens = int(inputs.trials["image_tokens"].iloc[0])
     headline = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)
     build_report(inputs, REPORT, headline)

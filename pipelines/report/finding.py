@@ -10,7 +10,6 @@ from __future__ import annotations
 from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, Trial
 from pipelines.report.style import benchmark_name, percent, plain_number, position_name
 
-
 FAMILY_WORDS = {"grounding": "grounding", "vqa": "visual question answering"}
 
 

@@ -1,4 +1,6 @@
-"""The gallery: a few test images with the patches that several trials kept and the answers they gave.
+"""The gallery: a few test images with the tokens that several trials kept and the answers they gave.
+
+Where a model sees an image in several views, the last one (LLaVA-NeXT's crops) is drawn large, the others small beside it.
 
 Cases are chosen by rule from the examples that every shown trial answered. Boxes: two that Nüwa gets right and
 others miss, two the other way round; questions: two with the most different answers. Ties fall to the lower example id.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,11 @@ import pyarrow.dataset as ds
 from PIL import Image, ImageDraw
 
 from nuwa.benchmarks.boxes import parse_box
+from nuwa.grid import PatchGrid
 from pipelines.datasets import parse_name
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes, Trial
+from pipelines.report.places import Places, Size
 from pipelines.report.style import benchmark_name
 
 SHOWN = (
@@ -30,7 +34,9 @@ SHOWN = (
 MOST_TRIALS = 5
 BOX_CASES, ANSWER_CASES = 2, 2
 RIGHT = ("acc@0.5", "accuracy", "correct")  # an answer is right when the first its benchmark knows is at least a half
-SIDE = 288  # pixels of a picture, at least
+SIDE = 288  # pixels of a picture's longer side, about
+SMALL, GAP = 0.5, 6  # scale of the other views, and pixels around them
+FINE = 12  # pixels of a patch, below which outlines are thin
 FADE, PAPER = 0.80, 255  # dropped patches: this share of the way to white
 TRUTH, ANSWER = (255, 255, 255), (255, 92, 0)
 PILLAR, COLLECTOR, CASING = (86, 180, 233), (240, 228, 66), (20, 20, 22)
@@ -38,21 +44,26 @@ PILLAR, COLLECTOR, CASING = (86, 180, 233), (240, 228, 66), (20, 20, 22)
 
 @dataclass(frozen=True)
 class Picture:
-    """``png`` shows one trial's patches and box over the image; ``tokens`` and ``answer`` belong under it."""
+    """``png`` shows one trial's patches and box over the image; ``tokens`` and ``answer`` belong under it. ``size``: its
+    width and height."""
 
     title: str
     tokens: str
     answer: str
     right: bool
     png: bytes
+    size: Size
 
 
 @dataclass(frozen=True)
 class Case:
+    """``views``: how many the model has of the image."""
+
     example_id: str
     benchmark: str
     question: str
     truth: str
+    views: int
     pictures: list[Picture]
 
 
@@ -63,24 +74,27 @@ class _Answers:
     trials: list[Trial]
     examples: pd.DataFrame
     texts: pd.DataFrame
-    last: pd.DataFrame  # patches alive in the last layer
+    last: pd.DataFrame  # slots alive in the last layer
 
 
 def gallery(inputs: ReportInputs, outcomes: Outcomes, budget: float) -> list[Case]:
-    """Up to six cases on different images; none where patches form no square grid or no trial can be shown."""
-    (grid,) = set(inputs.trials["image_grid"])
+    """Up to six cases on different images; none where it is not known where tokens lie, or no trial can be shown."""
+    places = inputs.places if outcomes.dynamic else _on_one_grid(inputs.trials["image_grid"].iloc[0])
     trials = _shown_trials(outcomes, budget)
-    if not trials or grid is None:
+    if not trials or places is None:
         return []
-    side, width = map(int, grid.split("x"))
-    if side != width:
-        return []
-    answers = _answers(inputs, trials)
+    answers = _answers(inputs, trials, square=not outcomes.dynamic)
     chosen = _choose(answers)
     images = _rows(inputs.images, "image", {answers.examples.at[name, "image"] for name in chosen})
     encoded = {row["image"]: row["bytes"] for row in images.to_dict("records")}
     kept = _kept(inputs, trials, set(encoded))
-    return [_case(outcomes, answers, name, encoded, kept, side) for name in chosen]
+    return [_case(outcomes, answers, name, encoded, kept, places) for name in chosen]
+
+
+def _on_one_grid(grid: str) -> Callable[[Size], Places] | None:
+    """A square grid over square images, the same for all."""
+    height, width = map(int, grid.split("x"))
+    return None if height != width else lambda size: Places.of_grid(PatchGrid(height, width))
 
 
 def _shown_trials(outcomes: Outcomes, budget: float) -> list[Trial]:
@@ -94,10 +108,12 @@ def _rows(dataset: ds.Dataset, column: str, values: set[str]) -> pd.DataFrame:
     return dataset.to_table(filter=ds.field(column).isin(sorted(values))).to_pandas()
 
 
-def _answers(inputs: ReportInputs, trials: list[Trial]) -> _Answers:
-    """Square images only: on others the patch grid's place depends on the model's own padding."""
+def _answers(inputs: ReportInputs, trials: list[Trial], square: bool) -> _Answers:
+    """``square``: only on square images; on others one fixed grid's place depends on the model's own padding."""
     ids = [trial.trial_id for trial in trials]
-    examples = inputs.examples[inputs.examples["width"] == inputs.examples["height"]].set_index("example_id")
+    examples = inputs.examples.set_index("example_id")
+    if square:
+        examples = examples[examples["width"] == examples["height"]]
     rows = _rows(inputs.predictions, "trial_id", set(ids))
     texts = rows.pivot(index="example_id", columns="trial_id", values="prediction").reindex(columns=ids).dropna()
     last = rows.pivot(index="example_id", columns="trial_id", values="kept_final")
@@ -160,7 +176,7 @@ def _accepted(truth: str) -> list[str]:
 
 
 def _kept(inputs: ReportInputs, trials: list[Trial], images: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Stage 1's patches of every shown trial and image."""
+    """Stage 1's tokens of every shown trial and image."""
     wanted = ds.field("trial_id").isin([trial.trial_id for trial in trials]) & ds.field("image").isin(sorted(images))
     rows = inputs.kept.to_table(filter=wanted).to_pylist()
     return {(row["trial_id"], row["image"]): row for row in rows}
@@ -172,26 +188,27 @@ def _case(
     name: str,
     encoded: dict[str, bytes],
     kept: dict[tuple[str, str], dict[str, Any]],
-    side: int,
+    places: Callable[[Size], Places],
 ) -> Case:
     example = answers.examples.loc[name]
-    pixels = np.asarray(Image.open(io.BytesIO(encoded[example["image"]])).convert("RGB"))
+    pixels = Image.open(io.BytesIO(encoded[example["image"]])).convert("RGB")
+    there = places(pixels.size)
     is_box = example["family"] == "grounding"
     truth = _true_box(example["truth"]) if is_box else None
     said = "box in white" if is_box else _accepted(example["truth"])[0]
-    pictures = [Picture("Image", "", "", False, _png(_with_boxes(_enlarge(pixels, side), truth, None)))]
+    plain = _with_boxes(_enlarge(pixels, _extent(there.size)), truth, None)
+    pictures = [Picture("Image", "", "", False, _png(plain), plain.size)]
     for trial in answers.trials:
         text = answers.texts.at[name, trial.trial_id]
-        row = kept.get((trial.trial_id, example["image"]))
-        last = list(answers.last.at[name, trial.trial_id])
-        canvas = _with_patches(pixels, side, row, last)
-        box = _predicted_box(text, example["truth"]) if is_box else None
+        tokens = _Tokens.of(there, kept.get((trial.trial_id, example["image"])), answers.last.at[name, trial.trial_id])
+        drawn = _drawn(pixels, there, tokens, truth, _predicted_box(text, example["truth"]) if is_box else None)
         answer, right = _judged(text, example)
-        stage1 = side * side if row is None else len(row["indices"])
-        tokens = f"{stage1} tokens" if stage1 == len(last) else f"{stage1} → {len(last)} tokens"
+        stage1, last = len(tokens.kept), len(tokens.last)
+        count = f"{stage1} tokens" if stage1 == last else f"{stage1} → {last} tokens"
         title = f"{outcomes.name(trial)} {trial.position.upper()}"
-        pictures.append(Picture(title, tokens, answer, right, _png(_with_boxes(canvas, truth, box))))
-    return Case(name, benchmark_name(example["benchmark"]), example["question"], said, pictures)
+        pictures.append(Picture(title, count, answer, right, _png(drawn), drawn.size))
+    views = len(there.layout.views)
+    return Case(name, benchmark_name(example["benchmark"]), example["question"], said, views, pictures)
 
 
 def _judged(text: str, example: pd.Series) -> tuple[str, bool]:
@@ -202,32 +219,81 @@ def _judged(text: str, example: pd.Series) -> tuple[str, bool]:
     return f"no box: {text}" if score["parse_failure"] else f"IoU {score['iou']:.2f}", _is_right(score)
 
 
-def _enlarge(pixels: np.ndarray, side: int) -> Image.Image:
-    """Nearest neighbour, to a size that both the image's pixels and the patches divide."""
-    extent = max(1, round(SIDE / side)) * side
-    return Image.fromarray(pixels).resize((extent, extent), Image.Resampling.NEAREST)
+@dataclass(frozen=True)
+class _Tokens:
+    """Slots of one trial on one image. ``kept``: by stage 1, with whether each is as the encoder gave it."""
+
+    kept: dict[int, bool]
+    last: frozenset[int]
+
+    @classmethod
+    def of(cls, places: Places, row: dict[str, Any] | None, last: Sequence[int]) -> _Tokens:
+        """``row``: of ``kept.parquet``; null where stage 1 keeps everything."""
+        if row is None:
+            return cls(dict.fromkeys(range(places.layout.tokens), True), frozenset(map(int, last)))
+        return cls(dict(zip(map(int, row["indices"]), row["pillar"], strict=True)), frozenset(map(int, last)))
+
+    @property
+    def merges(self) -> bool:
+        return not all(self.kept.values())
 
 
-def _with_patches(pixels: np.ndarray, side: int, row: dict[str, Any] | None, last: Sequence[int]) -> Image.Image:
-    """Kept patches as they are, the others faded to paper; outlines tell roles apart, dots mark ``last``."""
-    image = np.array(_enlarge(pixels, side), dtype=np.float32)
-    patch = len(image) // side
-    indices = list(range(side * side)) if row is None else list(row["indices"])
-    mask = np.zeros(side * side, dtype=bool)
-    mask[indices] = True
-    mask = mask.reshape(side, side).repeat(patch, axis=0).repeat(patch, axis=1)[..., None]
+def _extent(size: Size) -> Size:
+    """Of a picture with the shape of ``size``: enlarged by a whole factor, so that small images keep their pixels."""
+    scale = SIDE / max(size)
+    scale = round(scale) if scale > 1 else scale
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _enlarge(pixels: Image.Image, extent: Size) -> Image.Image:
+    """Nearest neighbour where every pixel becomes a block of its own."""
+    whole = all(there % here == 0 for here, there in zip(pixels.size, extent, strict=True))
+    return pixels.resize(extent, Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+
+
+def _drawn(
+    pixels: Image.Image, places: Places, tokens: _Tokens, truth: list[float] | None, box: list[float] | None
+) -> Image.Image:
+    """The last view with both boxes; smaller, below it or at the right of a tall one, the others."""
+    width, height = extent = _extent(places.size)
+    *others, main = range(len(places.layout.views))
+    canvas = _with_boxes(_with_patches(pixels, extent, places, main, tokens), truth, box)
+    small = (max(1, round(SMALL * width)), max(1, round(SMALL * height)))
+    for view in others:
+        beside = _with_patches(pixels, small, places, view, tokens)
+        tall = height > width
+        at = (canvas.width + GAP, 0) if tall else (0, canvas.height + GAP)
+        sheet = Image.new("RGB", (max(canvas.width, at[0] + small[0]), max(canvas.height, at[1] + small[1])), "white")
+        sheet.paste(canvas, (0, 0))
+        sheet.paste(beside, at)
+        canvas = sheet
+    return canvas
+
+
+def _with_patches(pixels: Image.Image, extent: Size, places: Places, view: int, tokens: _Tokens) -> Image.Image:
+    """One view's kept patches as they are, the others faded to paper; outlines tell roles apart, dots mark the last
+    layer's."""
+    image = np.array(_enlarge(pixels, extent), dtype=np.float32)
+    cells, slots = places.cells(view, *extent), places.layout.slots[view].tolist()
+    kept = {slot: cell for slot, cell in zip(slots, cells.tolist(), strict=True) if slot in tokens.kept}
+    mask = np.zeros((*image.shape[:2], 1), dtype=bool)
+    for left, top, right, bottom in kept.values():
+        mask[top:bottom, left:right] = True
     image = np.where(mask, image, image * (1 - FADE) + PAPER * FADE)
     canvas = Image.fromarray(image.round().astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
-    if row is not None and not all(row["pillar"]):
-        for index, pillar in sorted(zip(indices, row["pillar"], strict=True), key=lambda item: item[1]):
-            top, left = (place * patch for place in divmod(int(index), side))
-            color = PILLAR if pillar else COLLECTOR
-            draw.rectangle((left, top, left + patch - 1, top + patch - 1), outline=color, width=2)
-    if len(last) < len(indices):
-        for index in last:
-            top, left = (place * patch + patch / 2 for place in divmod(int(index), side))
-            draw.circle((left, top), patch / 6, fill=(255, 255, 255), outline=CASING, width=1)
+    visible = {slot: cell for slot, cell in kept.items() if cell[0] < cell[2] and cell[1] < cell[3]}
+    if tokens.merges:
+        for slot in sorted(visible, key=lambda slot: tokens.kept[slot]):
+            left, top, right, bottom = visible[slot]
+            color = PILLAR if tokens.kept[slot] else COLLECTOR
+            width = 2 if min(right - left, bottom - top) >= FINE else 1
+            draw.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
+    if len(tokens.last) < len(tokens.kept):
+        for slot in tokens.last & visible.keys():
+            left, top, right, bottom = visible[slot]
+            middle, radius = ((left + right) / 2, (top + bottom) / 2), min(right - left, bottom - top) / 6
+            draw.circle(middle, radius, fill=(255, 255, 255), outline=CASING, width=1)
     return canvas
 
 
@@ -236,7 +302,7 @@ def _with_boxes(canvas: Image.Image, truth: list[float] | None, answer: list[flo
     for box, color in ((truth, TRUTH), (answer, ANSWER)):
         if box is None or box[2] < box[0] or box[3] < box[1]:
             continue
-        corners = [value * canvas.width for value in box]
+        corners = [value * extent for value, extent in zip(box, 2 * canvas.size, strict=True)]
         draw.rectangle(
             [corners[0] - 1.5, corners[1] - 1.5, corners[2] + 1.5, corners[3] + 1.5], outline=CASING, width=6
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
+
+from pipelines.report.places import Places, Size
 
 REMEDY = "run `dvc repro evaluate` to make it"
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -76,6 +78,8 @@ class ReportInputs:
     ``trials``, ``scores`` and ``examples`` are small and held as tables. ``predictions``, ``kept`` and ``images`` grow
     with trials × examples; they stay Arrow datasets, of which the gallery reads the few rows it shows.
     ``profile``, ``search``: what the stages of these names left, where there is any.
+    ``places``: where the tokens of an image of that width and height lie, for models whose images have layouts of their
+    own; without it no kept tokens of such a model are drawn.
     ``provenance`` is printed as it is (fingerprints, versions); its key ``model path`` names the model in the text.
     """
 
@@ -88,6 +92,7 @@ class ReportInputs:
     provenance: Mapping[str, str] = field(default_factory=dict)
     profile: pd.DataFrame | None = None
     search: SearchRecord | None = None
+    places: Callable[[Size], Places] | None = None
 
     @property
     def search_of_this_model(self) -> SearchRecord | None:
@@ -98,7 +103,12 @@ class ReportInputs:
         return self.search if searched == self.provenance.get("model") else None
 
     @classmethod
-    def load(cls, data_dir: Path, provenance: Mapping[str, str] | None = None) -> ReportInputs:
+    def load(
+        cls,
+        data_dir: Path,
+        provenance: Mapping[str, str] | None = None,
+        places: Callable[[Size], Places] | None = None,
+    ) -> ReportInputs:
         """Open the files of ``data_dir``.
 
         Raises:
@@ -125,6 +135,7 @@ class ReportInputs:
             provenance=dict(provenance or {}),
             profile=_profile(Path(data_dir) / "profile.csv"),
             search=SearchRecord.load(Path(data_dir) / "search"),
+            places=places,
         )
 
 

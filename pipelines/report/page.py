@@ -79,6 +79,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
     rows, unanchored = published_retention(scores, beside)
     ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
     search = search_section(inputs.search_of_this_model, outcomes)
+    cases = gallery(inputs, outcomes, headline_budget)
     return {
         "model": inputs.provenance.get("model path", "model not named"),
         "finding": finding(outcomes, headline_budget),
@@ -95,7 +96,8 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "ablations": [(item, _ablation_chart(item)) for item in ablations],
         "search": search,
         "plane": _chart("search", search.panels) if search else None,
-        "cases": gallery(inputs, outcomes, headline_budget),
+        "cases": cases,
+        "several_views": any(case.views > 1 for case in cases),
         "beside": side_by_side(outcomes, rows, unanchored, beside.tokens if same_model else None),
         "published_model": beside,
         "efficiency": efficiency_tables(inputs.profile),

@@ -1,0 +1,94 @@
+"""Where the tokens of an image lie in its picture: every view's grid as a frame over the image, cell by cell.
+
+A single grid covers the image. LLaVA-NeXT's base view squeezes the whole image into its square; the local grid lies over
+the image in its own proportions, centred, and may reach a part of a cell beyond two edges or fall short of them, because
+padding is cut away in whole rows or columns. Newline tokens have no place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from transformers import AutoImageProcessor, PretrainedConfig
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout
+from nuwa.vlm import adapter_class
+from nuwa.vlm.shapes import model_shape
+
+Size = tuple[int, int]  # width and height
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The rectangle of a view's grid, in shares of the image's width and height."""
+
+    left: float = 0.0
+    top: float = 0.0
+    width: float = 1.0
+    height: float = 1.0
+
+
+@dataclass(frozen=True)
+class Places:
+    """``frames``: one a view of ``layout``. ``size``: of the picture to draw on, in any unit; only its shape counts."""
+
+    layout: VisualLayout
+    frames: tuple[Frame, ...]
+    size: Size
+
+    @classmethod
+    def of_grid(cls, grid: PatchGrid) -> Places:
+        """One grid over the whole image, drawn with square cells."""
+        return cls(VisualLayout((View(grid),)), (Frame(),), (grid.width, grid.height))
+
+    def cells(self, view: int, width: int, height: int) -> np.ndarray:
+        """``(tokens, 4)`` int: left, top, right and bottom pixel (the last two outside) of every token of ``view`` on a
+        canvas of that size, cut off at its edges."""
+        grid, frame = self.layout.views[view].grid, self.frames[view]
+        across = _edges(frame.left, frame.width, grid.width, width)
+        down = _edges(frame.top, frame.height, grid.height, height)
+        rows, columns = (part.ravel() for part in np.indices((grid.height, grid.width)))
+        return np.stack([across[columns], down[rows], across[columns + 1], down[rows + 1]], axis=1)
+
+
+def _edges(start: float, extent: float, cells: int, pixels: int) -> np.ndarray:
+    """Pixels between which the cells of one axis lie."""
+    edges = (start + extent * np.arange(cells + 1) / cells) * pixels
+    return edges.round().astype(int).clip(0, pixels)
+
+
+def places_of_model(path: str, size: Size) -> Places:
+    """For an image of ``size`` (width, height) under the model of ``path``; its weights are not needed."""
+    config, image_processor = _model(path)
+    layout = adapter_class(config.model_type).layout_for(config, image_processor, size)
+    return places_of(layout, config, size)
+
+
+@cache
+def _model(path: str) -> tuple[PretrainedConfig, Any]:
+    return model_shape(path), AutoImageProcessor.from_pretrained(path)
+
+
+def places_of(layout: VisualLayout, config: PretrainedConfig, size: Size) -> Places:
+    """``layout``: that of an image of ``size`` (width, height) under the model of ``config``."""
+    if len(layout.views) == 1:
+        return Places(layout, (Frame(),), size)
+    _, local = layout.views
+    return Places(layout, (Frame(), _local_frame(local.grid, config, size)), size)
+
+
+def _local_frame(grid: PatchGrid, config: PretrainedConfig, size: Size) -> Frame:
+    """LLaVA-NeXT fits the image into its crops, centred; ``grid`` is what is left of theirs without padding."""
+    width, height = size
+    rows, columns = get_anyres_image_grid_shape(
+        (height, width), config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    wide = width / height > columns / rows  # padded above and below, else at the sides
+    cell = width / grid.width if wide else height / grid.height
+    shares = cell * grid.width / width, cell * grid.height / height
+    return Frame((1 - shares[0]) / 2, (1 - shares[1]) / 2, *shares)
