@@ -20,8 +20,9 @@ repro: $(READY)
 	$(RUN) python -m stages.plan
 	$(RUN) dvc repro
 
+# What params.yaml asks for, or experiments/$(PRESET).yaml without touching it
 plan: $(READY)
-	$(RUN) python -m stages.plan
+	$(RUN) python -m stages.plan $(PRESET)
 
 test: $(READY) lint
 	$(RUN) python -m pytest

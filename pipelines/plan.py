@@ -329,7 +329,9 @@ def sweep_costs(vlm: Adapter, table: pd.DataFrame) -> list[Costs]:
         family: len(tokenizer(answer, add_special_tokens=False).input_ids) for family, answer in TYPICAL_ANSWERS.items()
     }
     layouts = image_layouts(vlm, table)
-    groups = [mine for _, mine in table.groupby("image")][:: -(-table["image"].nunique() // SAMPLED)]
+    names = sorted(set(table["image"]))
+    sampled = table[table["image"].isin(names[:: -(-len(names) // SAMPLED)])]
+    groups = [mine for _, mine in sampled.groupby("image")]
     groups.sort(key=lambda mine: layout_order(layouts[mine["image"].iloc[0]]))
     factor = len(table) / sum(map(len, groups))
     model = ModelCost.of(vlm.model.config, len(vlm.encode_prompt("?").before))

@@ -83,7 +83,7 @@ def check_tracking(settings: Settings) -> None:
         raise SettingsError(f"tracking.uri: {error}") from None
 
 
-def _published(path: str) -> str:
+def published(path: str) -> str:
     """The hub id of a folder called like a published checkpoint that is not there yet; any other path as it is."""
     hub_id = "/".join(Path(path).parts[-2:])
     return hub_id if hub_id in SHAPES and not Path(path).exists() else path
@@ -97,7 +97,7 @@ def planned_trials(settings: Settings) -> list[Trial]:
     """
     path = settings.model.path
     try:
-        config = model_shape(_published(path))
+        config = model_shape(published(path))
         family = adapter_class(config.model_type)
         layout = family.layout_for(config, usual_image_processor(config), USUAL_PHOTO)
         layers = config.get_text_config().num_hidden_layers

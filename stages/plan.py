@@ -1,9 +1,16 @@
 """Say what would run, what it shares, what it costs, and how much of that is missing. Like every stage it checks
-everything first; it reads no weights."""
+everything first; it reads no weights.
+
+Before ``prepare`` has run for these benchmarks, the questions are stand-ins: the testbed's are drawn, those of published
+tables come from their published sizes. The rest is the same.
+"""
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor
 
+from nuwa.layout import VisualLayout
 from nuwa.vlm import Adapter, adapter_class
-from nuwa.vlm.shapes import model_shape
-from pipelines.datasets import choose_questions
+from nuwa.vlm.shapes import SHAPES, model_shape
+from pipelines.datasets import Questions, choose_questions
 from pipelines.features import signal_bytes, store_identity
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.identity import recall
 from pipelines.plan import (
+    SAMPLED,
     Costs,
     Example,
     Forecast,
@@ -30,42 +39,123 @@ from pipelines.plan import (
     sweep_costs,
 )
 from pipelines.progress import duration, worker_speed
+from pipelines.published_sizes import expected_examples
 from pipelines.results import ResultStore
-from pipelines.settings import Settings
+from pipelines.settings import PARAMS_FILE, Settings, SweepSettings, parse_settings
+from pipelines.stand_in import StandInProcessor
 from pipelines.sweep import answer_context
-from stages.entry import EXAMPLES, MODEL, RESULT_STORE, UNITS_LOG, planned_trials, run_stage
+from stages.entry import EXAMPLES, MODEL, RESULT_STORE, UNITS_LOG, planned_trials, published, run_stage
+from stages.experiment import experiment
+from stages.prepare import prepare_testbed
 
 
 def plan(settings: Settings) -> None:
-    trials = planned_trials(settings)
     console = Console()
-    console.print(_grids(settings, trials))
-    if not EXAMPLES.exists():
+    console.print(_grids(settings, planned_trials(settings)))
+    examples, remarks = prepared_examples(settings.sweep), []
+    exact = examples is not None
+    if examples is None:
+        examples, remarks = expected(settings)
+    for line in remarks:
+        console.print(line, highlight=False)
+    if examples.empty:
         console.print(
             f"{EXAMPLES} is not there yet: `dvc repro prepare` makes it, and the next plan says what this costs"
         )
         return
-    asked = settings.sweep
-    questions = choose_questions(pd.read_parquet(EXAMPLES), asked.benchmarks, asked.images, asked.subset_seed)
-    vlm = weightless(settings.model.path)
-    layouts = image_layouts(vlm, questions.examples)
-    trials = expand(asked, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers)
-    costs = sweep_costs(vlm, questions.examples)
-    expected = forecast(trials, costs)
-    widths = vlm.signal_widths(vlm.model.config)
-    store = sum(signal_bytes(widths, layout, settings.features) for layout in layouts.values())
+    outlook = Outlook.of(settings, examples, exact)
     speed = worker_speed(UNITS_LOG, settings.cluster)
-    read = partial(read_examples, questions.examples, layouts=layouts)
-    for line in describe(expected, store, settings, speed) + compare(trials, read, costs, settings, speed):
+    lines = describe(outlook.forecast, outlook.feature_bytes, settings, speed)
+    if exact:
+        read = partial(read_examples, outlook.questions.examples, layouts=outlook.layouts)
+        lines += compare(outlook.trials, read, outlook.costs, settings, speed)
+    for line in lines:
         console.print(line, highlight=False)
 
 
+def prepared_examples(asked: SweepSettings) -> pd.DataFrame | None:
+    """What ``prepare`` wrote, where it holds all benchmarks that are asked."""
+    if not EXAMPLES.exists():
+        return None
+    examples = pd.read_parquet(EXAMPLES)
+    return examples if set(asked.benchmarks) <= set(examples["benchmark"]) else None
+
+
+def expected(settings: Settings) -> tuple[pd.DataFrame, list[str]]:
+    """Stand-ins for the questions that ``prepare`` will write, and what to say of them."""
+    prepare, asked = settings.prepare, settings.sweep
+    if prepare.tables is None:
+        return _drawn(settings), ["estimate, `dvc repro prepare` has not run: on test scenes drawn for it"]
+    examples, unknown = expected_examples(asked.benchmarks, settings.model.prompt_style)
+    remarks = []
+    if len(examples):
+        questions, images = len(examples), examples["image"].nunique()
+        remarks.append(
+            "estimate, `dvc repro prepare` has not run for these benchmarks: from published sizes, "
+            f"{questions:,} questions about {images:,} images of typical size; an image of several tables counts in each"
+        )
+    if unknown:
+        remarks.append(f"not counted, sizes are not known: {', '.join(unknown)}")
+    return examples, remarks
+
+
+def _drawn(settings: Settings) -> pd.DataFrame:
+    """The testbed's own questions; beyond ``SAMPLED`` scenes, copies of them."""
+    wanted = settings.prepare.images
+    with tempfile.TemporaryDirectory() as folder:
+        some = settings.prepare.model_copy(update={"images": min(wanted, SAMPLED)})
+        examples = prepare_testbed(some, settings.model.prompt_style, Path(folder))
+    names = sorted(set(examples["image"]))
+    copies = [
+        examples.assign(image=examples["image"] + f" {copy}" * bool(copy)) for copy in range(-(-wanted // SAMPLED))
+    ]
+    more = (wanted - 1) % SAMPLED + 1  # scenes in the last copy
+    copies[-1] = copies[-1][examples["image"].isin(names[:more])]
+    return pd.concat(copies, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A sweep before it runs; ``layouts`` by image."""
+
+    questions: Questions
+    layouts: dict[str, VisualLayout]
+    trials: list[Trial]
+    costs: list[Costs]
+    forecast: Forecast
+    feature_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings, examples: pd.DataFrame, exact: bool) -> Outlook:
+        """Of the questions in ``examples``. Stand-ins refuse nothing: what only they put out of reach is left out."""
+        asked = settings.sweep
+        if not exact:
+            images = asked.images and min(asked.images, examples["image"].nunique())
+            grids = [entry.model_copy(update={"where_reachable": True}) for entry in asked.grids]
+            present = [name for name in asked.benchmarks if name in set(examples["benchmark"])]
+            asked = asked.model_copy(update={"images": images, "grids": grids, "benchmarks": present})
+        questions = choose_questions(examples, asked.benchmarks, asked.images, asked.subset_seed)
+        vlm = weightless(settings.model.path)
+        layouts = image_layouts(vlm, questions.examples)
+        trials = expand(asked, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers)
+        costs = sweep_costs(vlm, questions.examples)
+        widths = vlm.signal_widths(vlm.model.config)
+        store = sum(signal_bytes(widths, layout, settings.features) for layout in layouts.values())
+        return cls(questions, layouts, trials, costs, forecast(trials, costs), store)
+
+
 def weightless(path: str) -> Adapter:
-    """The model's shape and processor; no weights are read."""
-    config = model_shape(path)
+    """The model's shape and processor; no weights are read. Of a published checkpoint neither must be at hand."""
+    known = published(path)
+    config = model_shape(known)
     family = adapter_class(config.model_type)
     with torch.device("meta"):
         model = family.model_class(config)
+    if known in SHAPES and not Path(path).exists():
+        try:
+            return family(model, AutoProcessor.from_pretrained(known, local_files_only=True))
+        except OSError:
+            return family(model, StandInProcessor(config))
     return family(model, AutoProcessor.from_pretrained(path))
 
 
@@ -91,7 +181,7 @@ def describe(expected: Forecast, feature_bytes: int, settings: Settings, speed: 
         f"{expected.answers:,} answers",
         f"work: {expected.alone_flops / 1e12:,.2f} TFLOP trial by trial, {expected.shared_flops / 1e12:,.2f} shared: "
         f"{expected.gain:.1f} times less",
-        f"time: {duration(seconds / cluster.workers)} on {cluster.workers} workers ({measured})",
+        f"time: {duration(seconds / cluster.workers)} on {cluster.workers} workers of {speed / 1e12:.2g} TFLOP/s ({measured})",
         f"GPU hours: {seconds / 3600 * cluster.gpus:,.2f}",
         f"disk: {_size(feature_bytes)} features, {_size(expected.result_bytes)} results",
     ]
@@ -139,5 +229,10 @@ def _size(count: float) -> str:
     return f"{count / 1e3:.0f} kB"
 
 
+def plan_experiment(name: str) -> None:
+    """The plan of an experiment, which ``params.yaml`` need not hold yet."""
+    plan(parse_settings(experiment(name), f"{PARAMS_FILE} with {name}"))
+
+
 if __name__ == "__main__":
-    run_stage(plan)
+    run_stage(plan if len(sys.argv) == 1 else lambda _: plan_experiment(" ".join(sys.argv[1:])))

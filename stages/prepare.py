@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from transformers import AutoProcessor, PretrainedConfig
 
 from nuwa.testbed.benchmark import make_testbed_benchmark
 from nuwa.vlm import Qwen2_5VLAdapter
 from nuwa.vlm.shapes import model_shape
 from pipelines.datasets import Size, write_examples
-from pipelines.settings import Settings
+from pipelines.settings import PrepareSettings, Settings
 from pipelines.tables import BenchmarkName, fetch_tables
 from stages.entry import BENCHMARKS, EXAMPLES, IMAGES, run_stage
 
@@ -23,14 +25,25 @@ def prepare(settings: Settings) -> None:
     shutil.rmtree(BENCHMARKS, ignore_errors=True)
     BENCHMARKS.mkdir(parents=True)
     if plan.tables is None:
-        tasks = {BenchmarkName.parse(name).name: count for name, count in plan.questions.items()}
-        make_testbed_benchmark(BENCHMARKS, plan.images, tasks, plan.seed)
-        sources = dict.fromkeys(plan.questions, BENCHMARKS)
+        sources = make_testbed(plan, BENCHMARKS)
     else:
         sources = {name: fetch_tables(location) for name, location in plan.tables.items()}
     told_in_pixels = any(BenchmarkName.parse(name).benchmark().variant == "pixels" for name in sources)
     seen = seen_by(settings.model.path) if told_in_pixels else lambda size: size
     write_examples(sources, settings.model.prompt_style, EXAMPLES, IMAGES, seen)
+
+
+def make_testbed(plan: PrepareSettings, folder: Path) -> dict[str, Path]:
+    """Draw the testbed's tables into ``folder``; which of them each benchmark reads."""
+    tasks = {BenchmarkName.parse(name).name: count for name, count in plan.questions.items()}
+    make_testbed_benchmark(folder, plan.images, tasks, plan.seed)
+    return dict.fromkeys(plan.questions, folder)
+
+
+def prepare_testbed(plan: PrepareSettings, style: str, folder: Path) -> pd.DataFrame:
+    """The testbed's questions as ``prepare`` writes them, made in ``folder``."""
+    write_examples(make_testbed(plan, folder), style, folder / EXAMPLES.name, folder / IMAGES.name)
+    return pd.read_parquet(folder / EXAMPLES.name)
 
 
 def seen_by(path: str) -> Callable[[Size], Size]:
