@@ -423,11 +423,9 @@ def read_images(path: Path, images: Sequence[str]) -> dict[str, Image.Image]:
 def _row_groups(path: Path, _changed: int) -> dict[str, int]:
     """The row group of every image: a file of many gigabytes is not searched for each batch."""
     held = pq.ParquetFile(path)
-    return {
-        image: number
-        for number in range(held.num_row_groups)
-        for image in held.read_row_group(number, columns=["image"])["image"].to_pylist()
-    }
+    lengths = [held.metadata.row_group(number).num_rows for number in range(held.num_row_groups)]
+    names = held.read(columns=["image"])["image"].to_pylist()
+    return dict(zip(names, np.repeat(np.arange(len(lengths)), lengths).tolist(), strict=True))
 
 
 def encode_missing(

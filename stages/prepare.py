@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from transformers import AutoProcessor, PretrainedConfig
 
+from nuwa.layout import layout_order
 from nuwa.testbed.benchmark import make_testbed_benchmark
-from nuwa.vlm import Qwen2_5VLAdapter
-from nuwa.vlm.shapes import model_shape
+from nuwa.vlm import Qwen2_5VLAdapter, adapter_class
+from nuwa.vlm.shapes import model_shape, usual_image_processor
 from pipelines.datasets import Size, write_examples
 from pipelines.settings import PrepareSettings, Settings
 from pipelines.tables import BenchmarkName, fetch_tables
-from stages.entry import BENCHMARKS, EXAMPLES, IMAGES, run_stage
+from stages.entry import BENCHMARKS, EXAMPLES, IMAGES, published, run_stage
 
 
 def prepare(settings: Settings) -> None:
@@ -28,9 +30,24 @@ def prepare(settings: Settings) -> None:
         sources = make_testbed(plan, BENCHMARKS)
     else:
         sources = {name: fetch_tables(location) for name, location in plan.tables.items()}
+    path, style = settings.model.path, settings.model.prompt_style
     told_in_pixels = any(BenchmarkName.parse(name).benchmark().variant == "pixels" for name in sources)
-    seen = seen_by(settings.model.path) if told_in_pixels else lambda size: size
-    write_examples(sources, settings.model.prompt_style, EXAMPLES, IMAGES, seen)
+    seen = seen_by(path) if told_in_pixels else lambda size: size
+    write_examples(sources, style, EXAMPLES, IMAGES, seen, reading_order(path))
+
+
+def reading_order(path: str) -> Callable[[Size], Any]:
+    """By what images are sorted for the model of ``path``: where they have layouts of their own, by layout, as
+    features are encoded. Raises ``ValueError`` for an image the model does not take."""
+    config = model_shape(published(path))
+    family = adapter_class(config.model_type)
+    if not family.dynamic:
+        return lambda size: ()
+    try:
+        image_processor = AutoProcessor.from_pretrained(path).image_processor
+    except OSError:  # not at hand yet; the order changes no result
+        image_processor = usual_image_processor(config)
+    return cache(lambda size: layout_order(family.layout_for(config, image_processor, size)))
 
 
 def make_testbed(plan: PrepareSettings, folder: Path) -> dict[str, Path]:

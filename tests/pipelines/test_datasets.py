@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import signal
+import subprocess
+import sys
+import tracemalloc
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bench import ROOT
+from PIL import Image
 
+from nuwa.benchmarks import RecordError, get_benchmark
 from pipelines.datasets import choose_questions, write_examples
 from pipelines.settings import SettingsError
 
@@ -61,3 +70,117 @@ def test_faults_are_named(examples):
     with pytest.raises(SettingsError) as raised:
         choose_questions(examples, ["pope"], 13, 0)
     assert str(raised.value) == "sweep.images = 13: the prepared data has 12 images"
+
+
+def pope_table(path, contents: list[bytes]) -> None:
+    """A question about each of ``contents``, in that order."""
+    rows = [
+        {
+            "id": str(number),
+            "question_id": str(number),
+            "question": "what is on the left ?",
+            "answer": "yes",
+            "image": {"bytes": content, "path": ""},
+            "category": "random",
+        }
+        for number, content in enumerate(contents)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, get_benchmark("pope").schema), path / "pope.parquet", row_group_size=50)
+
+
+def noise(number: int, size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 90).point(lambda value: value ^ (number % 256)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+SIZES = [(60, 40), (30, 70), (48, 48), (100, 30), (41, 57)]
+
+
+@pytest.fixture
+def many(tmp_path) -> list[bytes]:
+    """Three hundred images of five sizes, mixed, some asked about twice."""
+    contents = [noise(number, SIZES[number * 7 % 5]) for number in range(300)]
+    pope_table(tmp_path, contents + contents[::9])
+    return contents
+
+
+def area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def written(folder, order) -> tuple[bytes, pq.ParquetFile]:
+    write_examples({"pope": folder}, "testbed", folder / "e.parquet", folder / "i.parquet", order=order)
+    return (folder / "e.parquet").read_bytes(), pq.ParquetFile(folder / "i.parquet")
+
+
+def test_images_stand_in_the_order_asked_for_each_value_in_row_groups_of_its_own(many, tmp_path):
+    plain, held = written(tmp_path, lambda size: ())
+    digests = held.read(["image"])["image"].to_pylist()
+    assert digests == sorted(hashlib.sha256(content).hexdigest() for content in many)
+    assert [held.metadata.row_group(number).num_rows for number in range(held.num_row_groups)] == [64] * 4 + [44]
+    by_area, held = written(tmp_path, area)
+    assert by_area == plain, "the order of images is no matter of the questions"
+    rows = held.read().to_pylist()
+    assert [(area((row["width"], row["height"])), row["image"]) for row in rows] == sorted(
+        (area((row["width"], row["height"])), row["image"]) for row in rows
+    )
+    assert {row["image"]: row["bytes"] for row in rows} == {hashlib.sha256(one).hexdigest(): one for one in many}
+    for number in range(held.num_row_groups):
+        group = held.read_row_group(number, ["width", "height"]).to_pylist()
+        assert len({area((row["width"], row["height"])) for row in group}) == 1 and len(group) <= 64
+    assert held.num_row_groups == 5, "sixty of each size"
+
+
+def test_memory_holds_a_batch_of_images_not_all(tmp_path):
+    """What Python and Arrow hold at most, on tables of one and of five times as many images."""
+    peaks = []
+    for count in (150, 750):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        pope_table(folder, [noise(number, (150, 150)) for number in range(count)])
+        tracemalloc.start()
+        written(folder, area)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        size = (folder / "i.parquet").stat().st_size
+    assert peaks[1] < size / 2 and peaks[1] < 2.5 * peaks[0], peaks
+
+
+def test_a_size_that_no_model_takes_is_named_by_its_row_and_nothing_half_is_left(many, tmp_path):
+    good = written(tmp_path, area)[0]
+    before = (tmp_path / "i.parquet").read_bytes()
+    pope_table(tmp_path, [*many, noise(1, (300, 1))])
+
+    def order(size):
+        if size[0] > 200 * size[1]:
+            raise ValueError("too wide")
+        return area(size)
+
+    with pytest.raises(RecordError) as raised:
+        written(tmp_path, order)
+    assert str(raised.value) == (
+        f"{tmp_path} (pope): pope:random/300: an image of 300x1 pixels: the model takes no such image (too wide); take its "
+        "rows out of the table"
+    )
+    assert (tmp_path / "e.parquet").read_bytes() == good and (tmp_path / "i.parquet").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.parquet", "i.parquet", "pope.parquet"]
+
+
+def test_a_killed_prepare_leaves_what_was_there(many, tmp_path):
+    """Killed while images wait on disk: neither file has changed, and no other is left."""
+    good = written(tmp_path, area)[0]
+    before = (tmp_path / "i.parquet").read_bytes()
+    script = (
+        "import os, signal, sys; from pathlib import Path; from pipelines.datasets import write_examples\n"
+        "folder, seen = Path(sys.argv[1]), []\n"
+        "def order(size):\n"
+        "    seen.append(size)\n"
+        "    if len(seen) == 200: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return ()\n"
+        "write_examples({'pope': folder}, 'testbed', folder / 'e.parquet', folder / 'i.parquet', order=order)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "e.parquet").read_bytes() == good and (tmp_path / "i.parquet").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.parquet", "i.parquet", "pope.parquet"]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from bench import Swept, same
+from PIL import Image
 
+from nuwa.benchmarks import get_benchmark
 from nuwa.generation import answer_encoded
+from nuwa.layout import layout_order
 from nuwa.methods import specify
-from pipelines.datasets import IMAGES
+from pipelines.datasets import IMAGES, write_examples
 from pipelines.features import ImpossibleImage, encode_missing, layouts_of
 from pipelines.grid import Layouts, budget_on, expand
 from pipelines.plan import forecast, image_layouts, plan_units, read_examples, sweep_costs
@@ -127,6 +132,47 @@ def test_a_shard_holds_images_of_one_layout_and_says_which(dynamic):
         for row, image in enumerate(encoded):
             for name, value in image.signals.items():
                 assert (signals[name][row] - value).abs().max() < 1e-5
+
+
+def test_encoding_reads_every_row_group_of_prepared_images_once(tiny_qwen, tmp_path, monkeypatch):
+    """Images of seven sizes in mixed order, written as ``prepare`` does and as they come: the same store, read less."""
+    monkeypatch.setattr("pipelines.features.load_model", lambda path, device, loading: tiny_qwen)
+    monkeypatch.setattr("pipelines.features.load_adapter", lambda path, **_: tiny_qwen)
+    monkeypatch.setattr("pipelines.datasets.IMAGES_PER_ROW_GROUP", 8)
+    sizes = [(60, 40), (30, 70), (48, 48), (100, 30), (41, 57), (73, 65), (24, 90)]
+    rng = np.random.default_rng(3)
+    rows = []
+    for number in range(100):
+        buffer = io.BytesIO()
+        photo = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize(sizes[number * 5 % 7])
+        photo.save(buffer, "PNG")
+        picture = {"bytes": buffer.getvalue(), "path": ""}
+        answer = {"question": "where ?", "answer": "yes", "category": "random"}
+        rows.append({"id": str(number), "question_id": str(number), "image": picture, **answer})
+    pq.write_table(pa.Table.from_pylist(rows, get_benchmark("pope").schema), tmp_path / "pope.parquet")
+    order = functools.cache(lambda size: layout_order(tiny_qwen.layout_of(size)))
+    read: list[int] = []
+    take = pq.ParquetFile.read_row_groups
+
+    def counted(held, groups, columns=None):
+        read.extend(groups if "bytes" in columns else [])
+        return take(held, groups, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", counted)
+    settings, stores, counts = FeatureSettings(dtype="float32", shard_images=8, batch_size=4), [], []
+    for name, by in (("sorted", order), ("mixed", lambda size: ())):
+        images = tmp_path / f"{name}.parquet"
+        write_examples({"pope": tmp_path}, "testbed", tmp_path / "e.parquet", images, order=by)
+        store, encoded = encode_missing("m", images, tmp_path / name, settings, ONE, in_process=True)
+        assert encoded == 100
+        stores.append({path.name: path.read_bytes() for path in store.folder.iterdir()})
+        counts.append((sorted(read), pq.ParquetFile(images).num_row_groups))
+        read.clear()
+    assert stores[0] == stores[1], "the store does not know in which order images were read"
+    once, groups = counts[0]
+    assert once == list(range(groups))
+    mixed, groups = counts[1]
+    assert len(mixed) > 5 * groups
 
 
 def test_every_answer_is_that_of_the_image_alone(dynamic, tmp_path):

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nuwa.layout import layout_order
+from nuwa.vlm import LlavaNextAdapter
 from nuwa.vlm.shapes import model_shape, usual_image_processor
 from pipelines.datasets import write_examples
 from pipelines.settings import Settings
 from pipelines.tables import BenchmarkName, MissingTables, hub_address, read_benchmark
-from stages.prepare import seen_size
+from stages.prepare import reading_order, seen_size
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,6 +100,20 @@ def test_boxes_told_in_pixels_are_told_on_the_image_as_the_model_sees_it(publish
         assert truth.get("size") == (
             list(seen((row["width"], row["height"]))) if row["benchmark"].endswith("pixels") else None
         )
+
+
+def test_prepare_sorts_images_as_their_model_lays_them_out(tmp_path):
+    """By layout where a model has layouts of its own, with or without its files; else by digest alone."""
+    sizes = [(640, 480), (200, 900), (330, 330)]
+    config = model_shape("llava-hf/llava-v1.6-vicuna-7b-hf")
+    layout = {size: LlavaNextAdapter.layout_for(config, usual_image_processor(config), size) for size in sizes}
+    absent = str(tmp_path / "llava-hf" / "llava-v1.6-vicuna-7b-hf")
+    order = reading_order(absent)
+    assert [order(size) for size in sizes] == [layout_order(layout[size]) for size in sizes]
+    assert sorted(sizes, key=order) == sorted(sizes, key=lambda size: layout[size].tokens)
+    assert {reading_order("llava-hf/llava-1.5-7b-hf")(size) for size in sizes} == {()}
+    with pytest.raises(ValueError, match="aspect ratio"):
+        reading_order(str(tmp_path / "Qwen" / "Qwen2.5-VL-7B-Instruct"))((1000, 2))
 
 
 def test_a_missing_part_is_named(published, tmp_path):
