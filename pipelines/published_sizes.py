@@ -59,6 +59,7 @@ SIZES = {
     "vqav2/validation": PublishedSize(214_354, 40_504, COCO, 34),
     "mme/test": PublishedSize(2374, 1187, COCO, 60),
     "mmbench/dev": PublishedSize(4329, 1164, (400, 300), 210),  # each of 1,164 questions in several copies
+    "mmbench_cn/dev": PublishedSize(4329, 1164, (400, 300), 70),  # the same in Chinese, a third of the characters
     "seedbench/test": PublishedSize(14_233, 14_233, COCO, 140),  # at most; the image questions only
     "mmmu/validation": PublishedSize(900, 900, (800, 500), 310),  # at most: those about several images are left out
     "mmvet/test": PublishedSize(218, 200, COCO, 70),
