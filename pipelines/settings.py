@@ -24,6 +24,7 @@ from pipelines.storage import ARROW_SCHEMES, is_uri
 from pipelines.tables import BenchmarkName, hub_address
 
 PARAMS_FILE = Path("params.yaml")
+SCENES = "scenes"  # pruner.data
 TESTBED_TASKS = ("refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa")
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
@@ -106,13 +107,18 @@ class TestbedSettings(Section):
 
 
 class PrunerSettings(Section):
-    """How LearnPruner's module is trained, on ``share`` of ``images`` training images; see ``nuwa.pruner.learner``.
+    """How LearnPruner's module is trained, on ``share`` of the training images; see ``nuwa.pruner.learner``.
 
+    ``data``: ``scenes``, of which there are ``images`` (the testbed), or a file of instruction data as LLaVA publishes it,
+    whose image paths begin in ``images_folder`` (null: the file's own) and whose sequences have at most ``max_tokens``.
     ``keep_share``: tokens that stay, as a share: of every image (``topk_ste``) or on average (``ratio_penalty``).
     """
 
     seed: Seed
+    data: Annotated[str, Field(min_length=1)] = SCENES
     images: Positive
+    images_folder: Annotated[str, Field(min_length=1)] | None = None
+    max_tokens: Positive = 2048
     share: Annotated[float, Field(gt=0, le=1)]
     sparsity: Literal["topk_ste", "ratio_penalty"]
     keep_share: Annotated[float, Field(gt=0, lt=1)]
@@ -120,6 +126,12 @@ class PrunerSettings(Section):
     steps: Positive
     batch_size: Positive
     learning_rate: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _scenes_have_no_folder(self) -> PrunerSettings:
+        if self.data == SCENES and self.images_folder is not None:
+            raise ValueError(f"images_folder {self.images_folder!r} belongs to instruction data; data is {SCENES}")
+        return self
 
 
 def _place(name: str) -> int:

@@ -1,8 +1,8 @@
 """``pruner``: train LearnPruner's module on the model of ``model.path`` (two minutes on two CPU cores; resumes).
 
-For any other model weights are trained elsewhere and named in ``parameters.weights`` of a grid; the stage leaves all as
-it is. Runs within ``dvc repro`` whenever the model, the recipe or the code of the training has changed; the weights are in
-git, so a fresh clone has them. ``make pruner`` trains them anyway. On several GPUs:
+``pruner.data`` says with what: the testbed's scenes, which teach the testbed's model, or published instruction data,
+which teach any LLaVA-1.5. Runs within ``dvc repro`` whenever the model, the recipe or the code of the training has
+changed; the testbed's weights are in git, so a fresh clone has them. ``make pruner`` trains anyway. On several GPUs:
 ``accelerate launch --multi_gpu -m stages.pruner``.
 """
 
@@ -13,14 +13,18 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
+from nuwa.pruner.conversations import Scenes
+from nuwa.pruner.instructions import Conversations, InstructionDataError, Instructions, read_instructions
 from nuwa.pruner.train import build_learner, train_pruner
 from nuwa.source import code_fingerprint
 from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS
 from nuwa.training import Log, PhaseSchedule
 from nuwa.vlm import LlavaAdapter
-from pipelines.settings import Settings
+from nuwa.vlm.shapes import model_shape
+from pipelines.settings import SCENES, Settings, SettingsError
 from pipelines.tracking import training_log
 from stages.entry import CACHE, run_stage
 
@@ -31,16 +35,35 @@ LOG_EVERY, EVALUATE_EVERY, CHECKPOINT_EVERY = 10, 30, 30
 
 
 def pruner(settings: Settings) -> None:
-    if settings.model.prompt_style != "testbed":
-        print(f"the recipe teaches with the testbed's scenes: nothing is trained for {settings.model.path}")
+    if settings.pruner.data == SCENES and settings.model.prompt_style != "testbed":
+        print(
+            f"pruner.data = {SCENES} teaches the testbed's model: nothing is trained for {settings.model.path}, and "
+            f"{DEFAULT_WEIGHTS} stays as it is; the sweep refuses it on an encoder it was not trained on"
+        )
         return
-    recipe = settings.pruner
-    vlm = LlavaAdapter.load(settings.model.path)
+    try:
+        _train(settings)
+    except InstructionDataError as error:
+        raise SettingsError(f"pruner.data: {error}") from None
+
+
+def _train(settings: Settings) -> None:
+    recipe, main = settings.pruner, PartialState().is_main_process
+    instructions = None if recipe.data == SCENES else _instructions(settings)
+    if instructions is not None and main:
+        print(instructions, flush=True)
+    vlm = LlavaAdapter.load(settings.model.path, dtype=getattr(torch, settings.model.dtype))
+    if instructions is None:
+        data = Scenes(vlm, recipe.seed, recipe.images, recipe.share)
+    else:
+        data = Conversations(vlm, instructions, recipe.max_tokens)
     facts = {"parameters": recipe.model_dump(), "model": vlm.fingerprint()}
+    if instructions is not None:
+        facts["data"] = instructions.digest
     content = json.dumps([facts, code_fingerprint(TRAINING)], sort_keys=True)
     identity = hashlib.sha256(content.encode()).hexdigest()[:16]
     with ExitStack() as stack:
-        log = (lambda step, metrics: None) if not PartialState().is_main_process else _mlflow(stack, settings, identity)
+        log = _mlflow(stack, settings, identity) if main else (lambda step, metrics: None)
 
         def show(step: int, metrics: dict[str, float]) -> None:
             print(step, json.dumps({name: round(value, 4) for name, value in metrics.items()}), flush=True)
@@ -48,11 +71,10 @@ def pruner(settings: Settings) -> None:
 
         train_pruner(
             build_learner(vlm, recipe.seed, recipe.sparsity, recipe.keep_share, recipe.penalty_weight),
+            data,
             Path(DEFAULT_WEIGHTS),
             CACHE / "training" / identity,
             seed=recipe.seed,
-            images=recipe.images,
-            share=recipe.share,
             schedule=PhaseSchedule(
                 recipe.steps,
                 recipe.batch_size,
@@ -67,6 +89,20 @@ def pruner(settings: Settings) -> None:
             facts=facts,
             log=show,
         )
+
+
+def _instructions(settings: Settings) -> Instructions:
+    """The data of ``pruner.data``, checked; nothing of the model but its configuration has been read."""
+    recipe, model = settings.pruner, settings.model
+    family = model_shape(model.path).model_type
+    if family != "llava":
+        raise SettingsError(
+            f"pruner.data = {recipe.data!r}: instruction data teach models of family llava, and model.path = "
+            f"{model.path!r} is of family {family}; allowed for it: {SCENES}, which trains nothing, with weights of your "
+            "own in the grids' parameters.weights"
+        )
+    path = Path(recipe.data)
+    return read_instructions(path, Path(recipe.images_folder or path.parent), recipe.seed, recipe.share)
 
 
 def _mlflow(stack: ExitStack, settings: Settings, identity: str) -> Log:

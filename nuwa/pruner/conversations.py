@@ -1,4 +1,4 @@
-"""The LPM's training data: a share of the testbed's training images, each with the questions it is always asked.
+"""The LPM's training data on the testbed: a share of its training images, each with the questions it is always asked.
 
 An image is a number: its scene and its questions follow from (seed, split, number), so a subset is a set of numbers and
 nothing has to be stored. Prompts are the model's own (chat template and tokenizer), so any model may be taught.
@@ -46,3 +46,18 @@ def draw_batch(vlm: LlavaAdapter, seed: int, split: str, numbers: np.ndarray) ->
     drawn = [draw_conversation(seed, split, int(number)) for number in numbers]
     batch = collate([pack_for(vlm, questions) for _, questions in drawn], pad=vlm.end_tokens[0])
     return {**batch, "pixels": vlm.pixels([Image.fromarray(scene.image) for scene, _ in drawn])}
+
+
+class Scenes:
+    """``share`` of ``images`` training images as :class:`nuwa.pruner.train.TrainingData`."""
+
+    def __init__(self, vlm: LlavaAdapter, seed: int, images: int, share: float) -> None:
+        self.vlm, self.seed = vlm, seed
+        self.subset = draw_subset(seed, images, share)
+
+    def draw(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
+        numbers = rng.choice(self.subset, size, replace=len(self.subset) < size)
+        return draw_batch(self.vlm, self.seed, "train", numbers)
+
+    def validation(self, seed: int, size: int) -> dict[str, Tensor]:
+        return draw_batch(self.vlm, seed, "validation", np.arange(size))

@@ -135,9 +135,13 @@ class PrunerLearner(nn.Module):
         """Encoder features of the images, ``(batch, tokens, dim)``."""
         return self.vlm.encode(batch["pixels"])["features"].clone()  # inference tensors cannot meet a gradient
 
+    def keep_logit(self, features: Tensor) -> Tensor:
+        """``(batch, tokens, dim)`` → log-odds of keeping ``(batch, tokens)``, in float32 whatever the model's dtype."""
+        return self.lpm.keep_logit(features.float())
+
     def mask(self, features: Tensor) -> Tensor:
         """The straight-through mask m of visual tokens, ``(batch, tokens)``."""
-        logit = self.lpm.keep_logit(features).float()
+        logit = self.keep_logit(features)
         if self.sparsity == "topk_ste":
             hard = best_tokens(logit.detach(), self.keep)
             logit = relative_to_threshold(logit, self.keep)

@@ -6,14 +6,13 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from nuwa.pruner.conversations import draw_batch, draw_subset
 from nuwa.pruner.learner import PrunerLearner, Sparsity, best_tokens
 from nuwa.signals import seeded_generator
 from nuwa.stage1.learnpruner import Lpm, save_lpm
@@ -22,6 +21,19 @@ from nuwa.vlm import LlavaAdapter
 
 PHASE = "pruner"
 VALIDATION_SEED, VALIDATION_IMAGES = 13, 32
+
+
+class TrainingData(Protocol):
+    """Batches of images, conversations about them, and what is to be learned.
+
+    ``pixels`` ``(batch, 3, height, width)`` and the columns of :class:`nuwa.testbed.instruction.Packed`.
+    """
+
+    def draw(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
+        """A training batch; it follows from ``rng`` alone."""
+
+    def validation(self, seed: int, size: int) -> dict[str, Tensor] | None:
+        """A fixed batch that is never taught; null where everything is."""
 
 
 def build_learner(
@@ -36,52 +48,50 @@ def build_learner(
 
 def train_pruner(
     learner: PrunerLearner,
+    data: TrainingData,
     output: Path,
     checkpoints: Path,
     *,
     seed: int,
-    images: int,
-    share: float,
     schedule: PhaseSchedule,
     facts: Mapping[str, Any],
     log: Log,
 ) -> None:
-    """Train ``learner.lpm`` on ``share`` of ``images`` training images, from ``checkpoints`` if there are any.
+    """Train ``learner.lpm`` on ``data``, from ``checkpoints`` if there are any.
 
     Writes the weights to ``output``, tied to the encoder's fingerprint and with ``facts`` of the training.
     """
     vlm = learner.vlm
     vlm.model.to(Accelerator(cpu=not torch.cuda.is_available()).device)
-    subset = draw_subset(seed, images, share)
 
     def draw(rng: np.random.Generator, size: int, progress: float) -> dict[str, Tensor]:
-        numbers = rng.choice(subset, size, replace=len(subset) < size)
-        return draw_batch(vlm, seed, "train", numbers)
+        return data.draw(rng, size)
 
-    train_phase(PHASE, learner, draw, schedule, seed=seed, checkpoint=checkpoints, log=log, evaluate=evaluator(vlm))
+    train_phase(
+        PHASE, learner, draw, schedule, seed=seed, checkpoint=checkpoints, log=log, evaluate=evaluator(vlm, data)
+    )
     if PartialState().is_main_process:
         save_lpm(learner.lpm, output, vlm.encoder_fingerprint(), facts)
         shutil.rmtree(checkpoints)  # a finished training has nothing to resume
     PartialState().wait_for_everyone()
 
 
-def evaluator(vlm: LlavaAdapter) -> Callable[[PrunerLearner], Metrics]:
-    """A function that says how well a learner's ranking serves answers on fixed validation images.
+def evaluator(vlm: LlavaAdapter, data: TrainingData) -> Callable[[PrunerLearner], Metrics] | None:
+    """A function that says how well a learner's ranking serves answers on fixed validation images, if there are any.
 
     ``loss_lpm`` and ``loss_random``: answer loss with the best ``keep`` tokens by the LPM, and with as many random
     ones; ``loss_all``: with all tokens; ``argmax_share``: tokens whose keep probability exceeds one half.
     """
-
-    @functools.cache
-    def drawn() -> dict[str, Tensor]:
-        batch = draw_batch(vlm, VALIDATION_SEED, "validation", np.arange(VALIDATION_IMAGES))
-        return {name: value.to(vlm.device) for name, value in batch.items()}
+    drawn = data.validation(VALIDATION_SEED, VALIDATION_IMAGES)
+    if drawn is None:
+        return None
+    batch = {name: value.to(vlm.device) for name, value in drawn.items()}
 
     @functools.cache
     def controls(learner: PrunerLearner) -> Metrics:
         """What does not change while the LPM learns."""
-        batch, features = drawn(), learner.features(drawn())
-        everything = features.new_ones(features.shape[:2])
+        features = learner.features(batch)
+        everything = features.new_ones(features.shape[:2], dtype=torch.float32)
         noise = np.stack(
             [seeded_generator(VALIDATION_SEED, str(i)).random(len(row)) for i, row in enumerate(everything)]
         )
@@ -93,8 +103,8 @@ def evaluator(vlm: LlavaAdapter) -> Callable[[PrunerLearner], Metrics]:
 
     @torch.no_grad()
     def evaluate(learner: PrunerLearner) -> Metrics:
-        batch, features = drawn(), learner.features(drawn())
-        logit = learner.lpm.keep_logit(features)
+        features = learner.features(batch)
+        logit = learner.keep_logit(features)
         return {
             "validation_loss_lpm": float(learner.answer_loss(batch, features, best_tokens(logit, learner.keep))),
             "validation_argmax_share": float((logit > 0).float().mean()),

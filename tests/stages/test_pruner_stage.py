@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from instruction_data import tiny_llava, write_data
 from mlflow import MlflowClient
+from transformers import LlavaNextConfig, Qwen2_5_VLConfig
 
-from nuwa.stage1.learnpruner import LearnPruner, check, read_lpm
+from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS, LearnPruner, WeightsError, check, read_lpm
 from nuwa.vlm import LlavaAdapter
 from pipelines.settings import SettingsError, load_settings
 from stages.pruner import pruner
 
 torch.set_num_threads(1)
-PARAMS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+ROOT = Path(__file__).parents[2]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
 def settings_of(folder: Path, **changes):
@@ -50,6 +56,139 @@ def test_the_stage_trains_for_the_model_of_the_settings_and_logs(tiny_vlm, tmp_p
     assert "pruner/validation_loss_lpm" in run.data.metrics
 
 
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A folder with a LLaVA, instruction data, and the weights of git, which are another encoder's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    vlm = tiny_llava()
+    vlm.model.save_pretrained("llava")
+    vlm.processor.save_pretrained("llava")
+    write_data(tmp_path / "tables")
+    (tmp_path / "models").mkdir()
+    shutil.copytree(ROOT / "models/pruner", tmp_path / "models/pruner")
+    return tmp_path
+
+
+INSTRUCTIONS = {
+    "data": "tables/instructions.json",
+    "share": 0.5,
+    "steps": 30,
+    "batch_size": 2,
+    "learning_rate": 0.003,
+}
+
+
+def taught_with(folder: Path, model: dict | None = None, **recipe):
+    model = {"path": "llava", "prompt_style": "llava_v1"} | (model or {})
+    return settings_of(folder, model=model, pruner=INSTRUCTIONS | recipe)
+
+
+def refusal(settings) -> str:
+    with pytest.raises(SettingsError) as caught:
+        pruner(settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_instruction_data_replace_the_weights_of_another_encoder(published, dtype, capsys):
+    before = read_lpm(Path(DEFAULT_WEIGHTS))
+    settings = taught_with(published, {"dtype": dtype})
+    pruner(settings)
+    file, model = read_lpm(Path(DEFAULT_WEIGHTS)), LlavaAdapter.load("llava", dtype=getattr(torch, dtype))
+    assert file.encoder == model.encoder_fingerprint() != before.encoder
+    check(LearnPruner(), model.encoder_fingerprint())
+    assert file.training == {
+        "parameters": settings.pruner.model_dump(),
+        "model": model.fingerprint(),
+        "data": hashlib.sha256(Path("tables/instructions.json").read_bytes()).hexdigest(),
+    }
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "tables/instructions.json: 3 of 6 conversations about images are taught; 2 entries without an image are left out"
+    )
+    client = MlflowClient(f"sqlite:///{published / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name(PARAMS["tracking"]["experiment"]).experiment_id])
+    assert run.data.params["data"] == "tables/instructions.json"
+    losses = [point.value for point in client.get_metric_history(run.info.run_id, "pruner/loss_answers")]
+    assert losses[-1] < losses[0]
+
+
+def test_a_folder_of_their_own_and_other_data_give_other_weights(published):
+    written = []
+    for change in ("none", "folder", "content"):
+        if change == "folder":
+            (published / "tables/photos").rename(published / "photos")
+        if change == "content":
+            path = published / "tables/instructions.json"
+            path.write_text(path.read_text().replace("A blue sign", "A red sign").replace("A dog", "Two dogs"))
+        folder = None if change == "none" else "."
+        pruner(taught_with(published, steps=1, share=1.0, images_folder=folder))
+        file = read_lpm(Path(DEFAULT_WEIGHTS))
+        written.append((file.training["data"], [value.tolist() for value in file.lpm.state_dict().values()]))
+    assert written[0] == written[1]
+    assert written[0][0] != written[2][0] and written[0][1] != written[2][1]
+
+
+def test_wrong_data_are_one_line_before_the_model_is_loaded(published):
+    before = Path(DEFAULT_WEIGHTS).read_bytes()
+    Path("llava/model.safetensors").unlink()
+    assert refusal(taught_with(published, data="tables/none.json")) == (
+        "pruner.data: tables/none.json: No such file or directory; expected instruction data in LLaVA's form, such as "
+        "llava_v1_5_mix665k.json"
+    )
+    Path("tables/instructions.json").write_text('[{"image": "a.png", "conversations": [{"from": "user"}]}]')
+    assert refusal(taught_with(published)) == (
+        "pruner.data: tables/instructions.json: entry 0: conversations.0.from = \"user\": expected 'human'; "
+        "human and gpt take turns, human first"
+    )
+    write_data(published / "tables")
+    assert refusal(taught_with(published, images_folder="elsewhere", share=1.0)) == (
+        "pruner.data: tables/instructions.json: entry 0: image: no such file elsewhere/photos/0.png; "
+        "pruner.images_folder is where image paths begin"
+    )
+    assert Path(DEFAULT_WEIGHTS).read_bytes() == before and not Path("mlflow.db").exists()
+
+
+def test_damage_that_shows_while_training_is_one_line_and_the_training_goes_on_where_it_was(published, monkeypatch):
+    monkeypatch.setattr("stages.pruner.CHECKPOINT_EVERY", 1)
+    image = Path("tables/photos/0.png")
+    whole = image.read_bytes()
+    pruner(taught_with(published, share=1.0))
+    expected = Path(DEFAULT_WEIGHTS).read_bytes()
+    image.write_bytes(whole[:100])
+    message = refusal(taught_with(published, share=1.0))
+    assert message.startswith("pruner.data: tables/photos/0.png: the image of entry 0 cannot be read (")
+    (checkpoint,) = Path("cache/training").glob("*/step.json")
+    assert 0 < json.loads(checkpoint.read_text())["step"] < INSTRUCTIONS["steps"]
+    image.write_bytes(whole)
+    pruner(taught_with(published, share=1.0))
+    assert Path(DEFAULT_WEIGHTS).read_bytes() == expected
+
+
+@pytest.mark.parametrize(("config", "family"), [(LlavaNextConfig, "llava_next"), (Qwen2_5_VLConfig, "qwen2_5_vl")])
+def test_families_that_cannot_be_taught_are_refused_before_anything_is_read(config, family, published):
+    config().save_pretrained("other")
+    before = Path(DEFAULT_WEIGHTS).read_bytes()
+    assert refusal(taught_with(published, {"path": "other"}, data="nowhere.json")) == (
+        "pruner.data = 'nowhere.json': instruction data teach models of family llava, and model.path = 'other' is of "
+        f"family {family}; allowed for it: scenes, which trains nothing, with weights of your own in the grids' "
+        "parameters.weights"
+    )
+    assert Path(DEFAULT_WEIGHTS).read_bytes() == before
+
+
+def test_scenes_teach_no_other_model_and_the_stage_says_what_becomes_of_the_weights(published, capsys):
+    before = Path(DEFAULT_WEIGHTS).read_bytes()
+    pruner(settings_of(published, model={"path": "llava", "prompt_style": "llava_v1"}))
+    assert capsys.readouterr().out == (
+        "pruner.data = scenes teaches the testbed's model: nothing is trained for llava, and "
+        "models/pruner/lpm.safetensors stays as it is; the sweep refuses it on an encoder it was not trained on\n"
+    )
+    assert Path(DEFAULT_WEIGHTS).read_bytes() == before
+    with pytest.raises(WeightsError, match="were trained on encoder"):
+        check(LearnPruner(), LlavaAdapter.load("llava").encoder_fingerprint())
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -57,6 +196,9 @@ def test_the_stage_trains_for_the_model_of_the_settings_and_logs(tiny_vlm, tmp_p
         ("share", 1.5, "pruner.share = 1.5: Input should be less than or equal to 1"),
         ("keep_share", 1.0, "pruner.keep_share = 1.0: Input should be less than 1"),
         ("sparsity", "gumbel", "pruner.sparsity = 'gumbel': Input should be 'topk_ste' or 'ratio_penalty'"),
+        ("data", "", "pruner.data = '': String should have at least 1 character"),
+        ("max_tokens", 0, "pruner.max_tokens = 0: Input should be greater than or equal to 1"),
+        ("images_folder", "coco", "pruner: images_folder 'coco' belongs to instruction data; data is scenes"),
         ("steps", 0, "pruner.steps = 0: Input should be greater than or equal to 1"),
         ("rate", 1, "pruner.rate: unknown key; see docs/params.md for the keys that exist"),
     ],

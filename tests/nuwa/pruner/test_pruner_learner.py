@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from oracles import dropping as oracle
 
-from nuwa.pruner.conversations import draw_batch, draw_conversation, draw_subset, pack_for
+from nuwa.pruner.conversations import Scenes, draw_batch, draw_conversation, draw_subset, pack_for
 from nuwa.pruner.learner import attend_to_kept, best_tokens, relative_to_threshold, straight_through
 from nuwa.pruner.train import build_learner, evaluator
 from nuwa.testbed.instruction import IGNORE, pack
+from nuwa.training import step_rng
 
 torch.set_num_threads(1)
 
@@ -259,13 +261,24 @@ def test_an_image_has_the_same_content_in_any_batch(tiny_vlm):
     assert scene.objects != other.objects
 
 
+def test_the_default_recipe_draws_the_scenes_it_always_drew(tiny_vlm):
+    """The digest is of the first two batches of the recipe that made the committed weights, pixels rounded to 1/64."""
+    scenes, digest = Scenes(tiny_vlm, 0, 20_000, 0.1), hashlib.sha256()
+    for step in range(2):
+        batch = scenes.draw(step_rng(0, "pruner", step, 0), 4)
+        for name in ("input_ids", "position_ids", "blocks", "labels"):
+            digest.update(batch[name].numpy().astype("<i8").tobytes())
+        digest.update((batch["pixels"] * 64).round().numpy().astype("<i2").tobytes())
+    assert digest.hexdigest() == "8268a576eccce1c8d672436cc38f1984ccf4f6e40c7a441bcfb90db736934fe4"
+
+
 # --- validation
 
 
 def test_validation_compares_with_random_tokens_and_with_all(own_vlm, monkeypatch):
     monkeypatch.setattr("nuwa.pruner.train.VALIDATION_IMAGES", 2)
     learner = learner_of(own_vlm, keep_share=0.2)
-    metrics = evaluator(own_vlm)(learner)
+    metrics = evaluator(own_vlm, Scenes(own_vlm, 0, 20, 0.1))(learner)
     batch = draw_batch(own_vlm, 13, "validation", np.arange(2))
     features = learner.features(batch)
     with torch.no_grad():

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 
+from nuwa.pruner.conversations import Scenes
 from nuwa.pruner.train import build_learner, train_pruner
 from nuwa.stage1.learnpruner import LearnPruner, check, read_lpm
 from nuwa.training import PhaseSchedule
@@ -33,11 +34,17 @@ def train(tiny_vlm):
                 raise Killed
 
         recipe = {"seed": 5, "images": 40, "share": 0.1} | recipe
-        output = folder / "lpm.safetensors"
-        learner = build_learner(vlm, recipe["seed"], "topk_ste", 0.2, 10.0)
+        output, seed = folder / "lpm.safetensors", recipe["seed"]
         train_pruner(
-            learner, output, folder / "checkpoints", schedule=schedule, facts={"steps": schedule.steps}, log=log, **recipe
-        )  # fmt: skip
+            build_learner(vlm, seed, "topk_ste", 0.2, 10.0),
+            Scenes(vlm, **recipe),
+            output,
+            folder / "checkpoints",
+            seed=seed,
+            schedule=schedule,
+            facts={"steps": schedule.steps},
+            log=log,
+        )
         return output, logged
 
     return run
