@@ -112,6 +112,7 @@ class PrunerSettings(Section):
     ``data``: ``scenes``, of which there are ``images`` (the testbed), or a file of instruction data as LLaVA publishes it,
     whose image paths begin in ``images_folder`` (null: the file's own) and whose sequences have at most ``max_tokens``.
     ``keep_share``: tokens that stay, as a share: of every image (``topk_ste``) or on average (``ratio_penalty``).
+    ``recompute``: less memory for more time, with the same result.
     """
 
     seed: Seed
@@ -126,6 +127,7 @@ class PrunerSettings(Section):
     steps: Positive
     batch_size: Positive
     learning_rate: Annotated[float, Field(gt=0)]
+    recompute: bool = False
 
     @model_validator(mode="after")
     def _scenes_have_no_folder(self) -> PrunerSettings:

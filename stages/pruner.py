@@ -48,7 +48,7 @@ def pruner(settings: Settings) -> None:
 
 
 def _train(settings: Settings) -> None:
-    recipe, main = settings.pruner, PartialState().is_main_process
+    recipe, main = settings.pruner, PartialState(cpu=not torch.cuda.is_available()).is_main_process
     instructions = None if recipe.data == SCENES else _instructions(settings)
     if instructions is not None and main:
         print(instructions, flush=True)
@@ -70,7 +70,9 @@ def _train(settings: Settings) -> None:
             log(step, metrics)
 
         train_pruner(
-            build_learner(vlm, recipe.seed, recipe.sparsity, recipe.keep_share, recipe.penalty_weight),
+            build_learner(
+                vlm, recipe.seed, recipe.sparsity, recipe.keep_share, recipe.penalty_weight, recipe.recompute
+            ),
             data,
             Path(DEFAULT_WEIGHTS),
             CACHE / "training" / identity,

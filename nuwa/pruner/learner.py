@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from nuwa.signals import top_indices
@@ -114,13 +115,22 @@ class PrunerLearner(nn.Module):
     probability stays, in every image; its logits are standardised and shifted first, which moves no rank,
     so that just these have ``p > 1/2`` and ``argmax`` would decide the same. ``ratio_penalty``: ``argmax`` decides, and
     ``penalty_weight * (mean keep - keep_share)²`` joins the loss (mean over the tokens of the batch).
+
+    ``recompute``: what a layer of the language model holds for its gradient is computed again when it is needed. The
+    gradient is the same, and memory for one layer does instead of for all.
     """
 
     def __init__(
-        self, lpm: Lpm, vlm: LlavaAdapter, sparsity: Sparsity, keep_share: float, penalty_weight: float
+        self,
+        lpm: Lpm,
+        vlm: LlavaAdapter,
+        sparsity: Sparsity,
+        keep_share: float,
+        penalty_weight: float,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.lpm, self.vlm = lpm, vlm
+        self.lpm, self.vlm, self.recompute = lpm, vlm, recompute
         self.sparsity, self.keep_share, self.penalty_weight = sparsity, keep_share, penalty_weight
         vlm.model.requires_grad_(False)
         vlm.language.set_attn_implementation(ATTENTION)
@@ -164,8 +174,12 @@ class PrunerLearner(nn.Module):
         rotary = language.rotary_emb(embeds, position_ids=batch["position_ids"])
         visible = block_mask(batch["blocks"])
         hidden = embeds
+        given = {"attention_mask": visible, "position_embeddings": rotary, "kept": mask, "first": first}
         for layer in language.layers:
-            hidden = layer(hidden, attention_mask=visible, position_embeddings=rotary, kept=mask, first=first)
+            if self.recompute:
+                hidden = checkpoint(layer, hidden, use_reentrant=False, **given)
+            else:
+                hidden = layer(hidden, **given)
         return vlm.model.lm_head(language.norm(hidden[batch["labels"] != IGNORE]))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

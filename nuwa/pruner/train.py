@@ -37,13 +37,18 @@ class TrainingData(Protocol):
 
 
 def build_learner(
-    vlm: LlavaAdapter, seed: int, sparsity: Sparsity, keep_share: float, penalty_weight: float
+    vlm: LlavaAdapter,
+    seed: int,
+    sparsity: Sparsity,
+    keep_share: float,
+    penalty_weight: float,
+    recompute: bool = False,
 ) -> PrunerLearner:
     """A fresh LPM, seeded, in front of the frozen ``vlm``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lpm = Lpm(vlm.model.config.vision_config.hidden_size)
-    return PrunerLearner(lpm, vlm, sparsity, keep_share, penalty_weight)
+    return PrunerLearner(lpm, vlm, sparsity, keep_share, penalty_weight, recompute)
 
 
 def train_pruner(

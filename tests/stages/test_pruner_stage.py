@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,15 @@ from instruction_data import tiny_llava, write_data
 from mlflow import MlflowClient
 from transformers import LlavaNextConfig, Qwen2_5_VLConfig
 
+from nuwa.pruner.instructions import Conversations, read_instructions
+from nuwa.pruner.train import build_learner
 from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS, LearnPruner, WeightsError, check, read_lpm
+from nuwa.training import PhaseSchedule, step_rng
 from nuwa.vlm import LlavaAdapter
-from pipelines.settings import SettingsError, load_settings
-from stages.pruner import pruner
+from pipelines.presets import compose
+from pipelines.settings import SettingsError, load_settings, parse_settings
+from stages.entry import planned_trials
+from stages.pruner import DECAY_SHARE, WARMUP, pruner
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -187,6 +195,61 @@ def test_scenes_teach_no_other_model_and_the_stage_says_what_becomes_of_the_weig
     assert Path(DEFAULT_WEIGHTS).read_bytes() == before
     with pytest.raises(WeightsError, match="were trained on encoder"):
         check(LearnPruner(), LlavaAdapter.load("llava").encoder_fingerprint())
+
+
+def test_the_preset_of_the_main_table_trains_the_weights_that_its_sweep_reads():
+    overlay = (ROOT / "experiments/learnpruner_main.yaml").read_text()
+    settings = parse_settings(compose((ROOT / "params.yaml").read_text(), overlay), "learnpruner_main")
+    assert settings.pruner.data.endswith("/llava_v1_5_mix665k.json")
+    learned = [trial.spec.config for trial in planned_trials(settings) if trial.spec.method == "learnpruner"]
+    assert len(learned) > 3 and {config.weights for config in learned} == {DEFAULT_WEIGHTS}
+
+
+def launched(folder: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
+    """The stage as a command, with a sweep that the tiny model can have."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["sweep"] |= {"budgets": [9], "grids": [{"name": "g", "method": "learnpruner", "stage2_layer": "off"}]}
+    params["report"]["headline_budget"], params["search"]["swarm"] = 9, None
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *launcher, "-m", "stages.pruner"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_two_processes_learn_from_both_their_batches(published):
+    taught_with(published, steps=3, batch_size=4, share=1.0)
+    done = launched(published, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("conversations about images are taught") == 1, "one process speaks"
+    vlm = LlavaAdapter.load("llava")
+    path = published / "tables/instructions.json"
+    data = Conversations(vlm, read_instructions(path, path.parent, 0, 1.0), 2048)
+    learner = build_learner(vlm, 0, "topk_ste", 0.2, 10.0)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=0.003, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = PhaseSchedule(3, 4, 0.003, warmup=WARMUP, decay_share=DECAY_SHARE)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 0.003 * schedule.rate(step)
+        batches = [data.draw(step_rng(0, "pruner", step, process), 2) for process in range(2)]
+        optimizer.zero_grad()
+        (sum(learner(batch)["answers"] for batch in batches) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), schedule.clip)
+        optimizer.step()
+    fresh = build_learner(vlm, 0, "topk_ste", 0.2, 10.0).lpm.state_dict()
+    written = read_lpm(published / DEFAULT_WEIGHTS).lpm.state_dict()
+    for name, value in learner.lpm.state_dict().items():
+        assert torch.allclose(written[name], value, atol=1e-6), name
+        assert not torch.allclose(written[name], fresh[name], atol=1e-4), name
+
+
+def test_the_command_ends_with_one_line_where_data_are_wrong(published):
+    (published / "tables/instructions.json").write_text("{}")
+    taught_with(published)
+    done = launched(published)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: pruner.data: tables/instructions.json: byte 0: expected '[', found '{'; "
+        "the file must be a JSON list of entries"
+    )
 
 
 @pytest.mark.parametrize(

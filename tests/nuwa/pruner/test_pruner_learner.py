@@ -171,6 +171,26 @@ def test_kept_and_dropped_tokens_both_teach_the_module_and_nothing_else_learns(o
     assert {name.partition(".")[0] for name, _ in learner.named_parameters()} == {"lpm"}
 
 
+def test_computing_layers_again_gives_the_same_gradient_from_less_memory(own_vlm, batch):
+    outcomes = []
+    for recompute in (False, True):
+        learner = build_learner(own_vlm, 0, "topk_ste", 0.25, 10.0, recompute)
+        held = []
+
+        def count(tensor, held=held):
+            held.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = learner(batch)["answers"]
+        loss.backward()
+        outcomes.append((loss.detach(), [parameter.grad for parameter in learner.lpm.parameters()], sum(held)))
+    (loss, gradients, memory), (again, same, less) = outcomes
+    assert torch.equal(loss, again)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, same, strict=True))
+    assert less < memory / 4
+
+
 # --- sparsity
 
 
