@@ -41,7 +41,7 @@ from nuwa.signals import SIGNAL_NAMES
 from nuwa.source import code_fingerprint
 from nuwa.vlm import Adapter, load_adapter
 from pipelines.atomic import atomic_path
-from pipelines.executor import UnitsFailed, run_units
+from pipelines.executor import UnitsFailed, reason, run_units
 from pipelines.settings import ClusterSettings, FeatureSettings, ModelSettings
 from pipelines.storage import Folder, is_uri
 
@@ -79,6 +79,34 @@ def layouts_of(vlm: Adapter, sizes: Mapping[str, tuple[int, int]]) -> dict[str, 
                 "out of the benchmark's table"
             ) from None
     return found
+
+
+class BrokenImages(UnitsFailed):
+    """Images whose bytes cannot be decoded; all others are stored."""
+
+    @classmethod
+    def found(cls, broken: Mapping[str, str], images_path: Path) -> BrokenImages:
+        """One line from digest → what is wrong with it; ``images_path`` as :func:`read_images` takes it."""
+        image, fault = min(broken.items())
+        first = f"image {image[:12]} cannot be decoded ({fault})"
+        if len(broken) > 1:
+            first = f"{len(broken)} images cannot be decoded, first {image[:12]} ({fault})"
+        return cls(
+            f"{first}; {_asked_about(image, images_path)}: fetch the published file again or take these rows out of it, "
+            "then run the same command again; all other images are encoded and kept"
+        )
+
+
+def _asked_about(image: str, images_path: Path) -> str:
+    """The questions about an image, from the table that ``prepare`` leaves beside the images."""
+    examples = images_path.with_name("examples.parquet")
+    if examples.exists():
+        held = pq.read_table(examples, columns=["example_id"], filters=[("image", "=", image)])
+        names = held["example_id"].to_pylist()
+        if names:
+            more = f" and {len(names) - 1} more rows" if len(names) > 1 else ""
+            return f"it is asked about by {names[0]}{more} of {examples}"
+    return f"its questions have image = {image}"
 
 
 class NoRoom(UnitsFailed):
@@ -395,28 +423,51 @@ class EncodeWorker:
         self.spec, self.vlm = spec, load_model(spec.model, spec.device, spec.loading)
         self.store = FeatureStore(spec.root, spec.identity)
 
-    def run(self, images: Sequence[str], _upcoming: Sequence[str] | None = None) -> int:
-        """Encode one shard's ``images``, all of one layout; returns how many."""
-        content = read_images(Path(self.spec.images), images)
+    def run(self, images: Sequence[str], _upcoming: Sequence[str] | None = None) -> Encoded:
+        """Encode one shard's ``images``, all of one layout; those that cannot be decoded are left out and named."""
+        content, broken = decode_images(Path(self.spec.images), images)
+        whole = [image for image in images if image in content]
         encoded = []
-        for start in range(0, len(images), self.spec.batch_size):
-            batch = self.vlm.encode_images([content[image] for image in images[start : start + self.spec.batch_size]])
+        for start in range(0, len(whole), self.spec.batch_size):
+            batch = self.vlm.encode_images([content[image] for image in whole[start : start + self.spec.batch_size]])
             encoded += [image.to("cpu", getattr(torch, self.spec.dtype)) for image in batch]
-        (layout,) = {image.layout for image in encoded}
-        self.store.write(
-            images, {key: torch.stack([image.signals[key] for image in encoded]) for key in self.spec.keep}, layout
-        )
-        return len(images)
+        if whole:
+            (layout,) = {image.layout for image in encoded}
+            signals = {key: torch.stack([image.signals[key] for image in encoded]) for key in self.spec.keep}
+            self.store.write(whole, signals, layout)
+        return Encoded(len(whole), broken)
+
+
+class Encoded(NamedTuple):
+    """What became of a shard: how many images are stored, and digest → fault of those that are not."""
+
+    images: int
+    broken: dict[str, str]
 
 
 def read_images(path: Path, images: Sequence[str]) -> dict[str, Image.Image]:
-    """Decoded RGB images of ``images.parquet`` by digest."""
+    """Decoded RGB images of ``images.parquet`` by digest; raises :class:`BrokenImages`."""
+    decoded, broken = decode_images(path, images)
+    if broken:
+        raise BrokenImages.found(broken, path)
+    return decoded
+
+
+def decode_images(path: Path, images: Sequence[str]) -> tuple[dict[str, Image.Image], dict[str, str]]:
+    """Decoded RGB images of ``images.parquet`` by digest, and digest → fault of those that cannot be decoded."""
     groups = _row_groups(path, path.stat().st_mtime_ns)
     held = pq.ParquetFile(path)
     table = held.read_row_groups(sorted({groups[image] for image in images}), columns=["image", "bytes"])
     table = table.filter(pc.is_in(table["image"], pa.array(images, pa.string())))
-    rows = zip(table["image"].to_pylist(), table["bytes"].to_pylist(), strict=True)
-    return {digest: Image.open(io.BytesIO(content)).convert("RGB") for digest, content in rows}
+    decoded, broken = {}, {}
+    for digest, content in zip(table["image"].to_pylist(), table["bytes"].to_pylist(), strict=True):
+        try:
+            decoded[digest] = Image.open(io.BytesIO(content)).convert("RGB")
+        except MemoryError:
+            raise
+        except Exception as error:  # each of Pillow's decoders has errors of its own
+            broken[digest] = reason(error)
+    return decoded, broken
 
 
 @cache
@@ -441,7 +492,7 @@ def encode_missing(
 ) -> tuple[FeatureStore, int]:
     """Bring the store up to date with ``images.parquet``; returns it and how many images were encoded.
 
-    Damaged shards are discarded first and encoded again.
+    Damaged shards are discarded first and encoded again. Raises :class:`BrokenImages` once all whole images are stored.
     """
     vlm = loading.here(model)
     identity = store_identity(vlm.encoder_fingerprint(), settings.dtype, settings.keep)
@@ -469,11 +520,12 @@ def encode_missing(
         cluster.device,
         loading,
     )
-    done = 0
+    done, broken = 0, {}
 
-    def count(_unit: str, encoded: int) -> None:
+    def count(_unit: str, encoded: Encoded) -> None:
         nonlocal done
-        done += encoded
+        done += encoded.images
+        broken.update(encoded.broken)
         on_progress(done, len(missing))
 
     failures = run_units(spec, dict(enumerate_ids(shards)), cluster, count, in_process=in_process)
@@ -482,6 +534,8 @@ def encode_missing(
         raise UnitsFailed(
             f"{len(failures)} of {len(shards)} feature shards failed, first: {worst.reason}\n{worst.detail}"
         )
+    if broken:
+        raise BrokenImages.found(broken, images_path)
     store.refresh()
     return store, len(missing)
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from nuwa.benchmarks import image_size
 from nuwa.vlm import LlavaAdapter
-from pipelines.features import FeatureStore, MissingFeatures, NoRoom, encode_missing, store_identity
+from pipelines.datasets import write_examples
+from pipelines.features import (
+    BrokenImages,
+    FeatureStore,
+    MissingFeatures,
+    NoRoom,
+    encode_missing,
+    read_images,
+    store_identity,
+)
 from pipelines.settings import FeatureSettings
 
 SETTINGS = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
@@ -203,3 +216,78 @@ def test_features_that_do_not_fit_are_refused_before_encoding(model_folder, prep
         "make room, set features.dtype: float16, or name another place in features.store"
     )
     assert not list(tmp_path.rglob("*.arrow"))
+
+
+def truncated(kind: str, seed: int) -> bytes:
+    """An image whose header says 96x96 and whose body ends halfway."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(buffer, kind)
+    content = buffer.getvalue()[: len(buffer.getvalue()) // 2]
+    assert image_size(content) == (96, 96)
+    return content
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, cluster, tmp_path, in_process):
+    """A JPEG and a PNG cut short: every whole image of every shard is stored, those of their own shards too."""
+    table = pq.read_table(prepared / "benchmarks" / "pope.parquet")
+    rows = table.to_pylist()
+    for kind, asked in (("JPEG", rows[:2]), ("PNG", rows[-1:])):
+        for row in asked:
+            row["image"] = {"bytes": truncated(kind, seed=len(kind)), "path": ""}
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "pope.parquet")
+    images = tmp_path / "images.parquet"
+    write_examples({"pope": tmp_path}, "testbed", tmp_path / "examples.parquet", images)
+    names = pq.read_table(images, columns=["image"])["image"].to_pylist()
+    bad = sorted(hashlib.sha256(truncated(kind, seed=len(kind))).hexdigest() for kind in ("JPEG", "PNG"))
+    examples = pd.read_parquet(tmp_path / "examples.parquet")
+    asked = examples[examples["image"] == bad[0]]["example_id"].tolist()
+    progress = []
+
+    def encode():
+        return encode_missing(
+            str(model_folder),
+            images,
+            tmp_path / "store",
+            SETTINGS,
+            cluster,
+            lambda *done: progress.append(done),
+            in_process=in_process,
+        )
+
+    with pytest.raises(BrokenImages) as raised:
+        encode()
+    more = f" and {len(asked) - 1} more rows" if len(asked) > 1 else ""
+    assert re.fullmatch(
+        rf"2 images cannot be decoded, first {bad[0][:12]} \(OSError: .*(truncated|broken).*\); it is asked about by "
+        rf"{re.escape(asked[0] + more)} of {tmp_path}/examples\.parquet: fetch the published file again or take these "
+        r"rows out of it, then run the same command again; all other images are encoded and kept",
+        str(raised.value),
+    ), str(raised.value)
+    (folder,) = (tmp_path / "store").iterdir()
+    store = FeatureStore(tmp_path / "store", folder.name)
+    assert sorted(store.missing(names)) == bad and progress[-1] == (len(names) - 2, len(names))
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    with pytest.raises(BrokenImages):
+        encode()
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == kept, "nothing is encoded twice"
+    write_examples({"pope": prepared / "benchmarks"}, "testbed", tmp_path / "examples.parquet", images)
+    mended, encoded = encode()  # in other batches than at once, which may round otherwise
+    new = set(pq.read_table(images, columns=["image"])["image"].to_pylist()) - set(names)
+    assert encoded == len(new) <= 2, "the mended images and no other"
+    fresh, _ = encode_missing(str(model_folder), images, tmp_path / "fresh", SETTINGS, cluster, in_process=True)
+    everything = sorted(pq.read_table(images, columns=["image"])["image"].to_pylist())
+    for name, value in mended.read(everything).items():
+        assert torch.allclose(value, fresh.read(everything)[name], atol=1e-5), name
+
+
+def test_a_broken_image_without_its_questions_is_named_by_digest(prepared, tmp_path):
+    content = truncated("PNG", seed=1)
+    digest = hashlib.sha256(content).hexdigest()
+    row = {"image": [digest], "width": [96], "height": [96], "bytes": [content]}
+    pq.write_table(pa.table(row, pq.read_schema(prepared / "images.parquet")), tmp_path / "images.parquet")
+    with pytest.raises(BrokenImages) as raised:
+        read_images(tmp_path / "images.parquet", [digest])
+    assert str(raised.value).startswith(f"image {digest[:12]} cannot be decoded (OSError: ")
+    assert f"; its questions have image = {digest}: fetch the published file again" in str(raised.value)
