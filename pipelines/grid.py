@@ -297,12 +297,18 @@ def no_cycles() -> Iterator[None]:
 
 
 @no_cycles()
-def expand(sweep: SweepSettings, layouts: Layouts, layers: int) -> list[Trial]:
-    """All trials of a sweep, the unpruned one first, each once; raises :class:`SettingsError` for impossible ones."""
+def expand(
+    sweep: SweepSettings, layouts: Layouts, layers: int, tell: Callable[[str], None] = lambda line: None
+) -> list[Trial]:
+    """All trials of a sweep, the unpruned one first, each once; raises :class:`SettingsError` for impossible ones.
+
+    ``tell`` gets one line a grid that ``where_reachable`` took trials from: which, and why.
+    """
     unit, dynamic = sweep.budget_unit, layouts.dynamic
     trials: dict[str, Trial] = {}
     grids: dict[str, dict[str, None]] = {}  # in the order of asking
     budgets: dict[str, dict[float, None]] = {}
+    left_out: dict[str, list[tuple[str, float, str]]] = {}  # grid → method, budget and why
     plans: dict[Any, LayoutPlan] = {}  # of specifications alike in what decides the schedule
 
     def add(spec: MethodSpec, asked: float | None, parameters: dict[str, Any], name: str) -> None:
@@ -341,6 +347,19 @@ def expand(sweep: SweepSettings, layouts: Layouts, layers: int) -> list[Trial]:
                         f"sweep.grids.{number} ({entry.name}), method {arguments['method']}: {error}; "
                         "give the entry its own budget or set where_reachable: true"
                     ) from None
+                left_out.setdefault(entry.name, []).append((arguments["method"], arguments["budget"], str(error)))
             except (ValueError, TypeError) as error:
                 raise SettingsError(f"sweep.grids.{number} ({entry.name}): {error}") from None
+    for name, without in left_out.items():
+        tell(_left_out(name, without))
     return [trial.named(grids[trial_id], budgets[trial_id]) for trial_id, trial in trials.items()]
+
+
+def _left_out(grid: str, without: list[tuple[str, float, str]]) -> str:
+    """One line from the method, the budget and the reason of every trial that ``grid`` does without."""
+    budgets: dict[str, dict[float, None]] = {}
+    for method, budget, _ in without:
+        budgets.setdefault(method, {})[budget] = None
+    listed = "; ".join(f"{method} at {', '.join(f'{one:g}' for one in asked)}" for method, asked in budgets.items())
+    count = "1 trial" if len(without) == 1 else f"{len(without)} trials"
+    return f"grid {grid!r} leaves out {count} that cannot be reached: {listed} (the first: {without[0][2]})"

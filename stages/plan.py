@@ -51,26 +51,25 @@ from stages.prepare import prepare_testbed
 
 def plan(settings: Settings) -> None:
     console = Console()
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     console.print(_grids(settings, planned_trials(settings)))
     examples, remarks = prepared_examples(settings.sweep), []
     exact = examples is not None
     if examples is None:
         examples, remarks = expected(settings)
     for line in remarks:
-        console.print(line, highlight=False)
+        say(line)
     if examples.empty:
-        console.print(
-            f"{EXAMPLES} is not there yet: `dvc repro prepare` makes it, and the next plan says what this costs"
-        )
+        say(f"{EXAMPLES} is not there yet: `dvc repro prepare` makes it, and the next plan says what this costs")
         return
     outlook = Outlook.of(settings, examples, exact)
     speed = worker_speed(UNITS_LOG, settings.cluster)
-    lines = describe(outlook.forecast, outlook.feature_bytes, settings, speed)
+    lines = outlook.left_out + describe(outlook.forecast, outlook.feature_bytes, settings, speed)
     if exact:
         read = partial(read_examples, outlook.questions.examples, layouts=outlook.layouts)
         lines += compare(outlook.trials, read, outlook.costs, settings, speed)
     for line in lines:
-        console.print(line, highlight=False)
+        say(line)
 
 
 def prepared_examples(asked: SweepSettings) -> pd.DataFrame | None:
@@ -116,7 +115,7 @@ def _drawn(settings: Settings) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Outlook:
-    """A sweep before it runs; ``layouts`` by image."""
+    """A sweep before it runs; ``layouts`` by image, ``left_out`` a line a grid that does without trials."""
 
     questions: Questions
     layouts: dict[str, VisualLayout]
@@ -124,6 +123,7 @@ class Outlook:
     costs: list[Costs]
     forecast: Forecast
     feature_bytes: int
+    left_out: list[str]
 
     @classmethod
     def of(cls, settings: Settings, examples: pd.DataFrame, exact: bool) -> Outlook:
@@ -137,11 +137,12 @@ class Outlook:
         questions = choose_questions(examples, asked.benchmarks, asked.images, asked.subset_seed)
         vlm = weightless(settings.model.path)
         layouts = image_layouts(vlm, questions.examples)
-        trials = expand(asked, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers)
+        left_out: list[str] = []
+        trials = expand(asked, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers, left_out.append)
         costs = sweep_costs(vlm, questions.examples)
         widths = vlm.signal_widths(vlm.model.config)
         store = sum(signal_bytes(widths, layout, settings.features) for layout in layouts.values())
-        return cls(questions, layouts, trials, costs, forecast(trials, costs), store)
+        return cls(questions, layouts, trials, costs, forecast(trials, costs), store, left_out)
 
 
 def weightless(path: str) -> Adapter:

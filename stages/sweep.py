@@ -53,7 +53,7 @@ def sweep(settings: Settings) -> None:
     stamp, vlm = folder_stamp(Path(model.path), loading.dtype), loading.here(model.path)
     of_image = image_layouts(vlm, questions)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
-    trials = expand(plan, layouts, vlm.layers)
+    trials = expand(plan, layouts, vlm.layers, tell=print)
     check_weights(trials, vlm)
     with exclusive(CACHE):
         engine = Engine.start(settings, vlm, of_image, places(settings))

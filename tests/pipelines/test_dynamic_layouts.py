@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -252,6 +253,17 @@ def test_a_budget_out_of_reach_on_one_image_is_refused_or_left_out(tiny_next, ph
     )
     assert str(caught.value).endswith("tokens); give the entry its own budget or set where_reachable: true")
     assert len(dynamic.expand("tokens", [5.0], {**entry, "where_reachable": True})) == 1
+    told: list[str] = []
+    several = {"name": "g", "method": ["random", "uniform"], "position": ["perc", "pesp"], "where_reachable": True}
+    settings = sweep_settings("tokens", [5.0, 30.0], several, {**several, "name": "h", "budget": 30})
+    kept = expand(settings, dynamic.counts, dynamic.vlm.layers, told.append)
+    assert len(kept) == 5, "the unpruned one, and two methods at 30"
+    (line,) = told
+    assert line.startswith(
+        "grid 'g' leaves out 4 trials that cannot be reached: random at 5; uniform at 5 "
+        "(the first: 5 tokens before the first cut are out of reach on this image: allowed "
+    )
+    assert re.search(r"newline tokens \(budget 5, an image of \d+ tokens\)\)$", line)
     with pytest.raises(ValueError, match=r"budget 5 of grid 'g' must lie in \(0, 1\]: budget_unit is share"):
         dynamic.expand("share", [5.0], entry)
 

@@ -48,12 +48,34 @@ def with_grid(project: Path, grids: list[dict]) -> None:
     (project / "params.yaml").write_text(yaml.safe_dump(params))
 
 
-def swept(project: Path) -> list[dict]:
-    """The units of all sweeps so far."""
+def test_the_plan_and_the_sweep_say_what_a_grid_leaves_out(project, capsys):
+    reach = {"name": "cuts", "method": ["fastv", "pyramiddrop"], "budget": [16, 48], "where_reachable": True}
+    with_grid(
+        project, [*GRID, {**reach, "position": ["perc", "pesp"]}, {**reach, "name": "more", "method": "sparsevlm"}]
+    )
+    run_stage(plan)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("grid ")]
+    assert told == [
+        "grid 'cuts' leaves out 4 trials that cannot be reached: fastv at 16; pyramiddrop at 16 (the first: budget 16 is "
+        "out of reach with a stage-2 cut before layer 1 of 8: allowed 18.88..144 average tokens)",
+        "grid 'more' leaves out 1 trial that cannot be reached: sparsevlm at 16 (the first: budget 16 is out of reach "
+        "with stage-2 cuts before layers 1, 2, 4 of 8: allowed 18.88..144 average tokens)",
+    ]
+    done = sweep_stage(project)
+    assert [line for line in done.stdout.splitlines() if line.startswith("grid ")] == told
+
+
+def sweep_stage(project: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "stages.sweep"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def swept(project: Path) -> list[dict]:
+    """The units of all sweeps so far."""
+    sweep_stage(project)
     return [json.loads(line) for line in (project / "cache" / "units.jsonl").read_text().splitlines()]
 
 
