@@ -21,7 +21,7 @@ from nuwa.vlm import Adapter
 from pipelines.collection import collect
 from pipelines.engine import Engine
 from pipelines.executor import UnitsFailed
-from pipelines.grid import Layouts, Trial
+from pipelines.grid import Layouts, Trial, budget_on
 from pipelines.racing import FEWEST_IMAGES, Race
 from pipelines.results import ResultStore
 from pipelines.search_space import preset_point
@@ -31,6 +31,7 @@ from pipelines.swarm_search import Tried, objective_of, ranking, run_study
 from pipelines.tracking import Tracker
 
 CONFIRMED = 5  # best points that are also asked on images the search has not seen
+ROUNDED = 0.5 + 1e-9  # tokens by which whole numbers of them may miss a budget
 
 Contest = Callable[..., Race]  # :func:`pipelines.racing.race` with reference, ask, confidence and bootstrap filled in
 
@@ -73,6 +74,22 @@ class Asking:
             return pd.read_parquet(predictions, columns=["trial_id", "example_id", "prediction"])
 
 
+def race_cost(trial: Trial, row: Mapping[str, Any], layouts: Layouts, cost: str) -> float:
+    """What a trial costs in a race, from its row of ``trials.parquet``: the mean over images of ``layouts``.
+
+    Schedules miss their budget by up to half a token, which is no advantage: such a trial's average is its budget.
+    """
+    value = float(row[cost])
+    if cost != "average_tokens":
+        return value
+    asked = [
+        layouts.mean(lambda layout, budget=budget: budget_on(layout, budget, trial.unit, trial.dynamic))
+        for budget in trial.budgets
+    ]
+    met = [budget for budget in asked if abs(budget - value) <= ROUNDED]
+    return min(met, key=lambda budget: abs(budget - value), default=value)
+
+
 def race_grid(
     wanted: SearchSettings,
     vlm: Adapter,
@@ -92,8 +109,7 @@ def race_grid(
         tracker.progress(rung, {f"race/{key}": value for key, value in numbers.items()})
         print("rung {rung}: {trials} trials on {images} images, {stopped} stop".format(**figures[-1]), flush=True)
 
-    # Schedules of one budget differ by up to half a token; that is no advantage.
-    cost = {trial_id: round(row[wanted.cost]) for trial_id, row in rows.items()}
+    cost = {trial.trial_id: race_cost(trial, rows[trial.trial_id], layouts, wanted.cost) for trial in trials}
     raced = contest(trials, rungs=rungs, cost=cost, on_rung=on_rung)
     return race_table(raced, rows), {
         "confidence": wanted.confidence,

@@ -25,6 +25,7 @@ from pipelines.features import ImpossibleImage, encode_missing, layouts_of
 from pipelines.grid import Layouts, budget_on, expand
 from pipelines.plan import forecast, image_layouts, plan_units, read_examples, sweep_costs
 from pipelines.results import ResultStore
+from pipelines.search import race_cost
 from pipelines.settings import ClusterSettings, FeatureSettings, SettingsError, SweepSettings
 from pipelines.sweep import SweepSpec, answer_context, branch, run_sweep
 
@@ -232,6 +233,29 @@ def test_rows_hold_means_over_images(dynamic):
             assert row["budget"] == round(0.8 * round(tokens)) and row["budgets"] == [row["budget"]]
             assert abs(row["average_tokens"] - 0.8 * tokens) < 0.5
     assert trials[1].label.startswith("nuwa · 80 % · perc")
+
+
+def test_a_race_costs_budgets_as_they_are_and_everything_else_exactly(dynamic):
+    """Shares of images of many sizes are no whole tokens: what one share costs is one cost, two shares are two."""
+    close = [0.7, 0.71]
+    entries = [
+        {"name": "g", "method": ["nuwa", "random"], "position": ["perc", "pesp"]},
+        {"name": "g", "method": "uniform", "stage2_layer": "off"},
+    ]
+    trials = dynamic.expand("share", close, *entries)
+    counts = dynamic.counts
+    rows = {trial.trial_id: trial.row(counts, lambda schedule: {"flops": float(schedule.tokens)}) for trial in trials}
+    costs = {trial.trial_id: race_cost(trial, rows[trial.trial_id], counts, "average_tokens") for trial in trials}
+    tokens = sum(dynamic.layouts[image].tokens for image in dynamic.photos) / len(dynamic.photos)
+    for trial in trials:
+        row, cost = rows[trial.trial_id], costs[trial.trial_id]
+        assert race_cost(trial, row, counts, "flops") == row["flops"]
+        expected = trial.budgets[0] * tokens if trial.budgets else tokens
+        assert cost == pytest.approx(expected, rel=1e-12) and abs(cost - row["average_tokens"]) <= 0.5
+    assert len(set(costs.values())) == 3, "two shares and everything"
+    one = next(trial for trial in trials if trial.spec.method == "random" and trial.budgets == (0.7,))
+    far = rows[one.trial_id] | {"average_tokens": 0.7 * tokens - 2}
+    assert race_cost(one, far, counts, "average_tokens") == 0.7 * tokens - 2, "coarser grids really cost less"
 
 
 def test_an_absolute_budget_keeps_all_of_an_image_that_has_fewer(dynamic):
