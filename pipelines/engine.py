@@ -53,7 +53,7 @@ class Engine:
         model, cluster = settings.model, settings.cluster
         loading = Loading.of(model, cluster)
         store, _ = encode_missing(
-            model.path, places.images, places.features, settings.features, cluster, loading=loading
+            model.path, places.images, places.features, settings.features, cluster, loading=loading, vlm=vlm
         )
         weights = vlm.fingerprint()
         spec = SweepSpec(

@@ -488,14 +488,16 @@ def encode_missing(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     loading: Loading = FULL_PRECISION,
+    vlm: Adapter | None = None,
     in_process: bool = False,
 ) -> tuple[FeatureStore, int]:
     """Bring the store up to date with ``images.parquet``; returns it and how many images were encoded.
 
-    Damaged shards are discarded first and encoded again. Raises :class:`BrokenImages` once all whole images are stored.
+    ``vlm``: the model, where it is loaded already. Damaged shards are discarded first and encoded again. Raises
+    :class:`BrokenImages` once all whole images are stored.
     """
-    vlm = loading.here(model)
-    identity = store_identity(vlm.encoder_fingerprint(), settings.dtype, settings.keep)
+    vlm = vlm or loading.here(model)
+    identity = store_identity(vlm.encoder_identity, settings.dtype, settings.keep)
     store = FeatureStore(root, identity)
     store.discard_damaged()
     columns = pq.read_table(images_path, columns=["image", "width", "height"]).to_pydict().values()
