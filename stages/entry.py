@@ -147,6 +147,12 @@ def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) ->
     except MENDABLE as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except ImportError as error:
+        if "Torchvision" not in str(error):
+            raise
+        needs = "the model's processor needs torchvision, which is not installed"
+        print(f"error: model.path = {settings.model.path!r}: {needs}; pip install torchvision", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
