@@ -202,15 +202,19 @@ def test_unpruned_answers_are_those_of_stock_generate(run):
 
 
 def test_pruned_answers_are_those_of_the_library_call(run):
-    """From pixels, one image and question at a time; what is random is seeded by an image's name, which differs there."""
+    """At each method's smallest share, from pixels, one image and question at a time.
+
+    Random methods are no part of it: the library seeds them by pixels, the pipeline by the file's bytes.
+    """
     trials = pd.read_parquet(TRIALS)
     answers = pd.read_parquet(PREDICTIONS).set_index(["trial_id", "example_id"])
     kept = pd.read_parquet(KEPT).set_index(["trial_id", "image"])
     asked = {"nuwa": {"preset": PRESETS[run.name]}, "uniform": {"position": "perc"}, "fastv": {}}
     differing = 0
-    for trial in trials[["methods" in grids for grids in trials["grids"]]].itertuples():
-        if trial.method == "unpruned":
-            continue
+    trials = trials[["methods" in grids for grids in trials["grids"]]].sort_values("average_tokens")
+    smallest = trials[trials["method"] != "unpruned"].drop_duplicates("method")
+    assert set(smallest["method"]) == set(asked)
+    for trial in smallest.itertuples():
         for row in run.examples.itertuples():
             (alone,) = nuwa.generate(
                 run.vlm.model,
@@ -228,7 +232,7 @@ def test_pruned_answers_are_those_of_the_library_call(run):
             assert tuple(stage1["indices"]) == alone.kept.slots
             assert list(stage1["pillar"]) == [role != "collector" for role in alone.kept.roles]
             differing += alone.text != run.stock[row.example_id]
-    assert differing > 2 * len(run.examples), "pruning that changes nothing would prove nothing"
+    assert differing > len(run.examples), "pruning that changes nothing would prove nothing"
 
 
 def test_average_tokens_are_counted_from_what_was_kept(run):
