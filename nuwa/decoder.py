@@ -293,7 +293,7 @@ class Trunk:
         """Answers of the trunk itself: no cut. The trunk stays usable for forks at its own layer and above."""
         end = replace(self.stretch, keys=_Keys(self.stretch.keys.held))
         _advance(self.vlm, end, self.vlm.layers)
-        return _generate(self.vlm, [end], max_new_tokens)
+        return _generate(self.vlm, [end], self.prompts, max_new_tokens)
 
     def fork(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
         """Answers under ``cuts``; the trunk must stand at the first cut's layer."""
@@ -309,7 +309,7 @@ class Trunk:
                 _advance(self.vlm, below, cut.layer, frozenset({cut.layer - 1}))
             stretches.append(self._cut(below, cut, seed))
         _advance(self.vlm, stretches[-1], self.vlm.layers)
-        return _generate(self.vlm, stretches, max_new_tokens)
+        return _generate(self.vlm, stretches, self.prompts, max_new_tokens)
 
     def _cut(self, below: Stretch, cut: Cut, seed: int) -> Stretch:
         """A new layout, one question a row: system tokens, the visual tokens that go on, the question."""
@@ -470,7 +470,8 @@ def _attention_to(vlm: Adapter, stretch: Stretch, number: int, rows: Tensor, que
 
 def _rotate(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of ``(batch, heads, tokens, head_dim)`` in the half-split layout of Llama and Qwen."""
-    cos, sin = cos[:, None], sin[:, None]
+    # Accelerate brings them to a layer's device only where it calls the layer itself.
+    cos, sin = cos[:, None].to(query.device), sin[:, None].to(query.device)
     first, second = query.chunk(2, dim=-1)
     return query * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -575,8 +576,23 @@ class _Growing:
         return _at(layout, rows, slot)
 
 
+def _penalised(logits: Tensor, said: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Logits ``(questions, vocabulary)`` where a token that each question's sequence ``said`` holds is less likely.
+
+    As in stock ``generate``, which heeds a checkpoint's ``repetition_penalty`` in greedy decoding too: prompt and image
+    placeholder count as said.
+    """
+    logits = logits.float()
+    longest = max(map(len, said))
+    ids = torch.tensor([[*one, *[one[0]] * (longest - len(one))] for one in said], device=logits.device)
+    held = logits.gather(1, ids)
+    return logits.scatter(1, ids, torch.where(held < 0, held * penalty, held / penalty))
+
+
 @torch.inference_mode()
-def _generate(vlm: Adapter, stretches: list[Stretch], max_new_tokens: Sequence[int]) -> list[Answer]:
+def _generate(
+    vlm: Adapter, stretches: list[Stretch], prompts: Sequence[EncodedPrompt], max_new_tokens: Sequence[int]
+) -> list[Answer]:
     """Greedy decoding; a question leaves the batch when it ends or reaches its limit."""
     top = stretches[-1]
     untils = [above.first for above in stretches[1:]] + [vlm.layers]
@@ -588,7 +604,11 @@ def _generate(vlm: Adapter, stretches: list[Stretch], max_new_tokens: Sequence[i
     made: list[list[int]] = [[] for _ in limits]
     together = math.inf  # the first step lays all out: its caches grow
     for step in range(int(limits.max())):
-        tokens = vlm.model.lm_head(vlm.language.norm(hidden)).argmax(dim=-1).to(vlm.device)
+        logits = vlm.model.lm_head(vlm.language.norm(hidden))
+        if vlm.repetition_penalty != 1.0:
+            said = [(*prompts[one].before, vlm.image_token, *prompts[one].after, *made[one]) for one in active.tolist()]
+            logits = _penalised(logits, said, vlm.repetition_penalty)
+        tokens = logits.argmax(dim=-1).to(vlm.device)
         going = ~torch.isin(tokens, ends)
         for question, token in zip(active[going].tolist(), tokens[going].tolist(), strict=True):
             made[question].append(token)

@@ -80,6 +80,8 @@ def generate(
     seed: int = 0,
     max_new_tokens: int = 128,
     batch_images: int = 8,
+    conversation: str = "template",
+    image_aspect_ratio: str = "processor",
 ) -> list[Generation] | list[list[Generation]]:
     """Greedy answers to ``questions`` about ``images`` under a pruning method.
 
@@ -88,7 +90,8 @@ def generate(
     ``questions``: one for each image, or a list for each image, which then share its prefix; the result has the same
     shape. ``average_tokens``: visual tokens, mean over the language model's layers; an image that has fewer keeps all.
     ``retention``: the same as a share of each image's own tokens, for models of dynamic grids. One of the two is
-    needed, except by ``method="unpruned"``. The other arguments are those of :func:`nuwa.methods.specify`.
+    needed, except by ``method="unpruned"``. ``conversation``, ``image_aspect_ratio``: see :class:`nuwa.vlm.Adapter`; the
+    papers' LLaVA-1.5 is ``vicuna_v1`` and ``pad``. The other arguments are those of :func:`nuwa.methods.specify`.
 
     Raises ``ValueError`` naming the argument and what is allowed, and
     :class:`nuwa.schedule.UnreachableBudget` where no schedule of the method has that average.
@@ -113,7 +116,7 @@ def generate(
             parameters=parameters,
         )
 
-    vlm = adapt(model, processor)
+    vlm = adapt(model, processor, conversation=conversation, image_aspect_ratio=image_aspect_ratio)
     asked = [[mine] if isinstance(mine, str) else list(mine) for mine in questions]
     found: list[list[Generation]] = []
     for start in range(0, len(images), batch_images):

@@ -373,15 +373,27 @@ class Loading(NamedTuple):
 
     dtype: str = "float32"
     attention: str = "sdpa"
+    conversation: str = "template"
+    image_aspect_ratio: str = "processor"
     spread: bool = False
 
     @classmethod
     def of(cls, model: ModelSettings, cluster: ClusterSettings) -> Loading:
-        return cls(model.dtype, model.attention, spread=cluster.gpus > 1)
+        return cls(model.dtype, model.attention, model.conversation, model.image_aspect_ratio, spread=cluster.gpus > 1)
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What decides the model's digests beside its files."""
+        return self.dtype, self.conversation, self.image_aspect_ratio
+
+    @property
+    def framing(self) -> dict[str, str]:
+        """How words and images are handed to the model."""
+        return {"conversation": self.conversation, "image_aspect_ratio": self.image_aspect_ratio}
 
     def here(self, path: str) -> Adapter:
         """The same weights for the driver, which encodes and answers nothing itself."""
-        return load_adapter(path, dtype=getattr(torch, self.dtype))
+        return load_adapter(path, dtype=getattr(torch, self.dtype), **self.framing)
 
 
 FULL_PRECISION = Loading()
@@ -395,6 +407,7 @@ def load_model(path: str, device: str, loading: Loading = FULL_PRECISION) -> Ada
         getattr(torch, loading.dtype),
         attention=loading.attention,
         device_map="auto" if loading.spread else None,
+        **loading.framing,
     )
 
 

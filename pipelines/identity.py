@@ -22,10 +22,10 @@ class ModelIdentity(NamedTuple):
     encoder: str
 
 
-def folder_stamp(folder: Path, dtype: str = "float32") -> Stamp:
-    """What tells a folder that has changed, and the ``dtype`` it was loaded in; links are followed."""
+def folder_stamp(folder: Path, *loaded: str) -> Stamp:
+    """What tells a folder that has changed, and how the model was ``loaded`` from it; links are followed."""
     held = sorted((path.relative_to(folder).as_posix(), path.stat()) for path in folder.rglob("*") if path.is_file())
-    return [[name, found.st_size, found.st_mtime_ns] for name, found in held] + ([[dtype]] if held else [])
+    return [[name, found.st_size, found.st_mtime_ns] for name, found in held] + ([list(loaded)] if held else [])
 
 
 def remember(memo: Path, stamp: Stamp, identity: ModelIdentity) -> None:
@@ -34,11 +34,11 @@ def remember(memo: Path, stamp: Stamp, identity: ModelIdentity) -> None:
         path.write_text(json.dumps({"files": stamp, **identity._asdict()}))
 
 
-def recall(memo: Path, folder: Path, dtype: str = "float32") -> ModelIdentity | None:
-    """The identity of the model in ``folder``; ``None`` unless the memo is of these very files."""
+def recall(memo: Path, folder: Path, *loaded: str) -> ModelIdentity | None:
+    """The identity of the model in ``folder``; ``None`` unless the memo is of these very files, ``loaded`` alike."""
     try:
         held = json.loads(memo.read_text())
-        same = held["files"] and held["files"] == folder_stamp(folder, dtype)  # no files: a model of the hub
+        same = held["files"] and held["files"] == folder_stamp(folder, *loaded)  # no files: a model of the hub
         return ModelIdentity(held["model"], held["encoder"]) if same else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

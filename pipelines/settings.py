@@ -59,11 +59,14 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """``path``: a folder or hub id ``from_pretrained`` loads. ``prompt_style``: see ``nuwa.benchmarks.STYLES``.
 
-    ``dtype``: of the weights. ``attention``: the kernel of the language model; flash-attention needs half precision.
+    ``conversation``, ``image_aspect_ratio``: see :class:`nuwa.vlm.Adapter`. ``dtype``: of the weights. ``attention``:
+    the kernel of the language model; flash-attention needs half precision.
     """
 
     path: Annotated[str, Field(min_length=1)]
     prompt_style: Literal["llava_v1", "testbed"]
+    conversation: Literal["template", "vicuna_v1"] = "template"
+    image_aspect_ratio: Literal["processor", "pad"] = "processor"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 

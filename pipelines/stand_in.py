@@ -17,15 +17,16 @@ from nuwa.vlm.shapes import usual_image_processor
 
 IMAGE = "<image>"
 PIECE = re.compile(r"<[^<>\s]+>|\d|[^\W\d_]{1,6}|[^\w\s]|_|\n")
-LLAVA_TURN = f"<s>USER: {IMAGE}\n{{}} ASSISTANT:"
+LLAVA_TURN = f"<s>{{system}}USER: {IMAGE}\n{{text}} ASSISTANT:"
 TURNS = {  # as the published chat templates render one question
     "llava": LLAVA_TURN,
     "llava_next": LLAVA_TURN,
     "qwen2_5_vl": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\n<|vision_start|>{IMAGE}<|vision_end|>{{}}<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\n{system}<|im_end|>\n"
+        f"<|im_start|>user\n<|vision_start|>{IMAGE}<|vision_end|>{{text}}<|im_end|>\n<|im_start|>assistant\n"
     ),
 }
+SYSTEM = {"qwen2_5_vl": "You are a helpful assistant."}  # where no message says otherwise
 
 
 class StandInProcessor:
@@ -33,13 +34,13 @@ class StandInProcessor:
 
     def __init__(self, config: PretrainedConfig) -> None:
         self.image_processor = usual_image_processor(config)
-        self._turn = TURNS[config.model_type]
+        self._turn, self._system = TURNS[config.model_type], SYSTEM.get(config.model_type, "")
         self._ids = {IMAGE: config.image_token_id}
 
     def apply_chat_template(self, turns: list[dict[str, Any]], **_: Any) -> str:
-        """One question about one image, in the family's turn."""
-        ((text,),) = [[part["text"] for part in turn["content"] if part["type"] == "text"] for turn in turns]
-        return self._turn.format(text)
+        """One question about one image, in the family's turn, behind a system prompt where there is one."""
+        *system, text = [part["text"] for turn in turns for part in turn["content"] if part["type"] == "text"]
+        return self._turn.format(system="".join(f"{one} " for one in system) or self._system, text=text)
 
     def tokenizer(self, text: str, **_: Any) -> SimpleNamespace:
         """``input_ids``: one number a piece, equal for equal pieces."""

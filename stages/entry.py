@@ -12,6 +12,7 @@ from nuwa.methods import check_encoder
 from nuwa.stage1 import get_method
 from nuwa.stage1.learnpruner import WeightsError
 from nuwa.vlm import Adapter, adapter_class
+from nuwa.vlm.adapter import check_framing
 from nuwa.vlm.shapes import SHAPES, model_shape, usual_image_processor
 from pipelines.engine import Places
 from pipelines.evidence import IncompleteTrials
@@ -106,6 +107,10 @@ def planned_trials(settings: Settings) -> list[Trial]:
         raise SettingsError(
             f"model.path = {path!r}: no model of a supported family there ({reason}); `make testbed` trains one"
         ) from None
+    try:
+        check_framing(family, settings.model.conversation, settings.model.image_aspect_ratio)
+    except ValueError as error:
+        raise SettingsError(f"model: {error}") from None
     layouts = Layouts({layout: 1}, family.dynamic)
     trials = expand(settings.sweep, layouts, layers)
     searched: list[Trial] = []

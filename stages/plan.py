@@ -24,7 +24,7 @@ from nuwa.layout import VisualLayout
 from nuwa.vlm import Adapter, adapter_class
 from nuwa.vlm.shapes import SHAPES, model_shape
 from pipelines.datasets import Questions, choose_questions
-from pipelines.features import signal_bytes, store_identity
+from pipelines.features import Loading, signal_bytes, store_identity
 from pipelines.grid import Layouts, Trial, expand
 from pipelines.identity import recall
 from pipelines.plan import (
@@ -41,7 +41,7 @@ from pipelines.plan import (
 from pipelines.progress import duration, worker_speed
 from pipelines.published_sizes import expected_examples
 from pipelines.results import ResultStore
-from pipelines.settings import PARAMS_FILE, Settings, SweepSettings, parse_settings
+from pipelines.settings import PARAMS_FILE, ModelSettings, Settings, SweepSettings, parse_settings
 from pipelines.stand_in import StandInProcessor
 from pipelines.sweep import answer_context
 from stages.entry import EXAMPLES, MODEL, RESULT_STORE, UNITS_LOG, planned_trials, published, run_stage
@@ -135,7 +135,7 @@ class Outlook:
             present = [name for name in asked.benchmarks if name in set(examples["benchmark"])]
             asked = asked.model_copy(update={"images": images, "grids": grids, "benchmarks": present})
         questions = choose_questions(examples, asked.benchmarks, asked.images, asked.subset_seed)
-        vlm = weightless(settings.model.path)
+        vlm = weightless(settings.model)
         layouts = image_layouts(vlm, questions.examples)
         left_out: list[str] = []
         trials = expand(asked, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers, left_out.append)
@@ -145,19 +145,21 @@ class Outlook:
         return cls(questions, layouts, trials, costs, forecast(trials, costs), store, left_out)
 
 
-def weightless(path: str) -> Adapter:
+def weightless(settings: ModelSettings) -> Adapter:
     """The model's shape and processor; no weights are read. Of a published checkpoint neither must be at hand."""
-    known = published(path)
+    path, known = settings.path, published(settings.path)
     config = model_shape(known)
     family = adapter_class(config.model_type)
     with torch.device("meta"):
         model = family.model_class(config)
     if known in SHAPES and not Path(path).exists():
         try:
-            return family(model, AutoProcessor.from_pretrained(known, local_files_only=True))
+            processor = AutoProcessor.from_pretrained(known, local_files_only=True)
         except OSError:
-            return family(model, StandInProcessor(config))
-    return family(model, AutoProcessor.from_pretrained(path))
+            processor = StandInProcessor(config)
+    else:
+        processor = AutoProcessor.from_pretrained(path)
+    return family(model, processor, conversation=settings.conversation, image_aspect_ratio=settings.image_aspect_ratio)
 
 
 def _grids(settings: Settings, trials: list[Trial]) -> Table:
@@ -203,7 +205,7 @@ def compare(
     stored = ResultStore(asked.store or RESULT_STORE).done()
     if not stored:
         return []
-    model = recall(MODEL, Path(settings.model.path), settings.model.dtype)
+    model = recall(MODEL, Path(settings.model.path), *Loading.of(settings.model, settings.cluster).identity)
     if model is None:
         return [f"stored: {len(stored)} units; which answers are this model's is known once a sweep has loaded it"]
     context = answer_context(

@@ -52,7 +52,9 @@ def _train(settings: Settings) -> None:
     instructions = None if recipe.data == SCENES else _instructions(settings)
     if instructions is not None and main:
         print(instructions, flush=True)
-    vlm = LlavaAdapter.load(settings.model.path, dtype=getattr(torch, settings.model.dtype))
+    model = settings.model
+    framing = {"conversation": model.conversation, "image_aspect_ratio": model.image_aspect_ratio}
+    vlm = LlavaAdapter.load(model.path, dtype=getattr(torch, model.dtype), **framing)
     if instructions is None:
         data = Scenes(vlm, recipe.seed, recipe.images, recipe.share)
     else:

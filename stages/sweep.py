@@ -50,7 +50,7 @@ def sweep(settings: Settings) -> None:
     plan, model = settings.sweep, settings.model
     loading = Loading.of(model, settings.cluster)
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed).examples
-    stamp, vlm = folder_stamp(Path(model.path), loading.dtype), loading.here(model.path)
+    stamp, vlm = folder_stamp(Path(model.path), *loading.identity), loading.here(model.path)
     of_image = image_layouts(vlm, questions)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
     trials = expand(plan, layouts, vlm.layers, tell=print)

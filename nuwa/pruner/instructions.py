@@ -236,9 +236,9 @@ def encode_turns(vlm: LlavaAdapter, turns: Sequence[tuple[str, str]]) -> Iterato
     LLaVA's own training, whether or not the chat template shows it.
     """
     tokenizer, template = vlm.processor.tokenizer, vlm.processor.apply_chat_template
-    messages, before = [], ""
+    messages, before = list(vlm.opening), ""
     for asked, answer in turns:
-        first = not messages
+        first = not before
         image = [{"type": "image"}] if first else []
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": asked}]})
         prompt = template(messages, add_generation_prompt=True, tokenize=False)

@@ -33,9 +33,9 @@ def load_adapter(path: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     return adapter_class(AutoConfig.from_pretrained(path).model_type).load(path, device, dtype, **options)
 
 
-def adapt(model: PreTrainedModel, processor: Any) -> Adapter:
-    """The adapter around a model that is already loaded."""
-    return adapter_class(model.config.model_type)(model, processor)
+def adapt(model: PreTrainedModel, processor: Any, **framing: str) -> Adapter:
+    """The adapter around a model that is already loaded; ``framing`` as of :class:`Adapter`."""
+    return adapter_class(model.config.model_type)(model, processor, **framing)
 
 
 __all__ = [

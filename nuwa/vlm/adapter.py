@@ -25,6 +25,16 @@ from nuwa.layout import VisualLayout
 from nuwa.selection import Selection
 from nuwa.signals import SIGNAL_NAMES, VisionSignals
 
+# The system prompt by name of the conversation; ``template``: what the model's own chat template says.
+CONVERSATIONS = {
+    "template": None,
+    "vicuna_v1": (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    ),
+}
+ASPECT_RATIOS = ("processor", "pad")  # of images, see Adapter
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -78,6 +88,10 @@ class Adapter(ABC):
     ``resizes``: whether images can be encoded at a smaller size (:meth:`encode_resized`).
     ``dynamic``: whether images differ in layout.
     ``layout``: the layout of every image where all images have the same, else null.
+
+    ``conversation``: a key of ``CONVERSATIONS``. ``image_aspect_ratio``: ``processor`` hands images to the processor as
+    they are; ``pad`` first makes them square with bars of the processor's mean colour, as LLaVA-1.5's own code does. The
+    processors of its published conversions cut the middle out instead. Only an encoder of square images (``pads``) asks.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -85,9 +99,18 @@ class Adapter(ABC):
     offers_cls: ClassVar[bool]
     resizes: ClassVar[bool] = False
     dynamic: ClassVar[bool] = True
+    pads: ClassVar[bool] = False
     layout: VisualLayout | None = None
 
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        conversation: str = "template",
+        image_aspect_ratio: str = "processor",
+    ) -> None:
+        check_framing(type(self), conversation, image_aspect_ratio)
         window = _sliding_window(model.config.text_config)
         if window is not None:
             raise ValueError(
@@ -99,6 +122,11 @@ class Adapter(ABC):
         self.language = model.model.language_model
         self.image_token = model.config.image_token_id
         self.end_tokens = _end_tokens(model)
+        self.repetition_penalty = float(model.generation_config.repetition_penalty or 1.0)
+        self.image_aspect_ratio = image_aspect_ratio
+        system = CONVERSATIONS[conversation]
+        # Messages that stand before the first question.
+        self.opening = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
 
     @classmethod
     def load(
@@ -109,16 +137,18 @@ class Adapter(ABC):
         *,
         attention: str = "sdpa",
         device_map: str | dict | None = None,
+        **framing: str,
     ) -> Self:
         """Model and processor from a folder or hub id, with plain ``from_pretrained``.
 
         ``attention``: ``sdpa``, ``eager``, or ``flash_attention_2`` where it is installed. ``device_map`` spreads the
-        layers with Accelerate and replaces ``device``.
+        layers with Accelerate and replaces ``device``. ``framing``: ``conversation`` and ``image_aspect_ratio``.
         """
         model = cls.model_class.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, device_map=device_map
         ).requires_grad_(False)
-        return cls(model if device_map is not None else model.to(device), AutoProcessor.from_pretrained(path))
+        model = model if device_map is not None else model.to(device)
+        return cls(model, AutoProcessor.from_pretrained(path), **framing)
 
     @property
     def device(self) -> torch.device:
@@ -175,9 +205,16 @@ class Adapter(ABC):
         return self.rotation(hidden, positions)
 
     def encode_prompt(self, text: str) -> EncodedPrompt:
-        """The model's own chat template around ``text`` and one image, split at the image placeholder."""
+        """The model's own chat template around ``text`` and one image, split at the image placeholder.
+
+        Raises ``ValueError`` where the template hides the conversation's system prompt.
+        """
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        full = self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        full = self.processor.apply_chat_template([*self.opening, turn], add_generation_prompt=True, tokenize=False)
+        for message in self.opening:
+            (system,) = message["content"]
+            if system["text"] not in full:
+                raise ValueError("the model's chat template shows no system prompt: use conversation 'template'")
         ids = self.processor.tokenizer(full).input_ids
         if ids.count(self.image_token) != 1:
             raise ValueError(f"the prompt {full!r} must hold exactly one image placeholder")
@@ -218,6 +255,17 @@ class Adapter(ABC):
         digest.update(json.dumps(self.encode_prompt("?").__dict__).encode())
         _digest_weights(digest, self.model.state_dict())
         return digest.hexdigest()
+
+
+def check_framing(family: type[Adapter], conversation: str, image_aspect_ratio: str) -> None:
+    """Raises ``ValueError`` that names the argument and what is allowed for models of ``family``."""
+    if conversation not in CONVERSATIONS:
+        raise ValueError(f"conversation {conversation!r} is unknown; allowed: {', '.join(CONVERSATIONS)}")
+    allowed = ASPECT_RATIOS if family.pads else ASPECT_RATIOS[:1]
+    if image_aspect_ratio not in allowed:
+        raise ValueError(
+            f"image_aspect_ratio {image_aspect_ratio!r} is not for {family.encoder}; allowed: {', '.join(allowed)}"
+        )
 
 
 def _digest_weights(digest: Any, state: dict[str, Tensor]) -> None:

@@ -24,11 +24,12 @@ class LlavaAdapter(Adapter):
     offers_cls = True
     resizes = True
     dynamic = False
+    pads = True
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: Any) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, processor: Any, **framing: str) -> None:
         config = model.config
         check_clip_features(config.vision_feature_select_strategy, config.vision_feature_layer)
-        super().__init__(model, processor)
+        super().__init__(model, processor, **framing)
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
         self.layout = self.layout_of((0, 0))
@@ -45,7 +46,11 @@ class LlavaAdapter(Adapter):
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Preprocessed ``(batch, 3, height, width)``."""
-        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        processor = self.processor.image_processor
+        if self.image_aspect_ratio == "pad":
+            colour = tuple(int(255 * mean) for mean in processor.image_mean)
+            images = [pad_to_square(image, colour) for image in images]
+        return processor(list(images), return_tensors="pt")["pixel_values"]
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -89,4 +94,12 @@ class LlavaAdapter(Adapter):
 
     @property
     def encoder_settings(self) -> list[Any]:
-        return [self.model.config.vision_feature_layer, SIMILARITY_FROM]
+        return [self.model.config.vision_feature_layer, SIMILARITY_FROM, self.image_aspect_ratio]
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square as wide as its longer side; an odd pixel goes right or below."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, tuple((side - length) // 2 for length in image.size))
+    return square

@@ -28,10 +28,10 @@ class LlavaNextAdapter(Adapter):
     encoder = "LLaVA-NeXT's CLIP tower"
     offers_cls = True
 
-    def __init__(self, model: LlavaNextForConditionalGeneration, processor: Any) -> None:
+    def __init__(self, model: LlavaNextForConditionalGeneration, processor: Any, **framing: str) -> None:
         config = model.config
         check_clip_features(config.vision_feature_select_strategy, config.vision_feature_layer)
-        super().__init__(model, processor)
+        super().__init__(model, processor, **framing)
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
         side = config.vision_config.image_size // config.vision_config.patch_size

@@ -30,8 +30,8 @@ class Qwen2_5VLAdapter(Adapter):
     encoder = "Qwen2.5-VL's vision encoder"
     offers_cls = False
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Any) -> None:
-        super().__init__(model, processor)
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Any, **framing: str) -> None:
+        super().__init__(model, processor, **framing)
         self.visual = model.model.visual
         self.merge = self.visual.spatial_merge_size
 
