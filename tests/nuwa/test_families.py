@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -52,9 +53,10 @@ def stock_answers(vlm, model, images, questions) -> list[tuple[int, ...]]:
     if len(images) > 1:
         assert not inputs["attention_mask"].all() and inputs["attention_mask"][:, -1].all(), "padded, at the left"
     out = model.generate(**inputs, max_new_tokens=MAX_NEW, do_sample=False)
+    end = model.generation_config.eos_token_id
     found = []
     for row in out[:, inputs["input_ids"].shape[1] :].tolist():
-        ends = [at for at, token in enumerate(row) if token in vlm.end_tokens]
+        ends = [at for at, token in enumerate(row) if token in (end if isinstance(end, list) else [end])]
         found.append(tuple(row[: ends[0]] if ends else row))
     return found
 
@@ -68,6 +70,34 @@ def test_unpruned_equals_stock_generate(family, twin, pictures, batch, attention
     stock = stock_answers(vlm, vlm.model, pictures[:batch], asked)
     assert [answer.tokens for answer in found] == stock
     assert batch == 1 or len(set(stock)) > 3, "a constant model would prove nothing"
+
+
+def test_every_end_token_of_the_checkpoint_ends_an_answer(family, pictures):
+    """A second one, which the model says in the middle of its usual answers."""
+    asked, images = questions_for(family)[:1] * 4, pictures[:4]
+    usual = [stock_answers(family, family.model, [image], asked[:1])[0] for image in images]
+    model = copy.deepcopy(family.model)
+    first = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [first, max(usual, key=len)[1]]
+    stock = [stock_answers(family, model, [image], asked[:1])[0] for image in images]
+    found = nuwa.generate(model, family.processor, images, asked, method="unpruned", max_new_tokens=MAX_NEW)
+    assert [answer.tokens for answer in found] == stock
+    assert sum(map(len, stock)) < sum(map(len, usual))
+
+
+def test_the_checkpoints_repetition_penalty_is_heeded(family, pictures):
+    """Qwen2.5-VL's published configuration has one, and stock ``generate`` heeds it in greedy decoding too."""
+    model = copy.deepcopy(family.model)
+    model.generation_config.repetition_penalty = 1.7
+    asked = [questions_for(family)[row % 3] for row in range(4)]
+    # One at a time: in a batch stock ``generate`` counts padding as said.
+    stock = [stock_answers(family, model, [image], [text])[0] for image, text in zip(pictures[:4], asked, strict=True)]
+    found = nuwa.generate(model, family.processor, pictures[:4], asked, method="unpruned", max_new_tokens=MAX_NEW)
+    assert [answer.tokens for answer in found] == stock
+    usual = nuwa.generate(
+        family.model, family.processor, pictures[:4], asked, method="unpruned", max_new_tokens=MAX_NEW
+    )
+    assert [answer.tokens for answer in usual] != stock
 
 
 # --- pruned against a stock model with blocked attention, question by question
