@@ -10,12 +10,12 @@ from pipelines.report.published import DIRECTORY
 from pipelines.report.style import METHODS, method_rank, method_style, plain_number
 
 UNPRUNED, STOCK = "unpruned", "stock generate"
-PARTS = ("encode_ms", "selection_ms", "prefill_ms", "decode_ms", "total_ms")
+PARTS = ("preprocess_ms", "encode_ms", "selection_ms", "prefill_ms", "decode_ms", "total_ms")
 
 
 @dataclass(frozen=True)
 class EfficiencyRow:
-    """``times``: milliseconds of encoder, selection, prefill, decoding and all together, for the whole batch."""
+    """``times``: milliseconds of preprocessing, encoder, selection, prefill, decoding and all together, for the whole batch."""
 
     name: str
     tokens: str

@@ -32,7 +32,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PROFILE_COLUMNS = (
     "model", "device", "dtype", "attention", "batch", "output_tokens", "method", "average_tokens",
-    "encode_ms", "selection_ms", "prefill_ms", "decode_ms", "total_ms", "kv_bytes", "peak_memory_bytes",
+    "preprocess_ms", "encode_ms", "selection_ms", "prefill_ms", "decode_ms", "total_ms", "kv_bytes",
+    "peak_memory_bytes",
 )  # fmt: skip
 
 SEARCH_REMEDY = "run `make search` to make it"

@@ -13,7 +13,14 @@ from pipelines.report.inputs import ReportInputs
 from pipelines.report.page import build_report
 
 SETTING = {"model": "m/one", "device": "CPU, 1 thread", "dtype": "float32", "attention": "sdpa", "output_tokens": 16}
-MEASURED = {"encode_ms": 2.0, "selection_ms": 1.0, "prefill_ms": 5.0, "decode_ms": 4.0, "total_ms": 12.0}
+MEASURED = {
+    "preprocess_ms": 0.5,
+    "encode_ms": 1.5,
+    "selection_ms": 1.0,
+    "prefill_ms": 5.0,
+    "decode_ms": 4.0,
+    "total_ms": 12.0,
+}
 
 
 def row(method: str, average: float, batch: int = 1, **values: float) -> dict:
@@ -55,7 +62,7 @@ def test_a_table_a_setting_and_ratios_within_it(profile):
     ]
     assert [line.prefill for line in one.rows] == ["0.80×", "1.00×", "4.00×", "2.50×", "4.00×"]
     assert [line.total for line in one.rows] == ["0.90×", "1.00×", "3.00×", "3.00×", "3.00×"]
-    assert one.rows[2].times == ("2.0", "1.0", "5.0", "4.0", "12.0")
+    assert one.rows[2].times == ("0.5", "1.5", "1.0", "5.0", "4.0", "12.0")
     assert one.rows[2].cache == "2.0"
     assert [line.prefill for line in eight.rows] == ["1.00×", "2.00×"]
 
@@ -76,10 +83,10 @@ def test_the_page_shows_it_where_it_was_measured(full_run, profile, tmp_path):
     assert not before.xpath("//section[@id='efficiency']")
     (section,) = after.xpath("//section[@id='efficiency']")
     cells = [[cell.text_content() for cell in line] for line in section.xpath("(.//table)[1]//tbody/tr")]
-    assert cells[2] == ["Nüwa", "16", "2.0", "1.0", "5.0", "4.0", "12.0", "4.00×", "3.00×", "2.0", "3.0"]
+    assert cells[2] == ["Nüwa", "16", "0.5", "1.5", "1.0", "5.0", "4.0", "12.0", "4.00×", "3.00×", "2.0", "3.0"]
     assert "5.973" in section.text_content(), "the papers' figures stand beside"
     assert (
-        "| Nüwa | 16 | 2.0 | 1.0 | 5.0 | 4.0 | 12.0 | 4.00× | 3.00× | 2.0 | 3.0 |"
+        "| Nüwa | 16 | 0.5 | 1.5 | 1.0 | 5.0 | 4.0 | 12.0 | 4.00× | 3.00× | 2.0 | 3.0 |"
         in (tmp_path / "with" / "report.md").read_text()
     )
 
@@ -88,10 +95,11 @@ def test_a_profile_that_cannot_be_shown_is_refused(full_run, profile, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(full_run, data)
     path = data / "profile.csv"
-    profile.drop(columns="prefill_ms").to_csv(path, index=False)
-    with pytest.raises(ValueError) as raised:
-        ReportInputs.load(data)
-    assert str(raised.value) == f"{path} lacks prefill_ms; run `make profile` to make it"
+    for column in ("prefill_ms", "preprocess_ms"):
+        profile.drop(columns=column).to_csv(path, index=False)
+        with pytest.raises(ValueError) as raised:
+            ReportInputs.load(data)
+        assert str(raised.value) == f"{path} lacks {column}; run `make profile` to make it"
     profile[profile["method"] == "nuwa"].to_csv(path, index=False)
     with pytest.raises(ValueError) as raised:
         ReportInputs.load(data)
