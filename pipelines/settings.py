@@ -81,7 +81,7 @@ class PrepareSettings(Section):
     """The testbed's benchmark: ``images`` test scenes, each asked ``questions`` per benchmark, all from ``seed``.
 
     ``tables``, where given, are published tables instead: a benchmark's name, with split and variant
-    (``refcoco/testA``, ``textvqa/validation:ocr``), and its folder or ``hub:organisation/dataset@revision``.
+    (``refcoco/testA``, ``textvqa/validation:ocr``), and its folder or ``hub:organisation/dataset[/folder]@commit``.
     """
 
     seed: Seed

@@ -1,13 +1,15 @@
-"""Where the published tables of a benchmark lie: Parquet files in a folder, or a dataset of the hub at a revision.
+"""Where the published tables of a benchmark lie: Parquet files in a folder, or a dataset of the hub at a commit.
 
 A benchmark is named ``<benchmark>[/<split>][:<variant>]``: ``pope``, ``refcoco/testA``, ``textvqa/validation:ocr``.
 """
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -47,32 +49,58 @@ class BenchmarkName:
         return get_benchmark(self.name, self.variant)
 
 
-def hub_address(location: str) -> tuple[str, str] | None:
-    """``hub:organisation/dataset@revision`` → dataset and revision; None for a folder.
+class HubAddress(NamedTuple):
+    """``folder``: where in the dataset to look, ``""`` for all of it."""
 
-    Raises ``ValueError`` where the revision is missing: a dataset that moves is no record of a run.
+    dataset: str
+    folder: str
+    commit: str
+
+
+def hub_address(location: str) -> HubAddress | None:
+    """The parts of ``hub:organisation/dataset/folder@commit``, the folder optional; None for a folder of this machine.
+
+    Raises ``ValueError`` where the commit is missing: a dataset that moves is no record of a run.
     """
     if not location.startswith(HUB):
         return None
-    dataset, _, revision = location.removeprefix(HUB).partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) or not revision:
-        raise ValueError(f"{location!r} should read hub:organisation/dataset@revision, with a commit as revision")
-    return dataset, revision
+    name = r"\w[\w.-]*"
+    match = re.fullmatch(rf"({name}/{name})((?:/\w[^/@]*)*)@({name})", location.removeprefix(HUB))
+    if match is None:
+        raise ValueError(
+            f"{location!r} should read hub:organisation/dataset@commit, or hub:organisation/dataset/folder@commit where "
+            "the dataset holds several configurations"
+        )
+    dataset, folder, commit = match.groups()
+    return HubAddress(dataset, folder.removeprefix("/"), commit)
 
 
-def fetch_tables(location: str) -> Path:
-    """The folder that holds the tables of ``location``; a hub dataset is downloaded once, at its revision."""
+def fetch_tables(location: str, name: BenchmarkName) -> Path:
+    """The folder that holds the tables of ``name``; of a hub dataset its files are downloaded once, and no others."""
     address = hub_address(location)
     if address is None:
         return Path(location)
     from huggingface_hub import snapshot_download
 
-    dataset, revision = address
+    base = f"{glob.escape(address.folder)}/" if address.folder else ""
+    wanted = [base + pattern for pattern in _published_files(name)]
     try:
-        return Path(snapshot_download(dataset, repo_type="dataset", revision=revision, allow_patterns="*.parquet"))
+        home = snapshot_download(address.dataset, repo_type="dataset", revision=address.commit, allow_patterns=wanted)
     except (OSError, ValueError, RuntimeError) as error:  # what huggingface_hub and its HTTP client raise
         reason = " ".join(str(error).split())[:200]
         raise MissingTables(f"{location}: could not be fetched: {type(error).__name__}: {reason}") from None
+    return Path(home) / address.folder
+
+
+def _published_files(name: BenchmarkName) -> list[str]:
+    """What :func:`read_benchmark` looks for, as patterns of ``fnmatch``, whose ``*`` crosses folders."""
+    parts = PARTS.get(name.name)
+    if name.split is None:
+        return [f"{name.name}.parquet"] if parts is None else [f"{name.name}_{part}.parquet" for part in parts]
+    split = glob.escape(name.split)
+    homes = [""] if parts is None else [f"{split}_balanced_{part}/" for part in parts]
+    files = [f"{split}.parquet", f"{split}-[0-9a-f]*.parquet"]
+    return [f"{above}{home}{file}" for above in ("", "*/") for home in homes for file in files]
 
 
 def read_benchmark(folder: Path, name: BenchmarkName) -> Source:
@@ -123,7 +151,8 @@ def _split_files(folder: Path, split: str, name: BenchmarkName, parent: str | No
         )
     if len(found) > 1:
         raise MissingTables(
-            f"{name.table}: several folders hold the split {split}: {', '.join(sorted(map(str, found)))}; name one"
+            f"{name.table}: several folders hold the split {split}: {', '.join(sorted(map(str, found)))}; name one, "
+            "of a dataset of the hub as hub:organisation/dataset/folder@commit"
         )
     ((home, files),) = found.items()
     lost = sorted(set(range(expected[home])) - set(files))

@@ -29,7 +29,7 @@ def prepare(settings: Settings) -> None:
     if plan.tables is None:
         sources = make_testbed(plan, BENCHMARKS)
     else:
-        sources = {name: fetch_tables(location) for name, location in plan.tables.items()}
+        sources = {name: fetch_tables(location, BenchmarkName.parse(name)) for name, location in plan.tables.items()}
     path, style = settings.model.path, settings.model.prompt_style
     told_in_pixels = any(BenchmarkName.parse(name).benchmark().variant == "pixels" for name in sources)
     seen = seen_by(path) if told_in_pixels else lambda size: size

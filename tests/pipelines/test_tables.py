@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -140,7 +141,8 @@ def test_absent_and_ambiguous_splits_are_named(published, tmp_path):
     with pytest.raises(MissingTables) as raised:
         read_benchmark(tmp_path, BenchmarkName.parse("pope/test"))
     assert str(raised.value) == (
-        f"pope/test: several folders hold the split test: {tmp_path / 'a'}, {tmp_path / 'b'}; name one"
+        f"pope/test: several folders hold the split test: {tmp_path / 'a'}, {tmp_path / 'b'}; name one, "
+        "of a dataset of the hub as hub:organisation/dataset/folder@commit"
     )
 
 
@@ -152,13 +154,37 @@ def test_a_wrong_table_leaves_nothing_behind(published, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("location", ["hub:lmms-lab/POPE", "hub:POPE@abc", "hub:@abc"])
-def test_a_hub_dataset_needs_its_revision(location, params):
-    with pytest.raises(ValueError, match="should read hub:organisation/dataset@revision"):
+UNREADABLE = [
+    "hub:lmms-lab/POPE",
+    "hub:POPE@abc",
+    "hub:@abc",
+    "hub:lmms-lab/POPE@",
+    "hub:lmms-lab/ScienceQA@abc/ScienceQA-IMG",
+    "hub:lmms-lab/POPE@refs/convert/parquet",
+    "hub:lmms-lab/POPE/../..@abc",
+    "hub:lmms-lab/POPE//data@abc",
+    "hub:lmms-lab/POPE/@abc",
+    "hub:lmms-lab/POPE@abc@def",
+]
+
+
+@pytest.mark.parametrize("location", UNREADABLE)
+def test_a_hub_dataset_needs_its_commit_last(location, params):
+    expected = (
+        f"{location!r} should read hub:organisation/dataset@commit, or hub:organisation/dataset/folder@commit where "
+        "the dataset holds several configurations"
+    )
+    with pytest.raises(ValueError) as raised:
         hub_address(location)
+    assert str(raised.value) == expected
     params["prepare"]["tables"] = {"pope/test": location}
-    with pytest.raises(ValueError, match=r"prepare.tables.pope/test: 'hub:"):
+    with pytest.raises(ValueError, match=re.escape(f"prepare.tables.pope/test: {expected}")):
         Settings.model_validate(params)
+
+
+@pytest.mark.parametrize("folder", ["", "ScienceQA-IMG", "en/data", "one config"])
+def test_a_hub_dataset_may_name_a_folder(folder):
+    assert hub_address(f"hub:lmms-lab/A.b/{folder}@abc".replace("/@", "@")) == ("lmms-lab/A.b", folder, "abc")
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -198,22 +224,23 @@ class _Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
-def test_a_hub_dataset_is_fetched_at_its_revision(published, tmp_path):
-    _Hub.files = {
-        "data/test-00000-of-00001.parquet": (published / "POPE" / "test.parquet").read_bytes(),
-        "README.md": b"x",
-    }
+def fetched(location: str, name: str, cache: Path) -> tuple[str, list[str]]:
+    """What a fresh process reads of ``_Hub.files``: the table's rows or what is wrong, and the files it downloaded."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"""
-from pipelines.tables import BenchmarkName, fetch_tables, read_benchmark
-folder = fetch_tables("hub:lmms-lab/POPE@{COMMIT}")
-print(read_benchmark(folder, BenchmarkName.parse("pope/test")).count_rows(), sorted(p.name for p in folder.rglob("*.*")))
+from pipelines.tables import BenchmarkName, MissingTables, fetch_tables, read_benchmark
+name = BenchmarkName.parse({name!r})
+try:
+    table = read_benchmark(fetch_tables({location!r}, name), name)
+    print(table.count_rows() if hasattr(table, "count_rows") else table.num_rows)
+except MissingTables as error:
+    print(error)
 """
     environment = {
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path),
+        "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }
@@ -224,15 +251,59 @@ print(read_benchmark(folder, BenchmarkName.parse("pope/test")).count_rows(), sor
     finally:
         server.shutdown()
         server.server_close()
-    rows = pq.read_metadata(published / "POPE" / "test.parquet").num_rows
-    assert done.stdout.strip() == f"{rows} ['test-00000-of-00001.parquet']", done.stderr
+    assert done.returncode == 0, done.stderr
+    (snapshot,) = cache.glob("hub/datasets--lmms-lab--POPE/snapshots/*")
+    assert snapshot.name == COMMIT
+    said = done.stdout.strip().replace(str(snapshot), "SNAPSHOT")
+    return said, sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*.*"))
+
+
+FETCHED = {
+    "one of several splits": ("", "pope/test", ["data/test-00000-of-00001.parquet"]),
+    "one of several configurations": ("/en", "pope/dev", ["en/dev-00000-of-00001.parquet"]),
+    "a nested one": ("/more/cn", "pope/dev", ["more/cn/dev.parquet"]),
+    "a folder above it": ("/more", "pope/dev", ["more/cn/dev.parquet"]),
+    "no split": ("", "pope", ["pope.parquet"]),
+    "no split in a folder": ("/en", "pope", ["en/pope.parquet"]),
+    "two tables": (
+        "",
+        "gqa/testdev",
+        [f"testdev_balanced_{part}/testdev-00000-of-00001.parquet" for part in ("images", "instructions")],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FETCHED)
+def test_only_the_split_that_is_asked_for_is_fetched(case, published, tmp_path):
+    folder, name, expected = FETCHED[case]
+    pope = (published / "POPE" / "test.parquet").read_bytes()
+    gqa = {str(path.relative_to(published / "GQA")): path.read_bytes() for path in published.glob("GQA/*/*.parquet")}
+    asked = gqa["testdev_balanced_instructions/testdev-00000-of-00001.parquet"]
+    rows = {name: pq.read_table(pa.BufferReader(table)).num_rows for name, table in (("pope", pope), ("gqa", asked))}
+    homes = ["data/test-00000-of-00001", "data/train-00000-of-00001", "en/dev-00000-of-00001", "cn/dev-00000-of-00001"]
+    homes += ["en/val-00000-of-00001", "more/cn/dev", "data/latest", "data/test-mini", "pope", "en/pope"]
+    others = [path.replace("testdev", "val") for path in gqa]
+    _Hub.files = dict.fromkeys([*(f"{home}.parquet" for home in homes), "README.md", *others], pope) | gqa
+    said, files = fetched(f"hub:lmms-lab/POPE{folder}@{COMMIT}", name, tmp_path)
+    assert files == expected
+    assert said == str(rows[name.partition("/")[0]])
+
+
+def test_configurations_that_are_not_told_apart_are_named(published, tmp_path):
+    pope = (published / "POPE" / "test.parquet").read_bytes()
+    _Hub.files = {f"{home}/dev-00000-of-00001.parquet": pope for home in ("en", "cn")}
+    said, _ = fetched(f"hub:lmms-lab/POPE@{COMMIT}", "pope/dev", tmp_path)
+    assert said == (
+        "pope/dev: several folders hold the split dev: SNAPSHOT/cn, SNAPSHOT/en; name one, "
+        "of a dataset of the hub as hub:organisation/dataset/folder@commit"
+    )
 
 
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
     code = f"""
-from pipelines.tables import MissingTables, fetch_tables
+from pipelines.tables import BenchmarkName, MissingTables, fetch_tables
 try:
-    fetch_tables("hub:lmms-lab/POPE@{COMMIT}")
+    fetch_tables("hub:lmms-lab/POPE@{COMMIT}", BenchmarkName.parse("pope/test"))
 except MissingTables as error:
     print(error)
 """
