@@ -132,7 +132,8 @@ class Bench:
         """CPU seconds, the answers, and the share of the worker's wall time inside the decoder."""
         table = results / "predictions.parquet"
         paths = (str(results), str(self.root / "images.parquet"))
-        spec = SweepSpec(MODEL, str(self.root / "features"), self.store.identity, *paths, threads=1)
+        features = (str(self.root / "features"), self.store.identity, self.vlm.encoder_identity)
+        spec = SweepSpec(MODEL, *features, *paths, threads=1)
         reports: list[UnitReport] = []
 
         def run():

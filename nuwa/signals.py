@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class VisionSignals:
     def key_norm(self) -> Tensor:
         """``‖k‖₂`` of every patch, ``(batch, tokens)`` float32."""
         return self.keys.float().norm(dim=-1)
+
+    def to(self, device: torch.device) -> VisionSignals:
+        """The same on ``device``; nothing is copied where they are there already."""
+        signals = {name: getattr(self, name) for name in SIGNAL_NAMES}
+        moved = {name: signal.to(device) for name, signal in signals.items() if signal is not None}
+        return dataclasses.replace(self, **moved)
 
     def __getitem__(self, rows: slice) -> VisionSignals:
         """A slice of the batch."""

@@ -60,6 +60,7 @@ class Engine:
             model.path,
             everywhere(places.features),
             store.identity,
+            vlm.encoder_identity,
             everywhere(places.results),
             str(places.images.resolve()),
             cluster.cpus,

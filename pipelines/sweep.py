@@ -53,6 +53,7 @@ class SweepSpec:
     model: str
     feature_root: str
     feature_identity: str
+    encoder: str  # its identity, which a worker could not tell where Accelerate keeps the weights elsewhere
     results: str  # folder or storage URI
     images: str  # images.parquet, for methods that encode images anew
     threads: int
@@ -92,7 +93,7 @@ class SweepWorker:
     def __init__(self, spec: SweepSpec) -> None:
         self.vlm, self.images = load_model(spec.model, spec.device, spec.loading), Path(spec.images)
         self.device = device_name(spec.device, spec.threads)
-        self.features = FeatureStore(spec.feature_root, spec.feature_identity)
+        self.features, self.encoder = FeatureStore(spec.feature_root, spec.feature_identity), spec.encoder
         self.results = ResultStore(spec.results)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="features")
         self.encoded: dict[tuple[str, ...], Future[list[EncodedImages]]] = {}
@@ -134,9 +135,8 @@ class SweepWorker:
     def _read(self, images: tuple[str, ...]) -> Future[list[EncodedImages]]:
         if images in self.encoded:
             return self.encoded[images]
-        return self.reader.submit(
-            lambda: read_encoded(self.vlm, self.features, images, self._resized if self.vlm.resizes else None)
-        )
+        resized = self._resized if self.vlm.resizes else None
+        return self.reader.submit(read_encoded, self.features, images, self.encoder, resized)
 
     def _resized(self, images: tuple[str, ...]) -> Callable[[PatchGrid], Tensor]:
         """Encodes ``images`` at a smaller size, when a method asks for it.
@@ -152,16 +152,17 @@ class SweepWorker:
 
 
 def read_encoded(
-    vlm: Adapter,
     store: FeatureStore,
     images: Sequence[str],
+    encoder: str,
     resized: Callable[[tuple[str, ...]], Callable[[PatchGrid], Tensor]] | None = None,
 ) -> list[EncodedImages]:
-    """What the store holds of ``images``, layout by layout; ``resized``: see :class:`nuwa.signals.VisionSignals`."""
+    """What the store holds of ``images``, layout by layout; ``encoder``, ``resized``: see
+    :class:`nuwa.signals.VisionSignals`."""
     found = []
     for layout, mine in store.by_layout(images).items():
         again = resized(mine) if resized else None
-        views = view_signals(layout, store.read(mine), mine, again, vlm.encoder_identity)
+        views = view_signals(layout, store.read(mine), mine, again, encoder)
         found.append(EncodedImages(mine, layout, views))
     return found
 
@@ -191,6 +192,9 @@ class EncodedImages(NamedTuple):
     images: tuple[str, ...]
     layout: VisualLayout
     views: Sequence[VisionSignals]
+
+    def to(self, device: torch.device) -> EncodedImages:
+        return self._replace(views=[view.to(device) for view in self.views])
 
 
 @dataclass
@@ -232,7 +236,8 @@ class _Answered:
 def answer_unit(vlm: Adapter, groups: Sequence[EncodedImages], unit: WorkUnit, words: Words) -> _Answered:
     """All answers of a unit, layout by layout, depth first along the tree of what the trials are there."""
     answered = _Answered.of(unit.trials)
-    for group in groups:
+    for stored in groups:
+        group = stored.to(vlm.device)  # one layout at a time: what is read ahead stays in the machine's memory
         alike: dict[str, list[str]] = {}  # trials that come to the same on this layout
         there: dict[str, Trial] = {}
         for trial in unit.trials:

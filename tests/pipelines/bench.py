@@ -35,6 +35,7 @@ class Bench:
     model: str
     root: Path
     identity: str
+    encoder: str
     images: Path
     trials: list
     questions: object
@@ -42,7 +43,8 @@ class Bench:
     costs: list[Costs]
 
     def spec(self, results: Path) -> SweepSpec:
-        return SweepSpec(self.model, str(self.root), self.identity, str(results), str(self.images), threads=1)
+        features = (str(self.root), self.identity, self.encoder)
+        return SweepSpec(self.model, *features, str(results), str(self.images), threads=1)
 
     @property
     def examples(self):

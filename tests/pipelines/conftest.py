@@ -97,6 +97,7 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
         str(model_folder),
         root,
         store.identity,
+        vlm.encoder_identity,
         prepared / "images.parquet",
         expand(plan, Layouts.fixed(vlm.grid), vlm.layers),
         questions,

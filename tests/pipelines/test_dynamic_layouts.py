@@ -102,9 +102,9 @@ class Dynamic:
         return expand(sweep_settings(unit, budgets, *entries), self.counts, self.vlm.layers)
 
     def run(self, trials, results, unit_images=3, done=lambda *_: None):
-        places = (str(self.root / "features"), self.store.identity, str(results), str(self.root / "images.parquet"))
+        features = (str(self.root / "features"), self.store.identity, self.vlm.encoder_identity)
         outcome = run_sweep(
-            SweepSpec("model", *places, threads=1),
+            SweepSpec("model", *features, str(results), str(self.root / "images.parquet"), threads=1),
             trials,
             self.examples,
             self.costs,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -21,6 +22,7 @@ from bench import BENCHMARKS, PATHS, ROOT, SLOW, same
 
 from nuwa.decoder import Trunk
 from nuwa.grid import PatchGrid
+from nuwa.signals import SIGNAL_NAMES
 from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
 from pipelines import sweep
@@ -367,9 +369,63 @@ def test_a_sweep_runs_in_the_dtype_and_kernel_it_was_asked_for(bench, cluster, t
     contexts = {answer_context(vlm.fingerprint(), store.identity, kernel) for kernel in ("sdpa", "eager")}
     assert len(contexts | {bench.context}) == 3
     spec = replace(bench.spec(tmp_path / "results"), feature_root=str(root), feature_identity=store.identity)
-    worker = replace(spec, loading=loading).build()
+    worker = replace(spec, encoder=vlm.encoder_identity, loading=loading).build()
     assert worker.vlm.model.dtype == torch.bfloat16
     assert worker.vlm.language.config._attn_implementation == "eager"
     unit = WorkUnit(tuple(bench.trials), tuple(bench.examples[:6]))
     report = worker.run(unit)
     assert report.answers == 6 * len(bench.trials)
+
+
+def test_a_worker_without_the_encoders_weights_answers_alike(bench, undisturbed, cluster, tmp_path, monkeypatch):
+    """As where Accelerate keeps them elsewhere: in the module stand tensors without numbers."""
+    vlm = LlavaAdapter.load(bench.model)
+    vlm.tower.to("meta")
+    monkeypatch.setattr(sweep, "load_model", lambda *_: vlm)
+    seen = []
+
+    def watched(planned, layout, views, select=sweep.select_views):
+        seen.extend(view.encoder for view in views)
+        return select(planned, layout, views)
+
+    monkeypatch.setattr(sweep, "select_views", watched)
+    trials = [trial for trial in bench.trials if not get_method(trial.spec.stage1).reads_images]
+    outcome = bench.run(tmp_path, cluster, trials=trials)
+    assert not outcome.failures
+    assert set(seen) == {LlavaAdapter.load(bench.model).encoder_identity}, "methods check it"
+    whole = undisturbed.predictions.to_pandas()
+    whole = whole[whole["trial_id"].isin({trial.trial_id for trial in trials})]
+    pd.testing.assert_frame_equal(outcome.predictions.to_pandas(), whole.reset_index(drop=True))
+
+
+def test_stage_1_runs_where_the_model_is(bench, monkeypatch):
+    """Features are read into the machine's memory; a model whose words stand on ``meta`` is asked where they go."""
+    vlm = LlavaAdapter.load(bench.model)
+    vlm.language.embed_tokens.to("meta")
+    images = sorted({example.image for example in bench.examples})[:3]
+    store = FeatureStore(bench.root, bench.identity)
+    groups = sweep.read_encoded(store, images, bench.encoder)
+    seen = []
+
+    def watched(planned, layout, views):
+        seen.extend(views)
+        raise RuntimeError("enough is seen")
+
+    monkeypatch.setattr(sweep, "select_views", watched)
+    asked = tuple(example for example in bench.examples if example.image in images)
+    answered = sweep.answer_unit(vlm, groups, WorkUnit((bench.trials[0],), asked), sweep.Words(vlm))
+    assert [failure.reason for failure in answered.failed.values()] == ["RuntimeError: enough is seen"]
+    assert {getattr(view, name).device.type for view in seen for name in SIGNAL_NAMES} == {"meta"}
+    (view,) = groups[0].views
+    assert view.features.device.type == "cpu", "what is read ahead stays"
+
+
+def test_signals_on_their_device_are_not_copied(bench):
+    store = FeatureStore(bench.root, bench.identity)
+    (group,) = sweep.read_encoded(store, sorted({example.image for example in bench.examples})[:3], bench.encoder)
+    (view,) = group.views
+    (moved,) = group.to(torch.device("cpu")).views
+    assert all(getattr(moved, name) is getattr(view, name) for name in SIGNAL_NAMES)
+    bare = replace(view, keys=None, similarity=None).to(torch.device("meta"))
+    assert bare.keys is None and bare.similarity is None and bare.features.device.type == "meta"
+    assert (bare.image_ids, bare.encoder) == (view.image_ids, bench.encoder)
