@@ -39,7 +39,7 @@ from torch import Tensor
 from nuwa.layout import VisualLayout, layout_from_json, layout_order, layout_to_json
 from nuwa.signals import SIGNAL_NAMES
 from nuwa.source import code_fingerprint
-from nuwa.vlm import Adapter, load_adapter
+from nuwa.vlm import Adapter, EncodedImage, load_adapter
 from pipelines.atomic import atomic_path
 from pipelines.executor import UnitsFailed, reason, run_units
 from pipelines.settings import ClusterSettings, FeatureSettings, ModelSettings
@@ -56,9 +56,18 @@ class MissingFeatures(LookupError):
     stops_the_run = True
 
 
+def signal_dtype(name: str, dtype: str) -> torch.dtype:
+    """What a store of ``dtype`` keeps a signal in: shares of attention always in float32.
+
+    They are one number a token, and among thousands of tokens they fall below what float16 holds in full precision.
+    """
+    return torch.float32 if name == "cls_attention" else getattr(torch, dtype)
+
+
 def store_identity(encoder_fingerprint: str, dtype: str, keep: Sequence[str] = SIGNAL_NAMES) -> str:
     """What decides the stored numbers; batch size, device and worker count do not belong to it."""
-    content = json.dumps([code_fingerprint(ENCODING), encoder_fingerprint, dtype, list(keep)])
+    kept = {name: str(signal_dtype(name, dtype)) for name in keep}
+    content = json.dumps([code_fingerprint(ENCODING), encoder_fingerprint, kept])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -109,13 +118,34 @@ def _asked_about(image: str, images_path: Path) -> str:
     return f"its questions have image = {image}"
 
 
+class NotFinite(UnitsFailed):
+    """A signal that the store cannot hold; other images would meet it too."""
+
+    stops_the_run = True
+
+    @classmethod
+    def found(cls, image: str, name: str, value: Tensor, spec: EncodeSpec) -> NotFinite:
+        """``value``: the signal as the encoder gave it."""
+        if value.isfinite().all():
+            end = torch.finfo(signal_dtype(name, spec.dtype)).max
+            return cls(
+                f"image {image[:12]}: signal {name} goes beyond {end:g}, the end of features.dtype: {spec.dtype}; "
+                "set features.dtype: float32"
+            )
+        remedy = f"mend the weights in {spec.model}" if spec.loading.dtype == "float32" else "set model.dtype: float32"
+        return cls(
+            f"image {image[:12]}: signal {name} is not finite as the encoder gives it in model.dtype: "
+            f"{spec.loading.dtype}, whatever features.dtype is; {remedy}"
+        )
+
+
 class NoRoom(UnitsFailed):
     """The features of all images do not fit where they are stored."""
 
 
 def signal_bytes(widths: Mapping[str, int], layout: VisualLayout, settings: FeatureSettings) -> int:
     """Bytes the store takes for one image of ``layout``; ``widths`` as of :meth:`nuwa.vlm.Adapter.signal_widths`."""
-    return layout.patches * sum(widths[name] for name in settings.keep) * np.dtype(settings.dtype).itemsize
+    return layout.patches * sum(widths[name] * signal_dtype(name, settings.dtype).itemsize for name in settings.keep)
 
 
 @dataclass(frozen=True)
@@ -442,13 +472,23 @@ class EncodeWorker:
         whole = [image for image in images if image in content]
         encoded = []
         for start in range(0, len(whole), self.spec.batch_size):
-            batch = self.vlm.encode_images([content[image] for image in whole[start : start + self.spec.batch_size]])
-            encoded += [image.to("cpu", getattr(torch, self.spec.dtype)) for image in batch]
+            names = whole[start : start + self.spec.batch_size]
+            batch = self.vlm.encode_images([content[image] for image in names])
+            encoded += [self._stored(*one) for one in zip(names, batch, strict=True)]
         if whole:
             (layout,) = {image.layout for image in encoded}
             signals = {key: torch.stack([image.signals[key] for image in encoded]) for key in self.spec.keep}
             self.store.write(whole, signals, layout)
         return Encoded(len(whole), broken)
+
+    def _stored(self, name: str, image: EncodedImage) -> EncodedImage:
+        """``image`` as the store keeps it; raises :class:`NotFinite`."""
+        stored = {}
+        for key in self.spec.keep:
+            stored[key] = image.signals[key].to("cpu", signal_dtype(key, self.spec.dtype))
+            if not stored[key].isfinite().all():
+                raise NotFinite.found(name, key, image.signals[key], self.spec)
+        return EncodedImage(image.layout, stored)
 
 
 class Encoded(NamedTuple):

@@ -145,7 +145,7 @@ def _place(name: str) -> int:
 
 
 class FeatureSettings(Section):
-    """``dtype`` of cached signals, images in a shard, images in a forward pass.
+    """``dtype`` of cached signals (``cls_attention``: always float32), images in a shard, images in a forward pass.
 
     ``keep``: the signals that are cached (``nuwa.signals``); a method that reads another one is refused.
 

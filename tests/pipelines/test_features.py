@@ -23,10 +23,13 @@ from pipelines.datasets import write_examples
 from pipelines.features import (
     BrokenImages,
     FeatureStore,
+    Loading,
     MissingFeatures,
     NoRoom,
+    NotFinite,
     encode_missing,
     read_images,
+    signal_bytes,
     store_identity,
 )
 from pipelines.settings import FeatureSettings
@@ -216,6 +219,68 @@ def test_features_that_do_not_fit_are_refused_before_encoding(model_folder, prep
         "make room, set features.dtype: float16, or name another place in features.store"
     )
     assert not list(tmp_path.rglob("*.arrow"))
+
+
+def scaled_model(model_folder, factor, folder):
+    """The model, with the block before its last far off; ``features`` are what leaves that one."""
+    vlm = LlavaAdapter.load(str(model_folder))
+    vlm.tower.encoder.layers[-2].mlp.fc2.weight.mul_(factor)
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_signal_that_float16_cannot_hold_is_refused(model_folder, prepared, cluster, tmp_path, in_process):
+    folder = scaled_model(model_folder, 1e8, tmp_path / "model")
+    images = prepared / "images.parquet"
+
+    def encode(dtype):
+        settings = FeatureSettings(dtype=dtype, shard_images=12, batch_size=3)
+        return encode_missing(str(folder), images, tmp_path / "store", settings, cluster, in_process=in_process)
+
+    with pytest.raises(NotFinite) as raised:
+        encode("float16")
+    first = min(pq.read_table(images)["image"].to_pylist())
+    assert str(raised.value) == (
+        f"image {first[:12]}: signal features goes beyond 65504, the end of features.dtype: float16; "
+        "set features.dtype: float32"
+    )
+    assert not list((tmp_path / "store").rglob("*.arrow"))
+    store, encoded = encode("float32")
+    assert encoded == 12 and store.read([first])["features"].abs().max() > 65504
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float16", 1e8), ("float32", float("inf"))])
+def test_numbers_that_are_not_finite_in_the_model_are_refused(model_folder, prepared, cluster, tmp_path, dtype, factor):
+    """Weights too large for the model's dtype, and weights that no dtype holds: no dtype of the store mends that."""
+    folder = scaled_model(model_folder, factor, tmp_path / "model")
+    images, store = prepared / "images.parquet", tmp_path / "store"
+    with pytest.raises(NotFinite) as raised:
+        encode_missing(str(folder), images, store, SETTINGS, cluster, loading=Loading(dtype), in_process=True)
+    first = min(pq.read_table(images)["image"].to_pylist())
+    remedy = {"float16": "set model.dtype: float32", "float32": f"mend the weights in {folder}"}[dtype]
+    assert str(raised.value) == (
+        f"image {first[:12]}: signal features is not finite as the encoder gives it in model.dtype: {dtype}, "
+        f"whatever features.dtype is; {remedy}"
+    )
+    assert not list(store.rglob("*.arrow"))
+
+
+def test_attention_stays_in_full_precision_in_a_half_precision_store(stored, model_folder, prepared, cluster, tmp_path):
+    whole, images = stored
+    half = SETTINGS.model_copy(update={"dtype": "float16"})
+    store, _ = encode_missing(
+        str(model_folder), prepared / "images.parquet", tmp_path / "half", half, cluster, in_process=True
+    )
+    read, full = store.read(images), whole.read(images)
+    assert torch.equal(read["cls_attention"], full["cls_attention"])
+    assert not torch.equal(full["cls_attention"].half().float(), full["cls_attention"]), "float16 would round it"
+    assert all(torch.equal(read[name], full[name].half()) for name in ("features", "keys", "similarity"))
+    vlm = LlavaAdapter.load(str(model_folder))
+    for settings, signals in ((half, read), (SETTINGS, full)):
+        taken = sum(value[0].nbytes for value in signals.values())
+        assert signal_bytes(vlm.signal_widths(vlm.model.config), vlm.layout, settings) == taken
 
 
 def truncated(kind: str, seed: int) -> bytes:
