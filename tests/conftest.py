@@ -10,6 +10,7 @@ from nuwa.testbed.language import build_processor
 from nuwa.vlm import LlavaAdapter
 
 torch.set_num_threads(1)
+collect_ignore = ["accelerator"]  # changes torch: tests/nuwa/test_device_placement.py gives it a process of its own
 
 
 @pytest.fixture(scope="session")
