@@ -76,6 +76,15 @@ class ModelSettings(Section):
             raise ValueError("attention flash_attention_2 needs dtype bfloat16 or float16, not float32")
         return self
 
+    @model_validator(mode="after")
+    def _the_testbed_has_its_own_words(self) -> ModelSettings:
+        if self.prompt_style == "testbed" and self.conversation != "template":
+            raise ValueError(
+                f"conversation {self.conversation} is in words that prompt_style testbed's model does not know; allowed "
+                "with it: template"
+            )
+        return self
+
 
 class PrepareSettings(Section):
     """The testbed's benchmark: ``images`` test scenes, each asked ``questions`` per benchmark, all from ``seed``.

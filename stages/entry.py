@@ -97,6 +97,10 @@ def planned_trials(settings: Settings) -> list[Trial]:
     known yet.
     """
     path = settings.model.path
+    if not Path(path).exists() and published(path) == path and Path(path).parent.is_dir():
+        raise SettingsError(
+            f"model.path = {path!r}: there is no such folder; name one that holds a model, or a model of the hub"
+        )
     try:
         config = model_shape(published(path))
         family = adapter_class(config.model_type)

@@ -76,12 +76,12 @@ def _verdict(outcomes: Outcomes, nuwa: Trial, best: Trial) -> str:
         )
     if other.low > ours.high:
         return (
-            f"This contradicts the paper’s claim: {rival} keeps more grounding than {name}, {describe(other)}, "
+            f"On these data the paper’s claim does not hold: {rival} keeps more grounding than {name}, {describe(other)}, "
             f"and the intervals do not overlap."
         )
     order = "ahead of" if ours.value > other.value else "level with" if ours.value == other.value else "behind"
     return (
-        f"This neither confirms nor refutes the paper’s claim: {name} is {order} {rival}, {describe(other)}, "
+        f"These data neither confirm nor refute the paper’s claim: {name} is {order} {rival}, {describe(other)}, "
         f"but their intervals overlap."
     )
 

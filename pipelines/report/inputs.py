@@ -94,10 +94,11 @@ class ReportInputs:
     profile: pd.DataFrame | None = None
     search: SearchRecord | None = None
     places: Callable[[Size], Places] | None = None
+    about: str = ""  # a sentence on what was measured, where names alone would mislead
 
     @property
     def search_of_this_model(self) -> SearchRecord | None:
-        """The search in git may be of another model, of which this page says nothing."""
+        """The search in git may be of another model; then the page says just that."""
         if self.search is None:
             return None
         searched = self.search.summary.get("fingerprints", {}).get("model")
@@ -109,6 +110,7 @@ class ReportInputs:
         data_dir: Path,
         provenance: Mapping[str, str] | None = None,
         places: Callable[[Size], Places] | None = None,
+        about: str = "",
     ) -> ReportInputs:
         """Open the files of ``data_dir``.
 
@@ -136,6 +138,7 @@ class ReportInputs:
             provenance=dict(provenance or {}),
             profile=_profile(Path(data_dir) / "profile.csv"),
             search=SearchRecord.load(Path(data_dir) / "search"),
+            about=about,
             places=places,
         )
 

@@ -79,9 +79,11 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
     rows, unanchored = published_retention(scores, beside)
     ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
     search = search_section(inputs.search_of_this_model, outcomes)
+    stale_search = inputs.search is not None and inputs.search_of_this_model is None
     cases = gallery(inputs, outcomes, headline_budget)
     return {
         "model": inputs.provenance.get("model path", "model not named"),
+        "about": inputs.about,
         "finding": finding(outcomes, headline_budget),
         "facts": _facts(inputs, outcomes),
         "columns": outcomes.columns,
@@ -95,6 +97,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "no_curves": "no trial has a retention" if outcomes.main else "the first grid of this run has no pruned trial",
         "ablations": [(item, _ablation_chart(item)) for item in ablations],
         "search": search,
+        "stale_search": stale_search,
         "plane": _chart("search", search.panels) if search else None,
         "cases": cases,
         "several_views": any(case.views > 1 for case in cases),

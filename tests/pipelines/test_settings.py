@@ -264,3 +264,13 @@ def test_flash_attention_in_full_precision_is_refused(params):
     assert str(caught.value) == (
         "params.yaml: model: attention flash_attention_2 needs dtype bfloat16 or float16, not float32"
     )
+
+
+def test_the_testbeds_model_is_not_spoken_to_in_llavas_words(params):
+    params["model"] |= {"conversation": "vicuna_v1"}
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(yaml.safe_dump(params), "params.yaml")
+    assert str(caught.value) == (
+        "params.yaml: model: conversation vicuna_v1 is in words that prompt_style testbed's model does not know; allowed "
+        "with it: template"
+    )

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from transformers import LlavaNextConfig, Qwen2_5_VLConfig
 
-from pipelines.settings import SettingsError, load_settings
+from pipelines.settings import SettingsError, load_settings, parse_settings
 from stages.entry import planned_trials
 
 ROOT = Path(__file__).parents[2]
@@ -99,3 +99,16 @@ def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):
 
 def test_the_projects_own_model_is_planned():
     assert planned_trials(load_settings(ROOT / "params.yaml"))
+
+
+def test_a_folder_that_is_not_there_is_no_model_of_the_hub(tmp_path, monkeypatch):
+    """A mistyped folder is not looked up on the network; a published checkpoint's own may be fetched later."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["model"]["path"] = "models/nothere"
+    with pytest.raises(SettingsError) as caught:
+        planned_trials(parse_settings(yaml.safe_dump(raw), "params.yaml"))
+    assert str(caught.value) == (
+        "model.path = 'models/nothere': there is no such folder; name one that holds a model, or a model of the hub"
+    )

@@ -42,7 +42,7 @@ def test_ahead_beyond_the_intervals(sentences):
 
 def test_behind_beyond_the_intervals_contradicts_the_paper(sentences):
     assert sentences({("nuwa", "pesp"): 0.20, ("visionzip", "perc"): 0.05, ("random", "pesp"): 0.41})[1] == (
-        "This contradicts the paper’s claim: Random with original (PESP) position ids keeps more grounding than Nüwa, "
+        "On these data the paper’s claim does not hold: Random with original (PESP) position ids keeps more grounding than Nüwa, "
         "41.0 % [38.0, 44.0], and the intervals do not overlap."
     )
 
@@ -74,7 +74,7 @@ def test_without_its_control_nothing_is_said_of_learnpruner(sentences):
 def test_overlapping_intervals_settle_nothing(sentences, other, order):
     text = sentences({("nuwa", "pesp"): 0.40, ("divprune", "pesp"): other})[1]
     assert text == (
-        f"This neither confirms nor refutes the paper’s claim: Nüwa is {order} DivPrune with original (PESP) position "
+        f"These data neither confirm nor refute the paper’s claim: Nüwa is {order} DivPrune with original (PESP) position "
         f"ids, {100 * other:.1f} % [{100 * other - 3:.1f}, {100 * other + 3:.1f}], but their intervals overlap."
     )
 

@@ -361,3 +361,12 @@ def test_a_headline_budget_that_was_not_run_is_refused_before_anything_is_writte
         "to one of this run's budgets: 16, 32, 48"
     )
     assert not (tmp_path / "report").exists()
+
+
+def test_a_page_says_what_was_measured_where_names_would_mislead(full_run, tmp_path):
+    about = "Measured on drawn scenes."
+    build_report(ReportInputs.load(full_run, about=about), tmp_path / "said", 16)
+    build_report(ReportInputs.load(full_run), tmp_path / "unsaid", 16)
+    for name in ("index.html", "report.md"):
+        assert about in (tmp_path / "said" / name).read_text()
+        assert about not in (tmp_path / "unsaid" / name).read_text()
