@@ -13,7 +13,7 @@ from stages.track import track
 
 TESTBED = (
     "Measured on the testbed: drawn scenes of digits, 96 by 96 pixels, and a small model trained on them. Its benchmarks have "
-    "the form, prompts and scores of the published ones whose names they bear, and not their images."
+    "the form and scores of the published ones whose names they bear, not their images."
 )
 
 
