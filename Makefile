@@ -19,6 +19,7 @@ $(READY): requirements.txt
 repro: $(READY)
 	$(RUN) python -m stages.plan
 	$(RUN) dvc repro
+	@echo "report/index.html is the report; make dashboard shows every trial"
 
 # What params.yaml asks for, or experiments/$(PRESET).yaml without touching it
 plan: $(READY)
