@@ -257,20 +257,21 @@ def test_yaml_reads_off_as_a_word_or_as_false(params):
         assert trial.schedule.entering == [16] * LAYERS
 
 
-def test_flash_attention_in_full_precision_is_refused(params):
-    params["model"] |= {"attention": "flash_attention_2"}
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"attention": "flash_attention_2"},
+            "attention flash_attention_2 needs dtype bfloat16 or float16, not float32",
+        ),
+        (
+            {"conversation": "vicuna_v1"},
+            "conversation vicuna_v1 is in words that prompt_style testbed's model does not know; allowed with it: template",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_refused(params, model, message):
+    params["model"] |= model
     with pytest.raises(SettingsError) as caught:
         parse_settings(yaml.safe_dump(params), "params.yaml")
-    assert str(caught.value) == (
-        "params.yaml: model: attention flash_attention_2 needs dtype bfloat16 or float16, not float32"
-    )
-
-
-def test_the_testbeds_model_is_not_spoken_to_in_llavas_words(params):
-    params["model"] |= {"conversation": "vicuna_v1"}
-    with pytest.raises(SettingsError) as caught:
-        parse_settings(yaml.safe_dump(params), "params.yaml")
-    assert str(caught.value) == (
-        "params.yaml: model: conversation vicuna_v1 is in words that prompt_style testbed's model does not know; allowed "
-        "with it: template"
-    )
+    assert str(caught.value) == f"params.yaml: model: {message}"

@@ -127,22 +127,6 @@ PUBLISHED: dict[str, dict[str, tuple[pa.DataType, Any]]] = {
         "comment": (STRING, "nan"),
         "split": (STRING, "dev"),
     },
-    "mmbench_cn": {
-        "index": (pa.int64(), 2000241),
-        "question": (STRING, "哪一个是水果？"),
-        "hint": (STRING, "nan"),
-        "answer": (STRING, "B"),
-        "A": (STRING, "石头"),
-        "B": (STRING, "香蕉"),
-        "C": (STRING, "nan"),
-        "D": (STRING, None),
-        "category": (STRING, "identity_reasoning"),
-        "image": (IMAGE_TYPE, IMAGE),
-        "source": (STRING, "scienceqa"),
-        "L2-category": (STRING, "attribute_reasoning"),
-        "comment": (STRING, "nan"),
-        "split": (STRING, "dev"),
-    },
     "seedbench": {
         "answer": (STRING, "C"),
         "choice_a": (STRING, "One"),
@@ -175,6 +159,12 @@ PUBLISHED: dict[str, dict[str, tuple[pa.DataType, Any]]] = {
         "image_source": (STRING, "https://a"),
         "capability": (STRING, "ocr,math"),
     },
+}
+PUBLISHED["mmbench_cn"] = {
+    **PUBLISHED["mmbench"],
+    "question": (STRING, "哪一个是水果？"),
+    "A": (STRING, "石头"),
+    "B": (STRING, "香蕉"),
 }
 
 
