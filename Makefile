@@ -5,11 +5,11 @@ READY := $(VENV)/.ready
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test chaos lint plan submit dashboard track testbed pruner clean profile search experiment
+.PHONY: setup repro test chaos fuzz mutation agreement lint plan submit dashboard track testbed pruner clean profile search experiment
 
 setup: $(READY)
 
-$(READY): requirements.txt
+$(READY): requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -21,21 +21,36 @@ repro: $(READY)
 	$(RUN) dvc repro
 	@echo "report/index.html is the report; make dashboard shows every trial"
 
-# What params.yaml asks for, or experiments/$(PRESET).yaml without touching it
+# What is wrong or missing, and what params.yaml asks for, or experiments/$(PRESET).yaml without touching it; DEEP=1: every
+# row, image and tensor is read; EXPLAIN=1: why, trial by trial
 plan: $(READY)
 	$(RUN) python -m stages.plan $(PRESET)
 
 test: $(READY) lint
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n 2 --dist loadfile
 
 # Twenty kills of workers, nodes and the driver during one sweep on a cluster of three raylets: about three minutes.
 chaos: $(READY)
 	$(RUN) CHAOS_KILLS=20 python -m pytest tests/pipelines/test_chaos.py
 
+# Two hundred damaged tables, model folders, settings and photos: each refused in one line or read for what it says.
+fuzz: $(READY)
+	$(RUN) python tests/fuzzing/fuzzer.py 200
+
+# One line of the code between image and answer changed at a time, CHANGES of them: no old identity over a new answer.
+CHANGES ?= 300
+mutation: $(READY)
+	$(RUN) PYTHONPATH=tests OMP_NUM_THREADS=1 python -m mutation --changes $(CHANGES)
+
+# Which share of answers differs from stock generate, between batches, and between cached and fresh features, by dtype
+agreement: $(READY)
+	$(RUN) python -m benchmarks.agreement
+
 lint: $(READY)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) lint-imports
+	$(RUN) mypy
 
 # The sweep on a Ray cluster, its results back here: make submit ARGS="--address ... --storage ... --work ..."
 submit: $(READY)
@@ -54,8 +69,9 @@ testbed: $(READY)
 	$(RUN) python -m stages.testbed
 	$(RUN) dvc commit --force testbed
 
-# Retrain LearnPruner's module on the model there is: about two minutes on two cores.
+# Retrain LearnPruner's module on the model there is: about two minutes on two cores. git has the weights there were.
 pruner: $(READY)
+	rm -f models/pruner/lpm.safetensors
 	$(RUN) dvc repro --force --single-item pruner
 
 # Time methods on this machine: data/profile.csv, which the report shows. Without the memory profiler's own log.

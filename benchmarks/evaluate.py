@@ -24,7 +24,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.results import PREDICTIONS
+from pipelines.sweep.results import PREDICTIONS
 
 LIMIT_S, LIMIT_GIB = 30.0, 2.0
 WORDS = ("red", "blue", "green", "a man", "two dogs", "on the table", "17", "left", "wooden", "stop")
@@ -44,6 +44,7 @@ def write_sweep(folder: Path, trials: int, questions: int) -> None:
     truths = [json.loads(truth) for truth in examples["truth"]]
     kept = pa.array(rng.integers(0, 576, 32 * len(examples)).astype(np.int16))
     offsets = pa.array(np.arange(len(examples) + 1, dtype=np.int32) * 32)
+
     with pq.ParquetWriter(folder / "predictions.parquet", PREDICTIONS) as writer:
         for trial in ids:
             right = rng.random(len(examples)) < 0.6
@@ -53,6 +54,7 @@ def write_sweep(folder: Path, trials: int, questions: int) -> None:
                 pa.array(examples["example_id"], pa.string()),
                 pa.array(answers),
                 pa.ListArray.from_arrays(offsets, kept),
+                pa.repeat(False, len(examples)),
             ]
             writer.write_table(pa.table(columns, schema=PREDICTIONS))
 
@@ -133,6 +135,7 @@ def main() -> None:
         rows = pq.read_metadata(Path(name) / "predictions.parquet").num_rows
         command = [sys.executable, "-m", "benchmarks.evaluate", "--score", name]
         measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
     figures = {
         "benchmark": "evaluate",
         "trials": asked.trials,

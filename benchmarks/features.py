@@ -16,21 +16,26 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
-from pipelines.features import FeatureStore
+from pipelines.features.store import FeatureStore
 
 ROUNDS = 5
 SHARD_IMAGES = 32
-SIZES = {"": (576, 1024, np.float16), "testbed_": (144, 64, np.float32)}
+SIZES: dict[str, tuple[int, int, type[np.floating[Any]]]] = {
+    "": (576, 1024, np.float16),
+    "testbed_": (144, 64, np.float32),
+}
 
 
-def fill(store: FeatureStore, images: list[str], tokens: int, dim: int, dtype: type) -> None:
+def fill(store: FeatureStore, images: list[str], tokens: int, dim: int, dtype: type[np.floating[Any]]) -> None:
     rng = np.random.default_rng(0)
     for start in range(0, len(images), SHARD_IMAGES):
         names = images[start : start + SHARD_IMAGES]
@@ -53,7 +58,7 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(folder: Path, count: int, tokens: int, dim: int, dtype: type) -> dict[str, float]:
+def measure(folder: Path, count: int, tokens: int, dim: int, dtype: type[np.floating[Any]]) -> dict[str, float]:
     images = [f"{number:064x}" for number in range(count)]
     fill(FeatureStore(folder, "bench"), images, tokens, dim, dtype)
     store = FeatureStore(folder, "bench", cache_bytes=0)
@@ -77,11 +82,16 @@ def measure(folder: Path, count: int, tokens: int, dim: int, dtype: type) -> dic
     pairs = [(seconds(read_memmap), seconds(read_store)) for _ in range(ROUNDS)]
     mapped, stored = (min(column) for column in zip(*pairs, strict=True))
     drawn = np.random.default_rng(1).choice(images, 200)
-    random = [seconds(lambda image=image: [v.clone() for v in store.read([image]).values()]) for image in drawn]
+
+    def read_copy(image: str) -> None:
+        for value in store.read([image]).values():
+            value.clone()
+
+    random = [seconds(partial(read_copy, image)) for image in drawn]
     worker = FeatureStore(folder, "bench")
     for image in images:
         worker.read([image])
-    again = [seconds(lambda image=image: worker.read([image])) for image in drawn]
+    again = [seconds(partial(worker.read, [image])) for image in drawn]
     return {
         "gib": size / 1024**3,
         "gib_a_second": size / 1024**3 / stored,

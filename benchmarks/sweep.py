@@ -23,12 +23,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
 from benchmarks import features
 from nuwa.decoder import Trunk
@@ -36,29 +39,24 @@ from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.schedule import TokenSchedule
 from nuwa.selection import Selection
+from nuwa.signals import VisionSignals
 from nuwa.stage1 import get_method
 from nuwa.testbed.benchmark import make_testbed_benchmark
 from nuwa.vlm import LlavaAdapter
 from nuwa.vlm.shapes import model_shape
-from pipelines.collection import collect
-from pipelines.datasets import write_examples
-from pipelines.features import FeatureStore, encode_missing, read_images
-from pipelines.grid import Layouts, Trial, expand
-from pipelines.plan import (
-    Costs,
-    Example,
-    Load,
-    ModelCost,
-    forecast,
-    plan_units,
-    read_examples,
-    sweep_costs,
-    usual_speed,
-    work_tree,
-)
-from pipelines.results import ResultStore
-from pipelines.settings import ClusterSettings, FeatureSettings, SweepSettings
-from pipelines.sweep import SweepSpec, UnitReport, Words, answer_context, branch, run_sweep
+from pipelines.data.datasets import write_examples
+from pipelines.features.encoding import encode_missing
+from pipelines.features.images import read_images
+from pipelines.features.loading import FULL_PRECISION, Loading
+from pipelines.features.store import FeatureStore
+from pipelines.settings import ClusterSettings, FeatureSettings, GridEntry, SweepSettings
+from pipelines.sweep.answers import SweepOutcome, SweepSpec, UnitReport, Words, run_sweep
+from pipelines.sweep.collection import collect
+from pipelines.sweep.costs import Costs, Load, ModelCost, forecast, sweep_costs, usual_speed
+from pipelines.sweep.results import ResultStore
+from pipelines.sweep.tree import work_tree
+from pipelines.sweep.trials import Layouts, Trial, expand
+from pipelines.sweep.units import Example, plan_units, read_examples
 
 MODEL = "models/testbed"
 QUESTIONS = {"refcoco": 6, "refcocoplus": 4, "refcocog": 4, "pope": 6, "gqa": 4, "textvqa": 2}  # of each image
@@ -69,6 +67,7 @@ ONE_WORKER = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
 METHODS = ("nuwa", "visionzip", "random", "uniform")
 POSITIONS = ("perc", "pesp", "rpme")
 BARS = {"speedup_stage1_grid": 5.0, "speedup_stage2_grid": 3.0, "fraction_of_predicted": 0.8}
+Result = TypeVar("Result")
 BARS |= {"speedup_vs_papers_way": 15.0, "model_time_share": 0.9}
 
 
@@ -97,7 +96,7 @@ def stage2_grid(tokens: int, layers: int, keep: int, cuts: Sequence[int], keeps:
     ]
 
 
-def clock(work: Callable[[], object]) -> tuple[float, object]:
+def clock(work: Callable[[], Result]) -> tuple[float, Result]:
     began = time.process_time()
     result = work()
     return time.process_time() - began, result
@@ -125,18 +124,20 @@ class Bench:
             MODEL, root / "images.parquet", root / "features", settings, ONE_WORKER, in_process=True
         )
         vlm, table = LlavaAdapter.load(MODEL), pd.read_parquet(root / "examples.parquet")
-        examples = read_examples(table, answer_context(vlm.fingerprint(), store.identity))
+        examples = read_examples(table, store.identity)
         return cls(vlm, root, store, table, examples, sweep_costs(vlm, table), Words(vlm))
 
-    def shared(self, trials: Sequence[Trial], results: Path) -> tuple[float, dict[tuple[str, str], str], float]:
+    def shared(
+        self, trials: Sequence[Trial], results: Path, loading: Loading = FULL_PRECISION
+    ) -> tuple[float, dict[tuple[str, str], str], float]:
         """CPU seconds, the answers, and the share of the worker's wall time inside the decoder."""
         table = results / "predictions.parquet"
         paths = (str(results), str(self.root / "images.parquet"))
         features = (str(self.root / "features"), self.store.identity, self.vlm.encoder_identity)
-        spec = SweepSpec(MODEL, *features, *paths, threads=1)
+        spec = SweepSpec(MODEL, *features, *paths, threads=1, loading=loading)
         reports: list[UnitReport] = []
 
-        def run():
+        def run() -> SweepOutcome:
             outcome = run_sweep(
                 spec,
                 trials,
@@ -162,16 +163,16 @@ class Bench:
 
     def one_by_one(self, trial: Trial, asked: Sequence[Example]) -> dict[tuple[str, str], str]:
         """One trial, batched, sharing nothing between questions."""
-        found = {}
+        texts: dict[tuple[str, str], str] = {}
         for batch in self._batches(asked):
             images = tuple(sorted({example.image for example in batch}))
             signals = self.vlm.signals(self.store.read(images), images)
             selection = _select(trial, signals)
             rows = torch.tensor([images.index(example.image) for example in batch])
             each = Selection(selection.indices[rows], selection.features[rows], selection.pillars[rows])
-            texts = self._answer(trial, each, batch, [self.words.encode(example.prompt) for example in batch])
-            found |= {(trial.trial_id, example.example_id): text for example, text in zip(batch, texts, strict=True)}
-        return found
+            said = self._answer(trial, each, batch, [self.words.encode(example.prompt) for example in batch])
+            texts |= {(trial.trial_id, example.example_id): text for example, text in zip(batch, said, strict=True)}
+        return texts
 
     def _answer(self, trial: Trial, selection: Selection, batch: Sequence[Example], prompts: list) -> list[str]:
         trunk = Trunk(
@@ -181,32 +182,31 @@ class Bench:
             trial.spec.position,
             [example.image for example in batch],
         )
-        if trial.cuts:
-            trunk.advance(trial.first_cut, frozenset({trial.first_cut - 1}))
-        answers = branch(trunk, trial, [example.max_new_tokens for example in batch])
+        limits = [example.max_new_tokens for example in batch]
+        answers = trunk.answer(trial.spec.running_cuts(trial.schedule), limits, trial.spec.seed)
         return [self.words.decode(answer.tokens) for answer in answers]
 
     def papers_way(self, trials: Sequence[Trial], asked: Sequence[Example]) -> float:
         """Forecast CPU seconds of ``trials`` on all questions, from those of ``asked`` and their images."""
         pictures = read_images(self.root / "images.parquet", sorted({example.image for example in asked}))
         loading = encoding = answering = 0.0
+
+        def encode(vlm: LlavaAdapter, picture: Image.Image) -> dict[str, torch.Tensor]:
+            return vlm.encode(vlm.pixels([picture]))
+
+        def answer(trial: Trial, signals: VisionSignals, example: Example) -> list[str]:
+            return self._answer(trial, _select(trial, signals), [example], [self.vlm.encode_prompt(example.prompt)])
+
         for trial in trials:
             seconds, vlm = clock(lambda: LlavaAdapter.load(MODEL))
             loading += seconds
             signals = {}
             for image, picture in pictures.items():
-                seconds, encoded = clock(lambda picture=picture, vlm=vlm: vlm.encode(vlm.pixels([picture])))
+                seconds, encoded = clock(partial(encode, vlm, picture))
                 encoding += seconds
                 signals[image] = vlm.signals(encoded, (image,))
             for example in asked:
-                answering += clock(
-                    lambda example=example, trial=trial, signals=signals: self._answer(
-                        trial,
-                        _select(trial, signals[example.image]),
-                        [example],
-                        [self.vlm.encode_prompt(example.prompt)],
-                    )
-                )[0]
+                answering += clock(partial(answer, trial, signals[example.image], example))[0]
         images = len({example.image for example in self.examples})
         whole = encoding * images / len(pictures) + answering * len(self.examples) / len(asked)
         return (loading + whole) / len(trials)
@@ -237,6 +237,7 @@ class Bench:
             rows.append(torch.cat([before, projected[images.index(example.image)], after]))
         embedded = torch.stack(rows)
         mask = torch.ones(embedded.shape[:2], dtype=torch.long)
+
         for row, prompt in enumerate(prompts):
             mask[row, : longest - len(prompt.after)] = 0
         made = self.vlm.model.generate(
@@ -255,9 +256,9 @@ class Bench:
         return [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
 
 
-def _select(trial: Trial, signals) -> Selection:
-    method = get_method(trial.spec.stage1)
-    return method.select(signals, *trial.plan.keeps, trial.spec.config, trial.spec.seed)
+def _select(trial: Trial, signals: VisionSignals) -> Selection:
+    (keep,) = trial.plan.keeps
+    return get_method(trial.spec.stage1).select(signals, keep, trial.spec.config, trial.spec.seed)
 
 
 def _sample(examples: Sequence[Example], count: int) -> list[Example]:
@@ -283,6 +284,7 @@ def measure_grid(
         f"(on {len(asked)} questions, scaled); the papers' way {papers:.0f} s (on {papers_trials} trials and {len(few)} "
         f"questions, scaled)"
     )
+
     print(
         f"  {slow / shared:.2f} times faster, {predicted:.2f} predicted; {papers / shared:.1f} times the papers' way; "
         f"{share:.1%} of the time inside the decoder; {differing} of {len(trials) * len(asked)} answers differ"
@@ -306,16 +308,19 @@ def planning(count: int) -> float:
         unit_images=UNIT_IMAGES,
         budgets=[16],
         grids=[
-            {
-                "name": "plan",
-                "method": "nuwa",
-                "position": list(POSITIONS),
-                "stage2_layer": [2, 3, 4, 5],
-                "stage2_scorer": ["attention_last_token", "attention_all_text", "cosine_mean_text", "random"],
-                "parameters": {"distance_threshold": np.linspace(0.1, 0.9, points).tolist()},
-            }
+            GridEntry.model_validate(
+                {
+                    "name": "plan",
+                    "method": "nuwa",
+                    "position": list(POSITIONS),
+                    "stage2_layer": [2, 3, 4, 5],
+                    "stage2_scorer": ["attention_last_token", "attention_all_text", "cosine_mean_text", "random"],
+                    "parameters": {"distance_threshold": np.linspace(0.1, 0.9, points).tolist()},
+                }
+            )
         ],
     )
+
     examples = [Example(f"{i}-{q}", f"{i}-{q}", str(i), "", 8) for i in range(200) for q in range(12)]
     text = [[((q, 1, 2, 3, 4, 5, 6, 7, 8), 5) for q in range(12)]] * 200
     model = ModelCost(layers=8, token=4e5, pair=5e2, head=4e4, projector=1e5, system=2)
@@ -379,7 +384,7 @@ def main() -> None:
         }
         sample = len(bench.examples) if chosen.full else chosen.sample
         papers = 36 if chosen.full else 4
-        figures = {}
+        figures: dict[str, float | bool] = {}
         for name, trials in grids.items():
             assert len(work_tree(trials)) in (12, 3)
             figures |= measure_grid(bench, name, trials, sample, papers, root / name)

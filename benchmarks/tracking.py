@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipelines.tracking import Tracker, trial_runs
+from pipelines.tracking.runs import trial_runs
+from pipelines.tracking.tracker import Tracker
 
 LIMIT_MS = 50.0
 BENCHMARKS = {

@@ -1,8 +1,11 @@
 """Submit features and sweep to a Ray cluster as a job, follow it, and bring its results back to where DVC tracks them.
 
-Code travels as the job's working directory: the files git tracks, as they are now. Tables and images travel through
-``--storage``, once, named by content. When the job is done its tables are fetched into ``data/``, compared with their
-digests and committed to ``dvc.lock``, so ``dvc repro`` goes on with scores and report.
+Code travels as the job's working directory: what ``.rayignore`` leaves of the project folder, as it is now. Tables,
+images, the model and LearnPruner's weights travel through ``--storage``, once, named by content; a model that is named
+by an absolute path, which all nodes see, or by its id on the hub does not travel at all. Secrets stay where they are:
+``~/.nuwa/secrets.env`` on the machines of the cluster holds what it needs. When the job is done its tables are fetched
+into ``data/``, compared with their digests and committed to ``dvc.lock``, so ``dvc repro`` goes on with scores and
+report.
 
     cluster/submit --address http://127.0.0.1:8265 --storage s3://bucket/nuwa --work /shared/nuwa
     cluster/submit --address http://127.0.0.1:8265 --storage s3://bucket/nuwa --attach nuwa-1f2e3d4c
@@ -27,33 +30,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.job import INPUTS, INPUTS_MANIFEST, MANIFEST, OUTPUTS, digest_of, input_name, runs_folder
+from cluster.job import INPUTS_MANIFEST, MANIFEST, OUTPUTS, TABLES, digest_of, input_name, runs_folder
+from cluster.origin import differences, made_of
+from nuwa.errors import UserError
+from pipelines.files.code_package import stage_code
+from pipelines.files.secrets import DEFAULT_FILE, UnsafeSecret, is_secret, refuse_credentials
+from pipelines.files.storage import Folder
 from pipelines.settings import Settings
-from pipelines.storage import Folder
-from stages.entry import run_stage
+from stages.entry import planned_trials, run_stage
 
 TRACKED_STAGES = ("features", "sweep")
+ORIGIN_MANIFEST = "origin.json"  # digests of parameters, code and inputs, by name
+MOST_NAMES = 5  # changes that an error lists
 BROUGHT = "results are in data/ and dvc.lock; `dvc repro` scores them and makes the report"
 TOKEN_FILE = Path("~/.ray/auth_token")
-PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "HF_HOME", "HF_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION")
+PASSED_ON = ("MLFLOW_TRACKING_URI", "HF_HOME", "AWS_ENDPOINT_URL", "AWS_REGION")
+# What a job may need and an API would show; it comes from a file on the machines.
+KEPT_HOME = ("HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
 
 
-class SubmissionFailed(RuntimeError):
+class SubmissionFailed(UserError, RuntimeError):
     """The cluster could not be asked, or the job did not succeed."""
 
 
 def choose_authentication(environment: Mapping[str, str], token_file: Path = TOKEN_FILE) -> str:
-    """Ray's authentication mode: what RAY_AUTH_MODE says, else ``token`` where there is one, else ``disabled``.
+    """Ray's authentication mode: what RAY_AUTH_MODE says, else ``token``.
 
-    Ray 2.59 and newer ask for a token; a client that does not know the cluster's mode fails with an error about
-    headers, so the mode is settled before Ray is imported.
+    Settled before Ray is imported, which otherwise asks for no token and sends none. Raises :class:`SubmissionFailed`
+    where one is needed and there is none.
     """
-    if environment.get("RAY_AUTH_MODE"):
-        return environment["RAY_AUTH_MODE"]
+    mode = environment.get("RAY_AUTH_MODE") or "token"
     held = (
         environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH") or token_file.expanduser().exists()
     )
-    return "token" if held else "disabled"
+    if mode == "token" and not held:
+        raise SubmissionFailed(
+            f"no token for the cluster: put the one it was started with into {token_file} (`ray get-auth-token` there "
+            "shows it) or RAY_AUTH_TOKEN_PATH; RAY_AUTH_MODE=disabled is for a cluster on this machine's loopback alone"
+        )
+    return mode
 
 
 def connect(address: str) -> Any:
@@ -71,55 +86,92 @@ def connect(address: str) -> Any:
         ) from None
 
 
-def stage_code(target: Path, model: Path) -> None:
-    """Copy the files git tracks, as they are on disk, and the model's folder where git does not track it."""
-    listed = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, text=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if Path(name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(name, target / name)
-    if model.is_dir() and not model.is_absolute():
-        shutil.copytree(model, target / model, dirs_exist_ok=True)
-    # Ray leaves out what .gitignore and .rayignore name; this copy holds what the job needs and nothing else.
-    for name in (".gitignore", ".rayignore"):
-        (target / name).unlink(missing_ok=True)
+def inputs_of(settings: Settings) -> dict[str, Path]:
+    """Files a job reads beside code, by path below the project folder: tables, and model and weights that lie there.
+
+    A model elsewhere is one that all nodes find under the same path, or on the hub.
+    """
+    files = {str(path): path for path in TABLES}
+    folder = Path(settings.model.path)
+    if folder.is_dir() and not folder.is_absolute():
+        files |= {str(path): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    for trial in planned_trials(settings):
+        weights = getattr(trial.spec.config, "weights", None)
+        if weights is not None and not Path(weights).is_absolute():
+            files[str(Path(weights))] = Path(weights)
+    return files
 
 
-def upload_inputs(storage: str, submission: str) -> None:
-    """Bring the prepared tables to the storage unless it has them, and say which ones ``submission`` reads."""
+def upload_inputs(storage: str, submission: str, files: Mapping[str, Path]) -> None:
+    """Bring ``files`` to the storage unless it has them, and say which ones ``submission`` reads."""
     folder, digests = Folder.at(storage, "inputs"), {}
     held = folder.sizes()
-    for path in INPUTS:
+    for relative, path in files.items():
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing; `dvc repro prepare` makes it")
-        digests[path.name] = digest_of(path)
-        name = input_name(path, digests[path.name])
+        digests[relative] = digest_of(path)
+        name = input_name(path, digests[relative])
         if held.get(name) != path.stat().st_size:
             folder.publish(path, name)
-    runs_folder(storage, submission).write(INPUTS_MANIFEST, json.dumps(digests).encode())
+    run = runs_folder(storage, submission)
+    run.write(ORIGIN_MANIFEST, json.dumps(made_of(TRACKED_STAGES)).encode())
+    run.write(INPUTS_MANIFEST, json.dumps(digests).encode())
 
 
-def submit(client: Any, storage: str, work: str, model: Path) -> str:
+def refuse_changes(storage: str, submission: str) -> None:
+    """Raises :class:`SubmissionFailed` where parameters, code or inputs are not those that the job was made of."""
+    folder = runs_folder(storage, submission)
+    try:
+        before = json.loads(folder.read(ORIGIN_MANIFEST))
+    except FileNotFoundError:
+        raise SubmissionFailed(
+            f"{folder.place} has no {ORIGIN_MANIFEST}, so what job {submission} was made of is not known; submit again, "
+            "finished units are kept"
+        ) from None
+    changed = differences(before, made_of(TRACKED_STAGES))
+    if changed:
+        more = f" and {len(changed) - MOST_NAMES} more" if len(changed) > MOST_NAMES else ""
+        raise SubmissionFailed(
+            f"changed since job {submission} was submitted: {', '.join(changed[:MOST_NAMES])}{more}; its results would be "
+            "recorded as of what is here now: put that back and attach again, or submit again, finished units are kept"
+        )
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables a job gets, none of them secret; what is kept at home is named once, with what to do."""
+    passed = {name: environment[name] for name in PASSED_ON if name in environment}
+    kept = [name for name in KEPT_HOME if environment.get(name)]
+    kept += [name for name, value in passed.items() if is_secret(name, value)]
+    if kept:
+        print(
+            f"not sent, because the cluster's job list would show it: {', '.join(kept)}; what the job needs of it "
+            f"belongs into {DEFAULT_FILE} (mode 600) of the cluster's machines",
+            file=sys.stderr,
+        )
+    return {name: value for name, value in passed.items() if name not in kept}
+
+
+def submit(client: Any, storage: str, work: str, files: Mapping[str, Path]) -> str:
     """Start the job; returns its id."""
     submission = f"nuwa-{uuid.uuid4().hex[:8]}"
-    upload_inputs(storage, submission)
+    upload_inputs(storage, submission, files)
     entry = ["python", "-m", "cluster.job", "--storage", storage, "--work", work, "--submission", submission]
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
-        stage_code(Path(folder), model)
+        size = stage_code(Path(), Path(folder))
+        print(f"code: {size / 1e6:.1f} MB", flush=True)
         client.submit_job(
             entrypoint=shlex.join(entry),
-            runtime_env={"working_dir": folder, "env_vars": passed},
+            runtime_env={"working_dir": folder, "env_vars": passed_on(os.environ)},
             submission_id=submission,
         )
     return submission
 
 
-def pack(storage: str, submission: str, model: Path) -> None:
+def pack(storage: str, submission: str, files: Mapping[str, Path]) -> None:
     """Lay inputs and ``code.zip``, a working directory for a runtime environment, in the storage."""
-    upload_inputs(storage, submission)
+    upload_inputs(storage, submission, files)
     with tempfile.TemporaryDirectory() as folder:
-        stage_code(Path(folder) / "code", model)
+        stage_code(Path(), Path(folder) / "code")
         # Ray takes the one folder inside an archive for the working directory.
         archive = shutil.make_archive(f"{folder}/packed", "zip", folder, "code")
         runs_folder(storage, submission).publish(Path(archive), "code.zip")
@@ -142,7 +194,8 @@ def follow(client: Any, submission: str) -> None:
 
 
 def bring_back(storage: str, submission: str) -> None:
-    """Fetch the job's tables into ``data/`` and record them in ``dvc.lock``."""
+    """Fetch the job's tables into ``data/`` and record them in ``dvc.lock``, as results of what the job was made of."""
+    refuse_changes(storage, submission)
     folder = runs_folder(storage, submission)
     try:
         digests = json.loads(folder.read(MANIFEST))
@@ -169,31 +222,38 @@ def main() -> None:
     parser.add_argument("--no-wait", action="store_true", help="submit and leave; --attach later")
     parser.add_argument("--pack", metavar="ID", help="lay code and inputs in the storage for a job started elsewhere")
     parser.add_argument("--collect", metavar="ID", help="bring back what a job started elsewhere has published")
-    asked = parser.parse_args()
-    starts = not (asked.attach or asked.pack or asked.collect)
-    if starts and asked.work is None and "://" in asked.storage:
+    options = parser.parse_args()
+    try:
+        refuse_credentials("--storage", [options.storage])
+    except UnsafeSecret as error:
+        parser.error(str(error))
+    starts = not (options.attach or options.pack or options.collect)
+    if starts and options.work is None and "://" in options.storage:
         parser.error("--work is needed: --storage is a URI, and features and units need a folder that every node sees")
 
     def run(settings: Settings) -> None:
-        if asked.pack:
-            pack(asked.storage, asked.pack, Path(settings.model.path))
-            print(f"code and inputs are in {runs_folder(asked.storage, asked.pack).place}")
+        if options.pack:
+            pack(options.storage, options.pack, inputs_of(settings))
+            print(f"code and inputs are in {runs_folder(options.storage, options.pack).place}")
             return
-        if asked.collect:
-            bring_back(asked.storage, asked.collect)
+        if options.collect:
+            bring_back(options.storage, options.collect)
             print(BROUGHT)
             return
-        client = connect(asked.address)
-        submission = asked.attach
+        client = connect(options.address)
+        submission = options.attach
+
         if submission is None:
-            work = asked.work or str(Path(asked.storage).resolve() / "work")
-            submission = submit(client, asked.storage, work, Path(settings.model.path))
-            again = f"cluster/submit --address {asked.address} --storage {asked.storage} --attach {submission}"
+            work = options.work or str(Path(options.storage).resolve() / "work")
+            submission = submit(client, options.storage, work, inputs_of(settings))
+            again = f"cluster/submit --address {options.address} --storage {options.storage} --attach {submission}"
             print(f"submitted {submission}; come back to it with\n  {again}", flush=True)
-        if asked.no_wait:
+        elif not options.no_wait:
+            refuse_changes(options.storage, submission)  # before a job is followed for hours
+        if options.no_wait:
             return
         follow(client, submission)
-        bring_back(asked.storage, submission)
+        bring_back(options.storage, submission)
         print(BROUGHT)
 
     try:

@@ -131,7 +131,7 @@ def _layer_macs(tokens: int, hidden: int, width: int, kv_width: int, intermediat
 
 def kv_cache_bytes(schedule: TokenSchedule, llm: LlmShape, bytes_per_number: int, text_tokens: int = 0) -> int:
     """Keys and values of all layers after the prefill: ``2 * kv_heads * head_dim`` numbers a token and layer."""
-    tokens = sum(schedule.entering) + schedule.layers * text_tokens
+    tokens = sum(schedule.cached) + schedule.layers * text_tokens
     return tokens * 2 * llm.kv_heads * llm.head_dim * bytes_per_number
 
 

@@ -10,20 +10,23 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
 from nuwa import UNPRUNED
+from nuwa.budget import budget_on
 from nuwa.decoder import Trunk
+from nuwa.images import upright_rgb
 from nuwa.layout import VisualLayout
 from nuwa.methods import LayoutPlan, MethodSpec, check_encoder, select_views, specify
 from nuwa.positions import visual_positions
 from nuwa.schedule import TokenSchedule
 from nuwa.selection import Selection
-from nuwa.signals import SIGNAL_NAMES
+from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
 from nuwa.stage1 import get_method
 from nuwa.vlm import Adapter, EncodedImage, adapt, view_signals
 
@@ -82,6 +85,7 @@ def generate(
     batch_images: int = 8,
     conversation: str = "template",
     image_aspect_ratio: str = "processor",
+    text_tower: str | Path | None = None,
 ) -> list[Generation] | list[list[Generation]]:
     """Greedy answers to ``questions`` about ``images`` under a pruning method.
 
@@ -90,8 +94,10 @@ def generate(
     ``questions``: one for each image, or a list for each image, which then share its prefix; the result has the same
     shape. ``average_tokens``: visual tokens, mean over the language model's layers; an image that has fewer keeps all.
     ``retention``: the same as a share of each image's own tokens, for models of dynamic grids. One of the two is
-    needed, except by ``method="unpruned"``. ``conversation``, ``image_aspect_ratio``: see :class:`nuwa.vlm.Adapter`; the
-    papers' LLaVA-1.5 is ``vicuna_v1`` and ``pad``. The other arguments are those of :func:`nuwa.methods.specify`.
+    needed, except by ``method="unpruned"``. Images are read as :mod:`nuwa.images` says: turned upright, transparency on
+    white; an animation at the frame where it stands. ``conversation``, ``image_aspect_ratio``: see :class:`nuwa.vlm.Adapter`; the
+    papers' LLaVA-1.5 is ``vicuna_v1`` and ``pad``. ``text_tower``: folder of the CLIP model that the encoder is a half of,
+    for methods that read the question before the language model (CDPruner). The other arguments are those of :func:`nuwa.methods.specify`.
 
     Raises ``ValueError`` naming the argument and what is allowed, and
     :class:`nuwa.schedule.UnreachableBudget` where no schedule of the method has that average.
@@ -116,19 +122,21 @@ def generate(
             parameters=parameters,
         )
 
-    vlm = adapt(model, processor, conversation=conversation, image_aspect_ratio=image_aspect_ratio)
+    framing: dict[str, Any] = {"conversation": conversation, "image_aspect_ratio": image_aspect_ratio}
+    vlm = adapt(model, processor, **framing, text_tower=text_tower)
     asked = [[mine] if isinstance(mine, str) else list(mine) for mine in questions]
     found: list[list[Generation]] = []
     for start in range(0, len(images), batch_images):
         batch = slice(start, start + batch_images)
         began = time.perf_counter()
-        pictures = [image.convert("RGB") for image in images[batch]]
-        encoded = vlm.encode_images(pictures)
+        pictures = [upright_rgb(image) for image in images[batch]]
+        encoded = vlm.encode_images(pictures, spec_of(vlm.layout_of(pictures[0].size)).further_signals)
         seconds = _seconds(vlm, began)
         names = [image_id(picture) for picture in pictures]
         answers = answer_encoded(vlm, encoded, names, asked[batch], spec_of, max_new_tokens, pictures)
         found += [[replace(one, timings={"encode": seconds, **one.timings}) for one in mine] for mine in answers]
-    return [mine if not isinstance(given, str) else mine[0] for mine, given in zip(found, questions, strict=True)]
+    shaped = [mine if not isinstance(given, str) else mine[0] for mine, given in zip(found, questions, strict=True)]
+    return cast("list[Generation] | list[list[Generation]]", shaped)  # as the questions were
 
 
 @torch.inference_mode()
@@ -151,6 +159,7 @@ def answer_encoded(
         groups.setdefault(image.layout, []).append(number)
     plans = {layout: plan(vlm, spec_of(layout), layout) for layout in groups}  # refuses before anything is computed
     found: list[list[Generation]] = [[] for _ in encoded]
+
     for layout, numbers in groups.items():
         answers = _answer_layout(
             vlm,
@@ -183,11 +192,21 @@ def select(
     encoded: Sequence[EncodedImage],
     image_ids: Sequence[str],
     images: Sequence[Image.Image] | None = None,
+    questions: Sequence[Sequence[str]] | None = None,
 ) -> Selection:
-    """Stage 1 on every view of images of one layout, over slots; ``images`` where they are at hand."""
+    """Stage 1 on every view of images of one layout, over slots; ``images`` where they are at hand.
+
+    ``questions``: of each image, for methods that read them; the selection then has a row for each question.
+    """
     resized = None if images is None else lambda grid: vlm.encode_resized(images, grid)
-    together = {name: torch.stack([image.signals[name] for image in encoded]) for name in SIGNAL_NAMES}
-    return select_views(planned, layout, view_signals(layout, together, image_ids, resized))
+    names = [name for name in (*SIGNAL_NAMES, *OPTIONAL_SIGNALS) if name in encoded[0].signals]
+    together: dict[str, torch.Tensor] = {
+        name: torch.stack([image.signals[name] for image in encoded]) for name in names
+    }
+    views = view_signals(layout, together, image_ids, resized, heads=vlm.heads, project=vlm.project)
+    if planned.spec.reads_question and questions is not None:
+        views = vlm.read_questions(views, questions)
+    return select_views(planned, layout, views)
 
 
 def _answer_layout(
@@ -200,30 +219,33 @@ def _answer_layout(
     max_new_tokens: int,
     images: Sequence[Image.Image] | None,
 ) -> list[list[Generation]]:
-    spec, schedule = planned.spec, planned.schedule
+    spec, schedule, asked = planned.spec, planned.schedule, questions
     began = time.perf_counter()
-    selection = select(vlm, planned, layout, encoded, image_ids, images)
+    selection = select(vlm, planned, layout, encoded, image_ids, images, questions)
+    if spec.reads_question:  # each with a sequence of its own
+        image_ids = [name for name, mine in zip(image_ids, questions, strict=True) for _ in mine]
+        questions = [[text] for mine in questions for text in mine]
     selected = _seconds(vlm, began)
     began = time.perf_counter()
-    prompts = [[vlm.encode_prompt(text) for text in asked] for asked in questions]
+    prompts = [[vlm.encode_prompt(text) for text in mine] for mine in questions]
     trunk = Trunk(vlm, selection, prompts, spec.position, image_ids, layout)
     limits = [max_new_tokens] * sum(map(len, questions))
-    if schedule.cuts:
-        layer = schedule.cuts[0][0]
-        trunk.advance(layer, frozenset({layer - 1}))
-        answers = trunk.fork(spec.cuts(schedule), limits, spec.seed)
-    else:
-        answers = trunk.finish(limits)
+    answers = trunk.answer(spec.running_cuts(schedule), limits, spec.seed)
+
     timings = {"select": selected, "answer": _seconds(vlm, began)}
     kept = _kept(selection, layout, spec, len(trunk.before))
     told = iter(answers)
-    return [
+    found = [
         [
             Generation(vlm.decode_text(list(one.tokens)), one.tokens, kept[row], one.kept, schedule, timings)
-            for one in (next(told) for _ in asked)
+            for one in (next(told) for _ in mine)
         ]
-        for row, asked in enumerate(questions)
+        for row, mine in enumerate(questions)
     ]
+    if not spec.reads_question:
+        return found
+    each = iter([one for (one,) in found])
+    return [[next(each) for _ in mine] for mine in asked]
 
 
 def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: int) -> list[Kept]:
@@ -255,13 +277,13 @@ def _budget(
         if average_tokens is not None or retention is not None:
             raise ValueError("method 'unpruned' takes neither average_tokens nor retention; leave them out")
         return lambda layout: None
-    if (average_tokens is None) == (retention is None):
-        raise ValueError(f"method {method!r} needs average_tokens or retention, one of the two")
-    if retention is not None:
+    if retention is not None and average_tokens is None:
         if not 0 < retention <= 1:
             raise ValueError(f"retention {retention:g} must lie in (0, 1]")
-        return lambda layout: max(1.0, retention * layout.tokens)
-    return lambda layout: min(average_tokens, layout.tokens)
+        return lambda layout: budget_on(layout, retention, "share", dynamic=True)
+    if average_tokens is not None and retention is None:
+        return lambda layout: budget_on(layout, average_tokens, "tokens", dynamic=True)
+    raise ValueError(f"method {method!r} needs average_tokens or retention, one of the two")
 
 
 def image_id(image: Image.Image) -> str:

@@ -98,6 +98,15 @@ def layout_from_json(held: dict[str, Any]) -> VisualLayout:
     return VisualLayout(views, held["axes"])
 
 
+def grid_tokens(layout: VisualLayout, stride: int) -> Tensor:
+    """``(tokens,)`` bool: slots in every ``stride``-th row and column of their view; no newline token is one."""
+    flags = torch.zeros(layout.tokens, dtype=torch.bool)
+    for view, slots in zip(layout.views, layout.slots, strict=True):
+        rows, columns = view.grid.coordinates.long().unbind(-1)
+        flags[slots] = (rows % stride == 0) & (columns % stride == 0)
+    return flags
+
+
 def place(layout: VisualLayout, selections: Sequence[Selection]) -> Selection:
     """Selections of every view of some images, each over its grid, as one selection over slots.
 
@@ -107,10 +116,11 @@ def place(layout: VisualLayout, selections: Sequence[Selection]) -> Selection:
         return selections[0]
     device, batch = selections[0].indices.device, len(selections[0].indices)
     newlines = layout.newlines.nonzero()[:, 0].to(device).expand(batch, -1)
-    indices = [slots.to(device)[chosen.indices] for slots, chosen in zip(layout.slots, selections, strict=True)]
-    indices, order = torch.cat([*indices, newlines], dim=1).sort(dim=1)
-    features = [chosen.features for chosen in selections]
-    blank = features[0].new_zeros(batch, newlines.shape[1], features[0].shape[-1])
+    chosen = [slots.to(device)[one.indices] for slots, one in zip(layout.slots, selections, strict=True)]
+    indices, order = torch.cat([*chosen, newlines], dim=1).sort(dim=1)
+    parts = [one.features for one in selections]
+    blank = parts[0].new_zeros(batch, newlines.shape[1], parts[0].shape[-1])
     untouched = torch.ones_like(newlines, dtype=torch.bool)
-    pillars = torch.cat([*(chosen.pillars for chosen in selections), untouched], dim=1)
-    return Selection(indices, gather_tokens(torch.cat([*features, blank], dim=1), order), pillars.gather(1, order))
+    pillars = torch.cat([*(one.pillars for one in selections), untouched], dim=1)
+    features = gather_tokens(torch.cat([*parts, blank], dim=1), order)
+    return Selection(indices, features, pillars.gather(1, order), selections[0].projected)

@@ -1,7 +1,8 @@
 """Position strategies (Nüwa, section 2.3 and Algorithm 3): which position ids kept visual tokens carry.
 
 * PERC, compress: kept tokens are renumbered; the text follows directly.
-* PESP, sparse: kept tokens keep their original ids; the text stays where it would have been.
+* PESP, sparse: kept tokens keep their original ids; the text stays where it would have been. Also called ``gap``
+  (arXiv 2506.21873).
 * RPME, extend: kept tokens are spread over the original range of ids; the text stays where it would have been.
 
 Where a token has several ids (M-RoPE: time, row, column) every axis is treated on its own: PERC replaces an id by its
@@ -11,7 +12,7 @@ With one id a token both are the paper's formulas, and with all tokens kept ever
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,18 @@ from torch import Tensor
 from nuwa.layout import VisualLayout
 
 PositionStrategy = Literal["perc", "pesp", "rpme"]
-STRATEGIES: tuple[str, ...] = get_args(PositionStrategy)
+STRATEGIES: tuple[PositionStrategy, ...] = get_args(PositionStrategy)
+# What a comparison may name: a strategy, another name of one, or ``own``, the ids that a method's authors give.
+PositionName = Literal["own", "perc", "pesp", "rpme", "gap"]
+NAMES: tuple[str, ...] = get_args(PositionName)
+SYNONYMS: dict[str, PositionStrategy] = {"gap": "pesp"}
+
+
+def resolve(name: str, own: PositionStrategy) -> PositionStrategy:
+    """The strategy that ``name`` stands for, where a method's authors use ``own``; raises ``ValueError``."""
+    if name not in NAMES:
+        raise ValueError(f"position {name!r} is unknown; allowed: {', '.join(NAMES)}")
+    return own if name == "own" else cast(PositionStrategy, SYNONYMS.get(name, name))
 
 
 def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layout: VisualLayout) -> Tensor:
@@ -31,7 +43,7 @@ def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layo
     _check(strategy)
     everything = layout.offsets.to(slots.device)
     kept = everything[:, slots]
-    if strategy == "pesp":
+    if strategy == "pesp" or not slots.shape[1]:
         return kept + start
     if strategy == "perc":
         present = torch.zeros(*kept.shape[:2], layout.length, dtype=torch.long, device=slots.device)
@@ -46,7 +58,8 @@ def text_start(strategy: PositionStrategy, start: int, positions: Tensor, layout
     """Position id of the first token after the image, ``(batch,)``; ``positions`` are those of its kept tokens."""
     _check(strategy)
     if strategy == "perc":
-        return positions.amax(dim=(0, 2)) + 1
+        none = positions.new_full((len(positions), positions.shape[1], 1), start - 1)
+        return torch.cat([none, positions], dim=2).amax(dim=(0, 2)) + 1
     return positions.new_full(positions.shape[1:2], start + layout.length)
 
 

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
+from nuwa.errors import UserError
 from nuwa.layout import VisualLayout
 
 
-class UnreachableBudget(ValueError):
+class UnreachableBudget(UserError, ValueError):
     """No schedule of the asked form has that average; the message names the reachable range."""
 
 
 @dataclass(frozen=True)
 class TokenSchedule:
-    """``stage1_keep`` tokens enter layer 0; each cut ``(layer, keep)`` leaves ``keep`` from that layer on."""
+    """``stage1_keep`` tokens enter layer 0; each cut ``(layer, keep)`` leaves ``keep`` from that layer on.
+
+    ``least``: how few a cut may leave; 0 of a method that withdraws all. ``trimmed``: whether caches of the layers below
+    hold only what the last cut leaves, once the prompt has passed.
+    """
 
     tokens: int
     layers: int
     stage1_keep: int
     cuts: tuple[tuple[int, int], ...] = ()
+    least: int = 1
+    trimmed: bool = False
 
     def __post_init__(self) -> None:
         kept, previous = self.stage1_keep, 0
@@ -37,9 +46,16 @@ class TokenSchedule:
                 raise ValueError(
                     f"cut layer {layer} must lie in {previous + 1}..{self.layers - 1} and cuts must ascend"
                 )
-            if not 1 <= keep <= kept:
-                raise ValueError(f"cut at layer {layer} keeps {keep}; it must keep 1..{kept}")
+            if not self.least <= keep <= kept:
+                raise ValueError(f"cut at layer {layer} keeps {keep}; it must keep {self.least}..{kept}")
             kept, previous = keep, layer
+
+    def running(self, recycles: bool) -> tuple[tuple[int, int], ...]:
+        """The cuts that change anything: those that drop tokens or, where dropped ones are recycled, all."""
+        if recycles:
+            return self.cuts
+        before = [self.stage1_keep, *(keep for _, keep in self.cuts)]
+        return tuple(cut for cut, entering in zip(self.cuts, before, strict=False) if cut[1] < entering)
 
     @property
     def entering(self) -> list[int]:
@@ -56,6 +72,11 @@ class TokenSchedule:
         return [*entering[1:], entering[-1]]
 
     @property
+    def cached(self) -> list[int]:
+        """Visual tokens in each layer's cache when the answer begins, ``layers`` numbers."""
+        return [self.entering[-1]] * self.layers if self.trimmed else self.entering
+
+    @property
     def average_tokens(self) -> float:
         """Mean over layers of the tokens entering; every budget means this one."""
         return sum(self.entering) / self.layers
@@ -66,6 +87,57 @@ class TokenSchedule:
         return sum(self.leaving) / self.layers
 
 
+BudgetUnit = Literal["tokens", "share"]
+Between = Literal["nearest", "linear"]
+
+
+@dataclass(frozen=True)
+class ByBudget:
+    """A number that authors set budget by budget: ``values`` at ``budgets``, which ascend.
+
+    ``unit``: budgets are average ``tokens``, or a ``share`` of the image's own tokens. ``between`` two budgets the value
+    is that of the ``nearest`` one (of two equally near the smaller), or lies on a straight line (``linear``); beyond the
+    first and the last budget their values hold. ``stage1_shares``: the share of the image's tokens that stage 1 keeps at
+    each budget, by which :meth:`at_stage1` finds the value where stage 1 is called without a budget.
+    """
+
+    budgets: tuple[float, ...]
+    values: tuple[float, ...]
+    unit: BudgetUnit = "tokens"
+    between: Between = "nearest"
+    stage1_shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.budgets or len(self.values) != len(self.budgets):
+            raise ValueError(f"{len(self.values)} values by {len(self.budgets)} budgets: give one value a budget")
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets {', '.join(f'{budget:g}' for budget in self.budgets)} must ascend")
+        if self.unit not in get_args(BudgetUnit) or self.between not in get_args(Between):
+            raise ValueError(f"a table by {self.unit!r} and {self.between!r} is unknown; see ByBudget")
+        if self.stage1_shares and len(self.stage1_shares) != len(self.budgets):
+            raise ValueError(f"{len(self.stage1_shares)} stage-1 shares by {len(self.budgets)} budgets: give one each")
+
+    def at(self, budget: float, tokens: int) -> float:
+        """The value at ``budget`` average tokens of an image of ``tokens``."""
+        return self._value(self.budgets, budget / tokens if self.unit == "share" else budget)
+
+    def at_stage1(self, share: float) -> float:
+        """The value where stage 1 keeps ``share`` of an image's tokens; raises ``ValueError`` if no such share is known."""
+        if not self.stage1_shares:
+            raise ValueError("this table is by budget: name one, or set the parameter to a number")
+        return self._value(self.stage1_shares, share)
+
+    def _value(self, places: tuple[float, ...], place: float) -> float:
+        above = bisect_right(places, place)
+        if above in (0, len(places)):
+            return self.values[max(above - 1, 0)]
+        low, high = places[above - 1], places[above]
+        if self.between == "nearest":
+            return self.values[above - 1 if place - low <= high - place else above]
+        step = (place - low) / (high - low)
+        return (1 - step) * self.values[above - 1] + step * self.values[above]
+
+
 @dataclass(frozen=True)
 class Decay:
     """Every cut keeps the same share of what enters it.
@@ -73,21 +145,33 @@ class Decay:
     ``ratio`` null: stage 1 keeps everything and the budget decides the share (FastV with one cut; PyramidDrop with
     three: 1, λ, λ², λ³). Else stage 1 takes what is left of the budget: ``K1, K1 * ratio, K1 * ratio², ...`` (Nüwa
     1/7, LearnPruner 1/3). Where K1 would exceed the image's tokens it stays there and the cuts take the rest.
+    A table of ratios by budget becomes the one of a budget in :meth:`at`.
     """
 
-    ratio: float | None
+    ratio: float | ByBudget | None
 
     def __post_init__(self) -> None:
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"stage-2 ratio K2/K1 {self.ratio:g} must lie in (0, 1]")
+        for ratio in self.ratio.values if isinstance(self.ratio, ByBudget) else [self.ratio]:
+            if ratio is not None and not 0 < ratio <= 1:
+                raise ValueError(f"stage-2 ratio K2/K1 {ratio:g} must lie in (0, 1]")
+
+    def at(self, budget: float, tokens: int) -> Decay:
+        """With the one ratio of ``budget`` average tokens on an image of ``tokens``."""
+        return replace(self, ratio=self.ratio.at(budget, tokens)) if isinstance(self.ratio, ByBudget) else self
+
+    @property
+    def _one(self) -> float | None:
+        if isinstance(self.ratio, ByBudget):
+            raise TypeError("a table of ratios has no one ratio; ask for a budget's with `at` first")
+        return self.ratio
 
     def largest(self, cuts: int) -> float:
-        return 1.0 if self.ratio is None else self.ratio**-cuts
+        return 1.0 if self._one is None else self._one**-cuts
 
     def shares(self, scale: float, cuts: int) -> list[float]:
-        if self.ratio is None:
+        if self._one is None:
             return [scale**at for at in range(cuts + 1)]
-        return [scale * self.ratio**at for at in range(cuts + 1)]
+        return [scale * self._one**at for at in range(cuts + 1)]
 
 
 @dataclass(frozen=True)
@@ -99,6 +183,10 @@ class Published:
     """
 
     rows: tuple[tuple[float, ...], ...]
+
+    def at(self, budget: float, tokens: int) -> Published:
+        """Itself: its rows are shares of the image's tokens."""
+        return self
 
     def largest(self, cuts: int) -> float:
         if any(len(row) != cuts for row in self.rows):
@@ -114,11 +202,59 @@ class Published:
         return [1.0, *((1 - step) * low + step * high for low, high in zip(points[at], points[at + 1], strict=True))]
 
 
-KeepShares = Decay | Published
+@dataclass(frozen=True)
+class GridUnion:
+    """FEATHER's two cuts. Stage 1 keeps everything; the first cut a share ``λ`` and a regular grid, the second ``λ²``.
+
+    ``grid``: the share of the image's tokens that the grid has, set by :func:`nuwa.methods.MethodSpec.on`. In the mean
+    ``grid + λ (1 - grid)`` go on at the first cut, where the best are spread as the grid is; the budget decides ``λ``.
+    """
+
+    grid: float = 0.0
+
+    def at(self, budget: float, tokens: int) -> GridUnion:
+        return self
+
+    def largest(self, cuts: int) -> float:
+        if cuts != 2:
+            raise ValueError(f"a grid union has two cuts, not {cuts}; name two layers")
+        return 1.0
+
+    def shares(self, scale: float, cuts: int) -> list[float]:
+        first = self.grid + scale * (1 - self.grid)
+        return [1.0, first, first * scale**2]
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """One cut keeps nothing; a budget decides its layer, which is where the average comes nearest (VTW)."""
+
+    def schedule(self, average: float, tokens: int, layers: int, cuts: Sequence[int]) -> TokenSchedule:
+        """``cuts``: the layer, where it is given; then the average must be the one nearest to it.
+
+        Raises :class:`UnreachableBudget` naming the averages that can be reached.
+        """
+        if len(cuts) > 1:
+            raise ValueError(f"all visual tokens can be withdrawn once, not before layers {', '.join(map(str, cuts))}")
+        if cuts and not 1 <= cuts[0] <= layers - 1:
+            raise ValueError(f"stage-2 layer {cuts[0]} must lie in 1..{layers - 1}: the model has {layers} layers")
+        nearest = math.floor(average * layers / tokens + 1 / 2)
+        steps = f"multiples of {tokens / layers:g} below {tokens} average tokens, within half of one"
+        if average == tokens and not cuts:
+            return TokenSchedule(tokens, layers, tokens, least=0)
+        if not 1 <= nearest <= layers - 1 or (cuts and cuts[0] != nearest):
+            where = f" with the layer {cuts[0]}" if cuts else ""
+            allowed = f"{cuts[0] * tokens / layers:g}" if cuts else steps
+            raise UnreachableBudget(f"budget {average:g} is out of reach{where}: allowed {allowed}")
+        return TokenSchedule(tokens, layers, tokens, ((nearest, 0),), least=0)
+
+
+Solved = Decay | Published | GridUnion  # by solve_schedule
+KeepShares = Solved | Withdrawal
 
 
 def solve_schedule(
-    average: float, tokens: int, layers: int, cuts: Sequence[int] = (), keep: KeepShares | None = None
+    average: float, tokens: int, layers: int, cuts: Sequence[int] = (), keep: Solved | None = None
 ) -> TokenSchedule:
     """A schedule with cuts before the layers ``cuts`` whose average is within half a token of ``average``.
 
@@ -136,14 +272,18 @@ def solve_schedule(
     ends = [0, *cuts, layers]
     spans = [end - start for start, end in itertools.pairwise(ends)]
 
+    if cuts and keep is None:
+        raise ValueError(f"{_cuts_text(cuts)}: say how stage 1 and the cuts share the budget")
+    sharing = keep.at(average, tokens) if cuts and keep is not None else None
+
     def ideal(scale: float) -> list[float]:
-        shares = keep.shares(scale, len(cuts)) if cuts else [scale]
+        shares = [scale] if sharing is None else sharing.shares(scale, len(cuts))
         return [min(max(share * tokens, 1.0), float(tokens)) for share in shares]
 
     def mean(keeps: Sequence[float]) -> float:
         return sum(span * kept for span, kept in zip(spans, keeps, strict=True)) / layers
 
-    low, high = 0.0, keep.largest(len(cuts)) if cuts else 1.0
+    low, high = 0.0, 1.0 if sharing is None else sharing.largest(len(cuts))
     least = round(mean(ideal(low)) * layers)  # token-layers of the smallest schedule of this form
     if not least / layers <= average <= tokens:
         where = f" with {_cuts_text(cuts)} of {layers}" if cuts else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,15 +18,22 @@ class Selection:
     ``indices``: original patch index of every kept token, ascending and unique, ``(batch, kept)`` int64.
     ``features``: their features after merging, ``(batch, kept, dim)``; what the projector consumes.
     ``pillars``: True where a token is exactly its input, False where it aggregates others, ``(batch, kept)``.
+    ``projected``: whether the features are the language model's already, because the method merges behind the projector.
     """
 
     indices: Tensor
     features: Tensor
     pillars: Tensor
+    projected: bool = False
 
     @property
     def kept(self) -> int:
         return self.indices.shape[1]
+
+    def at(self, rows: Sequence[int]) -> Selection:
+        """The selections of ``rows`` of the batch, which may repeat."""
+        rows = list(rows)
+        return replace(self, indices=self.indices[rows], features=self.features[rows], pillars=self.pillars[rows])
 
 
 def gather_tokens(values: Tensor, indices: Tensor) -> Tensor:

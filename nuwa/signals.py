@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -13,7 +14,34 @@ from torch import Tensor
 
 from nuwa.grid import PatchGrid
 
-SIGNAL_NAMES = ("features", "cls_attention", "keys", "similarity")
+SignalName = Literal[
+    "features",
+    "cls_attention",
+    "keys",
+    "similarity",
+    "early_attention",
+    "received_middle",
+    "received_late",
+]
+SIGNAL_NAMES: tuple[SignalName, ...] = (
+    "features",
+    "cls_attention",
+    "keys",
+    "similarity",
+)  # what every encoder gives, asked or not
+OPTIONAL_SIGNALS: tuple[SignalName, ...] = (
+    "early_attention",
+    "received_middle",
+    "received_late",
+)  # given, and cached, only where one is read
+# Shares of attention among thousands of tokens fall below what float16 holds in full precision.
+ATTENTION_SIGNALS = ("cls_attention", "early_attention", "received_middle", "received_late")
+# What a method may read and no encoder gives: made of another signal when it is read, and never cached.
+DERIVED_SIGNALS = {"projected": "features", "relevance": "features"}
+VIEW_SIGNALS = (*SIGNAL_NAMES, *OPTIONAL_SIGNALS, *DERIVED_SIGNALS)
+# Null where no method of the run reads it. A method declares what it reads and is never handed less, so it takes the
+# signal for a tensor without asking.
+Declared: TypeAlias = Tensor | Any
 NORM_EPSILON = 1e-12  # a vector shorter than this is like nothing, not even like itself
 
 
@@ -32,26 +60,57 @@ class VisionSignals:
     ``encoder``: fingerprint of the encoder, checked by methods that were trained on one; null where it is not known.
     ``resized``: encodes the same images again, made smaller so that they have the given grid: features
     ``(batch, grid.tokens, dim)``; null where the images are not at hand.
+    ``heads``: attention heads that ``keys`` are split into, side by side; 1 where that is not known.
+
+    Further ones, only where a method reads them:
+
+    ``early_attention``: as ``cls_attention``, of an early layer: the 6th of 24 of a CLIP tower; of Qwen2.5-VL the
+    attention received in the first block that attends to the whole image (the 8th of 32).
+    ``received_middle``, ``received_late``: attention a token receives, mean over heads and all queries, the CLS token's
+    among them, ``(batch, tokens)``: at the 9th of 24 layers of a CLIP tower and at the layer of ``features``; of
+    Qwen2.5-VL at the middle block (the 16th of 32) and the last.
+    ``relevance``: cosine between a token and a question, mean over the question's segments, ``(batch, tokens)``; by
+    CLIP's two projections. The batch is then of questions, each with its own image's signals.
+    ``projected``: ``features`` behind the projector, ``(batch, tokens, language_dim)``; ``project`` makes them.
     """
 
     grid: PatchGrid
     features: Tensor
-    cls_attention: Tensor | None
-    keys: Tensor | None
-    similarity: Tensor | None
+    cls_attention: Declared
+    keys: Declared
+    similarity: Declared
     image_ids: tuple[str, ...]
     encoder: str | None = None
     resized: Callable[[PatchGrid], Tensor] | None = None
+    heads: int = 1
+    early_attention: Declared = None
+    received_middle: Declared = None
+    received_late: Declared = None
+    relevance: Declared = None
+    projected: Declared = None
+    project: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if self.keys is not None and (self.heads < 1 or self.keys.shape[-1] % self.heads):
+            raise ValueError(f"signals.heads {self.heads} does not divide keys of width {self.keys.shape[-1]}")
         expected = (len(self.image_ids), self.grid.tokens)
-        for name in SIGNAL_NAMES:
-            signal = getattr(self, name)
-            if signal is not None and tuple(signal.shape[:2]) != expected:
+        for name, signal in self.tensors.items():
+            if tuple(signal.shape[:2]) != expected:
                 raise ValueError(
                     f"signals.{name} has shape {tuple(signal.shape)}; its first two sizes must be "
                     f"{expected}: images and tokens of the {self.grid.height}x{self.grid.width} grid"
                 )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The signals that are at hand, by name."""
+        return {name: signal for name in VIEW_SIGNALS if (signal := getattr(self, name)) is not None}
+
+    def with_derived(self, names: tuple[str, ...]) -> VisionSignals:
+        """The same, ``projected`` made of the features where it is among ``names`` and not at hand."""
+        if "projected" not in names or self.projected is not None or self.project is None:
+            return self
+        return dataclasses.replace(self, projected=self.project(self.features))
 
     @property
     def key_norm(self) -> Tensor:
@@ -60,20 +119,20 @@ class VisionSignals:
 
     def to(self, device: torch.device) -> VisionSignals:
         """The same on ``device``; nothing is copied where they are there already."""
-        signals = {name: getattr(self, name) for name in SIGNAL_NAMES}
-        moved = {name: signal.to(device) for name, signal in signals.items() if signal is not None}
+        moved: dict[str, Any] = {name: signal.to(device) for name, signal in self.tensors.items()}
         return dataclasses.replace(self, **moved)
 
     def __getitem__(self, rows: slice) -> VisionSignals:
         """A slice of the batch."""
-        signals = (getattr(self, name) for name in SIGNAL_NAMES)
-        return VisionSignals(
-            self.grid,
-            *(None if signal is None else signal[rows] for signal in signals),
-            self.image_ids[rows],
-            self.encoder,
-            None if self.resized is None else lambda grid: self.resized(grid)[rows],
-        )
+        return self.at(range(len(self.image_ids))[rows])
+
+    def at(self, rows: Sequence[int]) -> VisionSignals:
+        """The signals of ``rows`` of the batch, which may repeat."""
+        rows, encode = list(rows), self.resized
+        resized = None if encode is None else lambda grid: encode(grid)[rows]
+        part: dict[str, Any] = {name: signal[rows] for name, signal in self.tensors.items()}
+        ids = tuple(self.image_ids[row] for row in rows)
+        return dataclasses.replace(self, **part, image_ids=ids, resized=resized)
 
 
 def seeded_generator(seed: int, *identity: str) -> np.random.Generator:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -83,16 +83,19 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
+Learner = TypeVar("Learner", bound=nn.Module)
+
+
 def train_phase(
     phase: str,
-    module: nn.Module,
+    module: Learner,
     draw_batch: Callable[[np.random.Generator, int, float], dict[str, torch.Tensor]],
     schedule: PhaseSchedule,
     *,
     seed: int,
     checkpoint: Path,
     log: Log,
-    evaluate: Callable[[nn.Module], Metrics] | None = None,
+    evaluate: Callable[[Learner], Metrics] | None = None,
 ) -> None:
     """Run ``schedule.steps`` optimiser steps of ``module``, from ``checkpoint`` if it exists.
 
@@ -114,7 +117,9 @@ def train_phase(
             f"{phase}: batch_size {schedule.batch_size} must be divisible by the {accelerator.num_processes} processes"
         )
     wrapped.train()
-    began, sums = time.monotonic(), {}
+    began = time.monotonic()
+    sums: dict[str, float] = {}
+
     for step in range(start, schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * schedule.rate(step)

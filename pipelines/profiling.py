@@ -33,8 +33,9 @@ from nuwa.layout import VisualLayout
 from nuwa.methods import MethodSpec, check_encoder, specify
 from nuwa.schedule import UnreachableBudget
 from nuwa.selection import Selection
-from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, adapt, adapter_class
-from nuwa.vlm.shapes import model_shape, usual_image_processor
+from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, adapt, adapter_class, usual_image_processor
+from nuwa.vlm.made_pixels import processor_of
+from nuwa.vlm.shapes import model_shape
 from pipelines.settings import ProfileSettings, SettingsError
 
 PREFILL_TOKENS = 1
@@ -137,8 +138,7 @@ class Bench:
         self.pixels: Mapping[str, torch.Tensor] = {}
         self.preprocess_ms = self.median(self._preprocess)
         # An adapter preprocesses what it encodes; this one, around the same model, is handed the pixels.
-        prepared = SimpleNamespace(image_processor=lambda images, return_tensors: self.pixels)
-        self.encoder = adapt(adapter.model, prepared)
+        self.encoder = adapt(adapter.model, processor_of(adapter.processor.image_processor, self.pixels))
         self.encoded: list[EncodedImage] = []
         self.encode_ms = self.median(self._encode)
 
@@ -165,11 +165,7 @@ class Bench:
         spec, schedule = planned.spec, planned.schedule
         trunk = Trunk(self.adapter, selection, self.prompts, spec.position, self.names, self.layout)
         limits = [tokens] * len(self.prompts)
-        if not schedule.cuts:
-            return trunk.finish(limits)
-        first = schedule.cuts[0][0]
-        trunk.advance(first, frozenset({first - 1}))
-        return trunk.fork(spec.cuts(schedule), limits, spec.seed)
+        return trunk.answer(spec.running_cuts(schedule), limits, spec.seed)
 
     @torch.inference_mode()
     def time_method(self, spec: MethodSpec) -> dict[str, Any]:
@@ -262,11 +258,13 @@ def planned_methods(settings: ProfileSettings, say: Callable[[str], None]) -> di
             "profile.attention: flash_attention_2 is not installed here; leave it out, or install flash-attn"
         )
     found: dict[str, list[MethodSpec]] = {}
+
     for path in settings.models:
         try:
             config = model_shape(path)
             family = adapter_class(config.model_type)
-            layout = family.layout_for(config, usual_image_processor(config), tuple(settings.image_size))
+            width, height = settings.image_size
+            layout = family.layout_for(config, usual_image_processor(config), (width, height))
         except (OSError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise SettingsError(f"profile.models: {path!r} is no model of a supported family ({reason})") from None
@@ -321,8 +319,10 @@ def _profile_batch(
     except torch.OutOfMemoryError:
         say(f"{where}: the images do not fit into memory; left out")
         return
-    runs = [(STOCK, bench.time_stock), (UNPRUNED, partial(bench.time_method, specify(UNPRUNED)))]
+    runs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    runs += [(STOCK, bench.time_stock), (UNPRUNED, partial(bench.time_method, specify(UNPRUNED)))]
     runs += [(f"{spec.method} at {spec.budget:g}", partial(bench.time_method, spec)) for spec in specs]
+
     for name, run in runs:
         try:
             on_row(fixed | run())

@@ -8,28 +8,42 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import fsspec
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from nuwa import UNPRUNED
+from nuwa.benchmarks import PROTOCOLS, TESTBED
+from nuwa.budget import BudgetUnit
+from nuwa.errors import UserError
+from nuwa.image_rules import ImageRules
 from nuwa.methods import RECIPES, MethodSpec, specify
-from nuwa.positions import PositionStrategy
-from nuwa.signals import SIGNAL_NAMES
-from pipelines.storage import ARROW_SCHEMES, is_uri
-from pipelines.tables import BenchmarkName, hub_address
+from nuwa.plugins import PluginError, load_plugins
+from nuwa.positions import PositionName
+from nuwa.registry import unknown
+from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES, SignalName
+from pipelines.addresses import BenchmarkName, hub_address, under_protocol
+from pipelines.axes import AXES, Budget, Seed
+from pipelines.files.storage import ARROW_SCHEMES, is_uri
 
 PARAMS_FILE = Path("params.yaml")
 SCENES = "scenes"  # pruner.data
 TESTBED_TASKS = ("refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa")
 Positive = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-Budget = Annotated[float, Field(gt=0)]
-BudgetUnit = Literal["tokens", "share"]
+Reuse = Literal["any", "same_versions"]
 
 
 def _of_a_known_scheme(place: str) -> str:
@@ -43,13 +57,10 @@ def _of_a_known_scheme(place: str) -> str:
 Place = Annotated[str, Field(min_length=1), AfterValidator(_of_a_known_scheme)]
 
 
-def budget_tokens(budget: float, unit: BudgetUnit, tokens: int) -> float:
-    """A budget in average tokens, of images of ``tokens`` tokens; of shares the nearest whole number."""
-    return float(round(budget * tokens)) if unit == "share" else budget
-
-
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """A wrong ``params.yaml``; the message is one line a user can act on."""
+
+    exit_code = 2
 
 
 class Section(BaseModel):
@@ -57,18 +68,52 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    """``path``: a folder or hub id ``from_pretrained`` loads. ``prompt_style``: see ``nuwa.benchmarks.STYLES``.
-
-    ``conversation``, ``image_aspect_ratio``: see :class:`nuwa.vlm.Adapter`. ``dtype``: of the weights. ``attention``:
-    the kernel of the language model; flash-attention needs half precision.
-    """
+    """The model, and how it is handed images and text."""
 
     path: Annotated[str, Field(min_length=1)]
+    """A folder or hub id that ``from_pretrained`` loads."""
     prompt_style: Literal["llava_v1", "testbed"]
-    conversation: Literal["template", "vicuna_v1"] = "template"
+    """In whose words benchmarks ask: ``nuwa.benchmarks.STYLES``."""
+    conversation: Literal["template", "vicuna_v1", "llava_v1"] = "template"
+    """The system prompt: a key of ``nuwa.vlm.adapter.CONVERSATIONS``."""
     image_aspect_ratio: Literal["processor", "pad"] = "processor"
+    """Whether images are made square with bars first; see :class:`nuwa.vlm.Adapter`."""
+    image_rules: str | None = None
+    """The protocol whose pixel limits and layouts hold; null: ``prepare.protocol``."""
+    min_pixels: Positive | None = None
+    """Of an image as Qwen2.5-VL sees it, at least; null: what the protocol pins."""
+    max_pixels: Positive | None = None
+    """Likewise, at most."""
+    image_grid: Literal["transformers", "llava"] | None = None
+    """By whose rule LLaVA-NeXT's crops are laid where two grids fit alike; null: the protocol's."""
+    image_backend: Literal["pil", "torchvision"] = "pil"
+    """What resizes images (:mod:`nuwa.image_rules`)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The kernel of the language model; flash-attention needs half precision."""
+    text_tower: Annotated[str, Field(min_length=1)] | None = None
+    """A folder with the CLIP model that the encoder is a half of, for methods that read the question before the language
+    model (CDPruner)."""
+
+    @property
+    def images(self) -> ImageRules:
+        """How images are handed to the model."""
+        protocol = self.image_rules or TESTBED
+        return ImageRules(protocol, self.min_pixels, self.max_pixels, self.image_grid, self.image_backend)
+
+    @field_validator("image_rules")
+    @classmethod
+    def _rules_exist(cls, name: str | None) -> str | None:
+        if name is not None and name not in PROTOCOLS:
+            raise ValueError(unknown("protocol", name, PROTOCOLS))
+        return name
+
+    @model_validator(mode="after")
+    def _limits_are_a_range(self) -> ModelSettings:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} must not be above max_pixels {self.max_pixels}")
+        return self
 
     @model_validator(mode="after")
     def _flash_attention_in_half_precision(self) -> ModelSettings:
@@ -87,16 +132,20 @@ class ModelSettings(Section):
 
 
 class PrepareSettings(Section):
-    """The testbed's benchmark: ``images`` test scenes, each asked ``questions`` per benchmark, all from ``seed``.
+    """The questions there are: the testbed's, or published tables."""
 
-    ``tables``, where given, are published tables instead: a benchmark's name, with split and variant
-    (``refcoco/testA``, ``textvqa/validation:ocr``), and its folder or ``hub:organisation/dataset[/folder]@commit``.
-    """
-
+    protocol: str = TESTBED
+    """How benchmarks are asked and scored (``nuwa.benchmarks.protocols``); one that names its own
+    (``refcoco/testA:pixels@vscan``) keeps it."""
     seed: Seed
+    """Draws the testbed's scenes and questions."""
     images: Positive
+    """The testbed's test scenes."""
     questions: dict[str, Positive]
+    """How many questions each scene is asked, by benchmark."""
     tables: dict[str, str] | None = None
+    """Published tables instead of the testbed: a benchmark's name, with split and variant (``refcoco/testA``,
+    ``textvqa/validation:ocr``), and its folder or ``hub:organisation/dataset[/folder]@commit``."""
 
     @property
     def names(self) -> list[str]:
@@ -104,42 +153,58 @@ class PrepareSettings(Section):
 
 
 class PhaseSettings(Section):
+    """One phase of a training."""
+
     steps: Positive
+    """Optimiser steps."""
     batch_size: Positive
+    """Examples a step, over all processes."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """The highest, behind the warm-up."""
 
 
 class TestbedSettings(Section):
-    """How the testbed's model is trained. ``compile``: fuse layers with a C++ compiler (faster on a CPU)."""
+    """How the testbed's model is trained."""
 
     seed: Seed
+    """Of weights, scenes and their order."""
     compile: bool
+    """Fuse layers with a C++ compiler: faster on a CPU."""
     vision: PhaseSettings
+    """The vision tower, on its own heads."""
     language: PhaseSettings
+    """Projector and language model, behind the frozen tower."""
 
 
 class PrunerSettings(Section):
-    """How LearnPruner's module is trained, on ``share`` of the training images; see ``nuwa.pruner.learner``.
-
-    ``data``: ``scenes``, of which there are ``images`` (the testbed), or a file of instruction data as LLaVA publishes it,
-    whose image paths begin in ``images_folder`` (null: the file's own) and whose sequences have at most ``max_tokens``.
-    ``keep_share``: tokens that stay, as a share: of every image (``topk_ste``) or on average (``ratio_penalty``).
-    ``recompute``: less memory for more time, with the same result.
-    """
+    """How LearnPruner's module is trained; see ``nuwa.pruner.learner``."""
 
     seed: Seed
+    """Of weights, the share and the order."""
     data: Annotated[str, Field(min_length=1)] = SCENES
+    """``scenes`` (the testbed's), or a file of instruction data as LLaVA publishes it."""
     images: Positive
+    """How many scenes there are."""
     images_folder: Annotated[str, Field(min_length=1)] | None = None
+    """Where the file's image paths begin; null: the file's own folder."""
     max_tokens: Positive = 2048
+    """Of a sequence, image included, at most."""
     share: Annotated[float, Field(gt=0, le=1)]
+    """Of the training images that are learned from."""
     sparsity: Literal["topk_ste", "ratio_penalty"]
+    """How the number of tokens is held: the best of every image, or a penalty on the mean."""
     keep_share: Annotated[float, Field(gt=0, lt=1)]
+    """Tokens that stay, as a share: of every image (``topk_ste``) or on average (``ratio_penalty``)."""
     penalty_weight: Annotated[float, Field(gt=0)]
+    """Of the squared distance from ``keep_share``."""
     steps: Positive
+    """Optimiser steps."""
     batch_size: Positive
+    """Images a step, over all processes."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """The highest, behind the warm-up."""
     recompute: bool = False
+    """Less memory for more time, with the same result."""
 
     @model_validator(mode="after")
     def _scenes_have_no_folder(self) -> PrunerSettings:
@@ -150,41 +215,49 @@ class PrunerSettings(Section):
 
 def _place(name: str) -> int:
     """Signals in the order of ``SIGNAL_NAMES``; unknown ones last, to be refused."""
-    return SIGNAL_NAMES.index(name) if name in SIGNAL_NAMES else len(SIGNAL_NAMES)
+    known = (*SIGNAL_NAMES, *OPTIONAL_SIGNALS)
+    return known.index(name) if name in known else len(known)
 
 
 class FeatureSettings(Section):
-    """``dtype`` of cached signals (``cls_attention``: always float32), images in a shard, images in a forward pass.
-
-    ``keep``: the signals that are cached (``nuwa.signals``); a method that reads another one is refused.
-
-    ``store``: where features are kept, a folder or a storage URI such as ``s3://bucket/features``; null: ``cache/``.
-    """
+    """What the encoder says of images, as it is stored."""
 
     dtype: Literal["float16", "float32"]
+    """Of cached signals; ``cls_attention`` is always float32."""
     shard_images: Positive
+    """Images in a file of the store."""
     batch_size: Positive
-    keep: tuple[Literal["features", "cls_attention", "keys", "similarity"], ...] = SIGNAL_NAMES
+    """Images in a forward pass."""
+    keep: tuple[SignalName, ...] = SIGNAL_NAMES
+    """The signals that are cached (``nuwa.signals``); a method that reads another one is refused."""
     store: Place | None = None
+    """Where features are kept, a folder or a storage URI such as ``s3://bucket/features``; null: ``cache/``."""
 
     @field_validator("keep", mode="before")
     @classmethod
     def _in_one_order(cls, names: Any) -> Any:
-        if isinstance(names, list) and "features" not in names:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return names  # refused as what it is
+        if "features" not in names:
             raise ValueError("keep must hold features, which every method reads")
-        return tuple(sorted(set(names), key=_place)) if isinstance(names, list) else names
+        return tuple(sorted(set(names), key=_place))
 
 
 class ClusterSettings(Section):
-    """``address``: null runs on this machine, ``auto`` or ``host:port`` joins a Ray cluster; RAY_ADDRESS wins.
-
-    ``workers``: actors, each holding one model on ``cpus`` CPUs (its thread count) and ``gpus`` GPUs.
-    """
+    """Where workers run and how many; results do not depend on any of it."""
 
     address: str | None
-    workers: Positive
+    """Null runs on this machine, ``auto`` or ``host:port`` joins a Ray cluster; RAY_ADDRESS wins."""
+    workers: Positive | Literal["auto"]
+    """Actors, each holding one model; ``auto``: as many as the cluster holds or its autoscaler brings, now and later."""
     cpus: Positive
+    """CPUs of a worker, and its thread count."""
     gpus: Annotated[float, Field(ge=0)]
+    """GPUs of a worker: 0, 1/k or a whole number."""
+    patience: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds to wait without any worker, as for machines that an autoscaler starts, before the run stops."""
+    silence: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds a worker may be at a unit at least before it counts as hanging; longer where its cost forecasts so."""
 
     @model_validator(mode="after")
     def _whole_share_of_a_gpu(self) -> ClusterSettings:
@@ -201,25 +274,15 @@ class ClusterSettings(Section):
         return os.environ.get("RAY_ADDRESS") or self.address
 
 
-class GridEntry(Section):
-    """One block of trials: every list is an axis, and the block is the product of its axes.
-
-    ``budget`` defaults to ``sweep.budgets``. ``stage2_layer: off`` leaves stage 2 out; a list within the list, as in
-    ``[[2, 4, 6]]``, is several cuts of one trial. ``parameters`` are the stage-1 method's own. ``where_reachable`` drops budgets the schedule cannot reach instead of refusing them.
-    """
+class GridBlock(Section):
+    """One block of trials: every list is an axis, and the block is the product of its axes (``pipelines.axes``)."""
 
     name: str
-    method: str | list[str]
-    preset: str | list[str] | None = None
-    position: PositionStrategy | list[PositionStrategy] = "pesp"
-    budget: Budget | list[Budget] | None = None
-    stage2_layer: int | Literal["off"] | list[int | Literal["off"] | list[int]] | None = None
-    stage2_scorer: str | list[str] | None = None
-    stage2_ratio: float | list[float] | None = None
-    stage2_recycling: bool | list[bool] | None = None
-    seed: Seed | list[Seed] = 0
+    """Of the grid; several blocks may carry one."""
     parameters: dict[str, Any] = Field(default_factory=dict)
+    """Axes of the stage-1 method's own hyper-parameters, and of its scorer's."""
     where_reachable: bool = False
+    """Leave out budgets that the schedule cannot reach instead of refusing them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -231,23 +294,55 @@ class GridEntry(Section):
             values = {**values, "stage2_layer": [mend(v) for v in layer] if isinstance(layer, list) else mend(layer)}
         return values
 
+    def axes(self, budgets: list[float]) -> dict[str, list[Any]]:
+        """The values of every axis, in the order of ``AXES``; ``budgets``: where the block names none of its own."""
+        values = {name: getattr(self, name) for name in AXES}
+        if values["budget"] is None:
+            values["budget"] = budgets
+        return {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+
+
+if TYPE_CHECKING:
+
+    class GridEntry(GridBlock):
+        """:class:`GridBlock` with a field for every axis."""
+
+        def __init__(self, **values: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    GridEntry = create_model(
+        "GridEntry", __base__=GridBlock, **{axis.name: (axis.annotation, axis.usual) for axis in AXES.values()}
+    )
+
 
 class SweepSettings(Section):
-    """``images``: how many of the test images are used, a seeded subset (null: all). ``unit_images``: images a work
-    unit covers at most. ``store``: where answers are kept, a folder or a storage URI such as ``s3://bucket/results``;
-    null: ``cache/``. ``quarantine``: whether trials with answers that cannot be made stop the pipeline or are left out.
-    ``budget_unit``: budgets are average tokens, or shares of each image's own tokens.
-    """
+    """Which trials are asked which questions."""
 
     benchmarks: Annotated[list[str], Field(min_length=1)]
-    images: Positive | None
+    """Names as in ``prepare``."""
+    images: Positive | dict[str, Positive] | None
+    """How many images of every benchmark are used, or how many by benchmark, the first of a seeded line; null: all."""
     subset_seed: Seed
+    """Orders that line."""
     unit_images: Positive
+    """Images a work unit covers at most."""
     store: Place | None = None
+    """Where answers are kept, a folder or a storage URI such as ``s3://bucket/results``; null: ``cache/``."""
     quarantine: Literal["refuse", "allow"] = "refuse"
+    """Whether trials with answers that cannot be made stop the pipeline or are left out."""
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    """What a run may use, GPUs (without any: workers) times hours: then it begins no unit more and says what is missing;
+    null: no limit."""
+    reuse: Reuse = "any"
+    """Whether stored answers of other versions of torch and transformers, or of another kind of device, are taken."""
     budget_unit: BudgetUnit = "tokens"
+    """Budgets are average tokens, or shares of each image's own tokens."""
     budgets: Annotated[list[Budget], Field(min_length=1)]
+    """Of blocks that name none."""
     grids: Annotated[list[GridEntry], Field(min_length=1)]
+    """The blocks of trials."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> SweepSettings:
@@ -259,44 +354,64 @@ class SweepSettings(Section):
                 raise ValueError(
                     f"benchmark {name.table!r} is named more than once; a sweep scores one variant of each"
                 )
+        for limited in self.images if isinstance(self.images, dict) else ():
+            if limited not in self.benchmarks:
+                raise ValueError(
+                    f"images: {limited!r} is not in sweep.benchmarks; allowed: {', '.join(self.benchmarks)}"
+                )
         for entry in self.grids:
-            for method in entry.method if isinstance(entry.method, list) else [entry.method]:
+            axes = entry.axes(self.budgets)
+            for method in axes["method"]:
                 if method not in RECIPES:
                     raise ValueError(
                         f"method {method!r} of grid {entry.name!r} is unknown; allowed: {', '.join(sorted(RECIPES))}"
                     )
-            above = [budget for budget in _budgets(entry, self.budgets) if budget > 1]
+            above = [budget for budget in axes["budget"] if budget > 1]
             if self.budget_unit == "share" and above:
                 raise ValueError(f"budget {above[0]:g} of grid {entry.name!r} must lie in (0, 1]: budget_unit is share")
         return self
 
 
 class EvaluateSettings(Section):
-    """Bootstrap over images: ``resamples`` draws from ``seed``."""
+    """Bootstrap over images."""
 
     resamples: Annotated[int, Field(ge=100)]
+    """How many are drawn."""
     seed: Seed
+    """Draws them."""
+    grades: Annotated[str, Field(min_length=1)] | None = None
+    """A file of grades for benchmarks that a judge scores, such as ``mmvet:judged`` (:mod:`pipelines.scores.grades`)."""
 
 
 class ProfileSettings(Section):
-    """What the ``profile`` stage times: every method at every share of the image's tokens, per batch and kernel.
-
-    ``models``: folders or hub ids, whose weights are not needed. ``image_size``: width and height in pixels.
-    """
+    """What the ``profile`` stage times: every method at every share of the image's tokens, per batch and kernel."""
 
     models: Annotated[list[str], Field(min_length=1)]
+    """Folders or hub ids, whose weights are not needed."""
     methods: Annotated[list[str], Field(min_length=1)]
+    """Beside the unpruned model, which is always timed."""
     shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    """Budgets, of the image's tokens."""
     batch: Annotated[list[Positive], Field(min_length=1)]
+    """Questions at once, each about an image of its own."""
     attention: Annotated[list[Literal["sdpa", "eager", "flash_attention_2"]], Field(min_length=1)]
+    """Kernels of the language model."""
     dtype: Literal["float32", "bfloat16", "float16"]
+    """Of the random weights."""
     device: Literal["cpu", "cuda"]
+    """Where they are."""
     threads: Positive
+    """Of a CPU."""
     image_size: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    """Width and height in pixels."""
     text_before: Positive
+    """Tokens before the image."""
     text_after: Positive
+    """Tokens behind it."""
     output_tokens: Annotated[int, Field(ge=2)]
+    """Of every answer."""
     repeats: Positive
+    """Of each measurement; the median counts."""
 
     @model_validator(mode="after")
     def _methods_exist(self) -> ProfileSettings:
@@ -312,13 +427,17 @@ class ProfileSettings(Section):
 class AxisSettings(Section):
     """Values a search may take for one hyper-parameter: a list of choices, or a range.
 
-    A range whose ends are both whole numbers is searched in whole numbers. ``log``: evenly in orders of magnitude.
+    A range whose ends are both whole numbers is searched in whole numbers.
     """
 
     choices: list[Any] | None = None
+    """Each may be taken; null among them is the method's own value."""
     low: int | float | None = None
+    """The least of a range."""
     high: int | float | None = None
+    """The largest of a range."""
     log: bool = False
+    """Searched evenly in orders of magnitude."""
 
     @model_validator(mode="before")
     @classmethod
@@ -348,12 +467,16 @@ class AxisSettings(Section):
 
 
 class SpaceSettings(Section):
-    """What a swarm search varies: ``parameters`` of the stage-1 method by name, and stage 2's."""
+    """What a swarm search varies."""
 
     parameters: dict[str, AxisSettings] = Field(default_factory=dict)
+    """The stage-1 method's own, by name."""
     stage2_layer: AxisSettings | None = None
+    """Before which layer stage 2 cuts; ``off``: nowhere."""
     stage2_scorer: AxisSettings | None = None
+    """By what it cuts."""
     stage2_ratio: AxisSettings | None = None
+    """What it keeps of what enters."""
 
     @model_validator(mode="before")
     @classmethod
@@ -379,19 +502,24 @@ class SpaceSettings(Section):
 
 
 class SwarmSettings(Section):
-    """A search over one method's hyper-parameters at one budget: ``trials`` of them, ``batch`` at a time.
-
-    ``objective``: the mean retention that is maximised, of one family or (``mean``) of all with equal weight.
-    """
+    """A search over one method's hyper-parameters at one budget."""
 
     method: str
+    """Whose they are."""
     preset: str | None = None
-    position: PositionStrategy = "pesp"
+    """What is not searched; null: the method's first."""
+    position: PositionName = "pesp"
+    """As on a grid."""
     budget: Budget
+    """As on a grid, one."""
     objective: Literal["mean", "grounding", "vqa"]
+    """The mean retention that is maximised, of one family or (``mean``) of all with equal weight."""
     trials: Positive
+    """Points that are tried."""
     batch: Positive
+    """Points that are asked and run together."""
     space: SpaceSettings
+    """What is varied."""
 
     @model_validator(mode="after")
     def _every_value_is_allowed(self) -> SwarmSettings:
@@ -426,15 +554,20 @@ class SearchSettings(Section):
     """``make search``: the sweep's trials race on growing shares of its images.
 
     ``seed`` orders the images and seeds the swarm search. ``shares`` of the images are the rungs, the last is all.
-    ``confidence``: see :mod:`pipelines.racing`. ``cost``: the column of ``trials.parquet`` by which trials cost more or
+    ``confidence``: see :mod:`pipelines.search.racing`. ``cost``: the column of ``trials.parquet`` by which trials cost more or
     less.
     """
 
     seed: Seed
+    """Orders the images of a race, and seeds the sampler of a swarm search."""
     shares: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+    """Of the sweep's images, rising to 1.0: after each but the last, trials that are beaten stop."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    """With which a trial that nothing cheaper beats in some family stays in the race, at least."""
     cost: Literal["average_tokens", "flops"]
+    """What a rival may not exceed, as a mean over the images."""
     swarm: SwarmSettings | None
+    """Hyper-parameters to search; null: only the race."""
 
     @model_validator(mode="after")
     def _shares_rise_to_everything(self) -> SearchSettings:
@@ -444,33 +577,108 @@ class SearchSettings(Section):
 
 
 class ReportSettings(Section):
+    """What the page leads with."""
+
     headline_budget: Budget
+    """Of the finding and the headline table."""
 
 
 class TrackingSettings(Section):
-    """MLflow: ``uri`` null is a local SQLite file; MLFLOW_TRACKING_URI wins."""
+    """MLflow."""
 
     uri: str | None
+    """Null is a local SQLite file; MLFLOW_TRACKING_URI wins."""
     experiment: str
+    """Under which name runs stand."""
 
     @property
     def resolved_uri(self) -> str | None:
         return os.environ.get("MLFLOW_TRACKING_URI") or self.uri
 
 
+def _renamed(names: Any, protocol: str) -> Any:
+    """The benchmarks' names with their protocol; what is no list or mapping of names is for the fields to refuse."""
+    if isinstance(names, dict):
+        return {under_protocol(name, protocol) if isinstance(name, str) else name: of for name, of in names.items()}
+    if isinstance(names, list):
+        return [under_protocol(name, protocol) if isinstance(name, str) else name for name in names]
+    return names
+
+
 class Settings(Section):
+    """All of ``params.yaml``."""
+
     model: ModelSettings
+    """What is asked."""
     prepare: PrepareSettings
+    """Which questions there are."""
     testbed: TestbedSettings
+    """How the testbed's model is trained."""
     pruner: PrunerSettings
+    """How LearnPruner's module is trained."""
     features: FeatureSettings
+    """How the encoder's signals are stored."""
     cluster: ClusterSettings
+    """Where workers run."""
     sweep: SweepSettings
+    """Which trials there are."""
     evaluate: EvaluateSettings
+    """How sure scores are."""
     profile: ProfileSettings
+    """What is timed."""
     search: SearchSettings
+    """What is searched."""
     report: ReportSettings
+    """What the page leads with."""
     tracking: TrackingSettings
+    """Where runs are logged."""
+    plugins: list[Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]] = []
+    """Modules that register methods, scorers or benchmarks (:mod:`nuwa.plugins`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_carry_their_protocol(cls, values: Any) -> Any:
+        """What is prepared, asked and scored goes by the name that says how: ``gqa/testdev@lmms_eval``."""
+        prepare, sweep = (
+            (values.get(part) for part in ("prepare", "sweep")) if isinstance(values, dict) else (None, None)
+        )
+        if not isinstance(prepare, dict) or not isinstance(sweep, dict):
+            return values
+        protocol = prepare.get("protocol", TESTBED)
+        if not isinstance(protocol, str):
+            return values
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"prepare.protocol: {unknown('protocol', protocol, PROTOCOLS)}")
+        model = values.get("model")
+        if isinstance(model, dict) and model.get("image_rules") is None and protocol != TESTBED:
+            values = values | {"model": model | {"image_rules": protocol}}
+        asked = {key: _renamed(sweep.get(key), protocol) for key in ("benchmarks", "images")}
+        told = {key: _renamed(prepare[key], protocol) for key in ("tables", "questions") if key in prepare}
+        if prepare.get("tables") is not None:
+            told.pop("questions", None)  # the testbed's are not asked
+        return values | {"prepare": prepare | told, "sweep": sweep | asked}
+
+    @model_validator(mode="after")
+    def _protocols_have_words(self) -> Settings:
+        if self.model.prompt_style == "testbed":
+            for text in self.prepare.names:
+                if (protocol := BenchmarkName.parse(text).protocol) != TESTBED:
+                    raise ValueError(
+                        f"prepare.protocol: {protocol!r} is in words that prompt_style testbed's model does not know; "
+                        f"allowed with it: {TESTBED}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _boxes_are_read_one_way(self) -> Settings:
+        variants = {name.benchmark().variant: text for text in self.sweep.benchmarks
+                    if (name := BenchmarkName.parse(text)).benchmark().family == "grounding"}  # fmt: skip
+        if {"as_published", "unpadded"} <= set(variants):
+            raise ValueError(
+                f"sweep.benchmarks: {variants['as_published']!r} reads boxes as_published and {variants['unpadded']!r} "
+                "unpadded; one table holds one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Settings:
@@ -490,9 +698,10 @@ class Settings(Section):
         for text in asked.benchmarks:
             if text not in prepared.names:
                 raise ValueError(f"sweep.benchmarks: {text!r} is not in {key}; add it there")
-        if prepared.tables is None and asked.images is not None and asked.images > prepared.images:
-            raise ValueError(f"sweep.images = {asked.images}: prepare.images makes {prepared.images}")
-        budgets = {budget for entry in asked.grids for budget in _budgets(entry, asked.budgets)}
+        wanted = asked.images.values() if isinstance(asked.images, dict) else [asked.images or 0]
+        if prepared.tables is None and max(wanted) > prepared.images:
+            raise ValueError(f"sweep.images = {max(wanted)}: prepare.images makes {prepared.images}")
+        budgets = {budget for entry in asked.grids for budget in entry.axes(asked.budgets)["budget"]}
         if self.report.headline_budget not in budgets:
             known = ", ".join(f"{budget:g}" for budget in sorted(budgets))
             raise ValueError(
@@ -517,17 +726,9 @@ def _known(where: str, name: BenchmarkName) -> None:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _budgets(entry: GridEntry, usual: list[float]) -> list[float]:
-    chosen = entry.budget if entry.budget is not None else usual
-    return chosen if isinstance(chosen, list) else [chosen]
-
-
-def _line(error: dict[str, Any]) -> str:
+def _line(error: Mapping[str, Any]) -> str:
     """One validation error as one line: key, value, what is allowed."""
-    key = (
-        ".".join(str(part) for part in error["loc"] if not str(part).startswith(("list[", "function-", "literal[")))
-        or "params"
-    )
+    key = ".".join(str(part) for part in error["loc"] if not _is_alternative(part)) or "params"
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key; see docs/params.md for the keys that exist"
     if error["type"] == "missing":
@@ -542,7 +743,11 @@ def load_settings(path: Path = PARAMS_FILE) -> Settings:
     """Read and validate ``path``; raises :class:`SettingsError` with one line that names the first fault."""
     if not path.exists():
         raise SettingsError(f"{path}: no such file; run from the repository's top folder")
-    return parse_settings(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: no text in UTF-8 (byte {error.start}); save it as UTF-8") from None
+    return parse_settings(text, str(path))
 
 
 def parse_settings(text: str, source: str) -> Settings:
@@ -551,9 +756,28 @@ def parse_settings(text: str, source: str) -> Settings:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    if isinstance(raw, dict) and isinstance(raw.get("plugins", []), list):
+        try:  # before any name is looked up; those of entry points whether any is named or not
+            load_plugins(str(name) for name in raw.get("plugins", []))
+        except PluginError as error:
+            raise SettingsError(f"{source}: {error}") from None
     if not isinstance(raw, dict):
         raise SettingsError(f"{source}: must hold a mapping of sections: {', '.join(Settings.model_fields)}")
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(f"{source}: {_line(error.errors()[0])}") from None
+        raise SettingsError(f"{source}: {_line(_most_telling(error.errors()))}") from None
+
+
+def _most_telling(errors: Sequence[Any]) -> Any:
+    """The first error; of a value that no alternative of its type fits, the one that got furthest into it."""
+    key = tuple(part for part in errors[0]["loc"] if not _is_alternative(part))
+    alike = [
+        one for one in errors if tuple(part for part in one["loc"] if not _is_alternative(part))[: len(key)] == key
+    ]
+    return max(alike, key=lambda one: len([part for part in one["loc"] if not _is_alternative(part)]))
+
+
+def _is_alternative(part: Any) -> bool:
+    """Whether a step of a location names an alternative of a type rather than a key."""
+    return str(part).startswith(("list[", "dict[", "function-", "literal[", "constrained-"))

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from nuwa.benchmarks import RecordError, SchemaError
+from nuwa.errors import UserError
 from nuwa.methods import check_encoder
+from nuwa.signals import DERIVED_SIGNALS
 from nuwa.stage1 import get_method
-from nuwa.stage1.learnpruner import WeightsError
-from nuwa.vlm import Adapter, adapter_class
+from nuwa.vlm import Adapter, adapter_class, usual_image_processor
 from nuwa.vlm.adapter import check_framing
-from nuwa.vlm.shapes import SHAPES, model_shape, usual_image_processor
-from pipelines.engine import Places
-from pipelines.evidence import IncompleteTrials
-from pipelines.executor import ClusterUnavailable, UnitsFailed
-from pipelines.features import MissingFeatures
-from pipelines.grid import Layouts, Trial, expand
-from pipelines.lock import WorkDirectoryBusy
-from pipelines.results import DamagedUnit
-from pipelines.search_space import check_space, swarm_trials
+from nuwa.vlm.shapes import SHAPES, model_shape
+from pipelines.files.surroundings import surroundings
+from pipelines.files.working_copies import main_copy
+from pipelines.search.space import check_space, swarm_trials
 from pipelines.settings import Settings, SettingsError, load_settings
-from pipelines.storage import StorageFull, StorageUnavailable
-from pipelines.tracking import checked_uri
+from pipelines.sweep.engine import Places
+from pipelines.sweep.trials import Layouts, Trial, expand
+from pipelines.tracking.address import checked_uri
 
 DATA = Path("data")  # outputs that DVC tracks
 CACHE = Path("cache")  # work that can be resumed or thrown away; never tracked
@@ -38,42 +36,45 @@ KEPT = DATA / "kept.parquet"
 SWEEP = DATA / "sweep.json"
 SCORES = DATA / "scores.parquet"
 METRICS = DATA / "metrics.json"
+HEADLINE = DATA / "headline.csv"
 PLOTS = DATA / "plots"
 PROFILE = DATA / "profile.csv"
 SEARCH = DATA / "search"
 REPORT = Path("report")
-FEATURE_STORE = CACHE / "features"
-RESULT_STORE = CACHE / "results"
 COLLECTING = CACHE / "collecting"  # rows on their way into the tables
 TIMINGS = CACHE / "timings.parquet"
 PROGRESS = CACHE / "progress.json"
 UNITS_LOG = CACHE / "units.jsonl"  # one line a finished unit
-MODEL = CACHE / "model.json"  # digests of the model that the last sweep loaded
 QUARANTINE = CACHE / "quarantine.json"  # answers that could not be made, and why
 
 BAD_INPUT, INTERRUPTED = 2, 130
-USUAL_PHOTO = (640, 480)  # width and height
-# What a user can mend. Anything else is a fault of ours and keeps its trace.
-MENDABLE = (
-    ClusterUnavailable,
-    DamagedUnit,
-    FileNotFoundError,
-    IncompleteTrials,
-    MissingFeatures,
-    RecordError,
-    SchemaError,
-    StorageFull,
-    StorageUnavailable,
-    UnitsFailed,
-    WeightsError,
-    WorkDirectoryBusy,
+OUR_FAULT = "the trace above is a fault of this program, not of your data or settings; please report it with the trace"
+OUT_OF_MEMORY = (
+    "memory ran out in the driver; close other programs, or ask less at once (features.batch_size, features.shard_images, "
+    "sweep.unit_images), then run the same command again; finished work is kept"
 )
+USUAL_PHOTO = (640, 480)  # width and height
+
+
+def shared_cache() -> Path:
+    """The ``cache`` of a repository's main working copy: all of its copies keep features and answers there, and one of
+    them at a time works on it."""
+    return main_copy() / CACHE
+
+
+def feature_store() -> Path:
+    return shared_cache() / "features"
+
+
+def result_store() -> Path:
+    return shared_cache() / "results"
 
 
 def places(settings: Settings) -> Places:
     """Where a sweep or a search reads and writes."""
-    features, results = settings.features.store or FEATURE_STORE, settings.sweep.store or RESULT_STORE
-    return Places(IMAGES, features, results, PROGRESS, UNITS_LOG)
+    features, results = settings.features.store or feature_store(), settings.sweep.store or result_store()
+    tables = {"predictions": PREDICTIONS, "kept": KEPT}
+    return Places(EXAMPLES, IMAGES, features, results, PROGRESS, UNITS_LOG, SWEEP, tables)
 
 
 def check_tracking(settings: Settings) -> None:
@@ -104,7 +105,7 @@ def planned_trials(settings: Settings) -> list[Trial]:
     try:
         config = model_shape(published(path))
         family = adapter_class(config.model_type)
-        layout = family.layout_for(config, usual_image_processor(config), USUAL_PHOTO)
+        usual = usual_image_processor(config)
         layers = config.get_text_config().num_hidden_layers
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -113,9 +114,10 @@ def planned_trials(settings: Settings) -> list[Trial]:
         ) from None
     try:
         check_framing(family, settings.model.conversation, settings.model.image_aspect_ratio)
+        images = settings.model.images.framed(usual, config.model_type)
     except ValueError as error:
         raise SettingsError(f"model: {error}") from None
-    layouts = Layouts({layout: 1}, family.dynamic)
+    layouts = Layouts({family.layout_for(config, images, USUAL_PHOTO): 1}, family.dynamic)
     trials = expand(settings.sweep, layouts, layers)
     searched: list[Trial] = []
     if (swarm := settings.search.swarm) is not None:
@@ -129,11 +131,12 @@ def planned_trials(settings: Settings) -> list[Trial]:
 def check_signals(trial: Trial, family: type[Adapter], settings: Settings) -> None:
     """Refuse a trial whose stage 1 reads what the encoder does not offer or the cache does not keep."""
     try:
-        check_encoder(trial.spec, family)
+        check_encoder(trial.spec, family, settings.model.text_tower)
     except ValueError as error:
         raise SettingsError(f"grid {', '.join(trial.grids)}: {error}") from None
     kept = settings.features.keep
     for name in get_method(trial.spec.stage1).reads(trial.spec.config):
+        name = DERIVED_SIGNALS.get(name, name)
         if name not in kept:
             raise SettingsError(
                 f"features.keep = {', '.join(kept)}: method {trial.spec.method!r} of grid {trial.grids[0]!r} reads "
@@ -150,18 +153,35 @@ def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) ->
         if needs_model:
             planned_trials(settings)
         stage(settings)
-    except SettingsError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except MENDABLE as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        told = surroundings(error)
+        if told is None and isinstance(error, FileNotFoundError) and error.errno is None:
+            told = str(error)  # raised here, in words
+        if told is None:
+            our_fault()
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError:
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(1)
     except ImportError as error:
         if "Torchvision" not in str(error):
-            raise
+            our_fault()
         needs = "the model's processor needs torchvision, which is not installed"
         print(f"error: model.path = {settings.model.path!r}: {needs}; pip install torchvision", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception:
+        our_fault()
+
+
+def our_fault() -> NoReturn:
+    """Show the trace of the exception at hand, say that it is not the user's to mend, and exit."""
+    traceback.print_exc()
+    print(f"error: {OUR_FAULT}", file=sys.stderr)
+    sys.exit(1)

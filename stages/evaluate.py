@@ -9,20 +9,28 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.atomic import atomic_path
-from pipelines.datasets import choose_questions
-from pipelines.evidence import evaluate as score
-from pipelines.settings import Settings, budget_tokens
-from pipelines.summary import budget_table, headline_metrics
-from stages.entry import EXAMPLES, METRICS, PLOTS, PREDICTIONS, SCORES, TRIALS, run_stage
+from nuwa.budget import budget_tokens
+from pipelines.data.datasets import choose_questions
+from pipelines.data.left_out import left_out, without
+from pipelines.files.atomic import atomic_path
+from pipelines.scores.evidence import LIMIT_REACHED
+from pipelines.scores.evidence import evaluate as score
+from pipelines.scores.grades import read_grades
+from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
+from pipelines.settings import Settings
+from stages.entry import EXAMPLES, HEADLINE, METRICS, PLOTS, PREDICTIONS, SCORES, SWEEP, TRIALS, run_stage
 from stages.track import track
 
 
-def score_tables(trials: Path, examples: pd.DataFrame, predictions: Path, resamples: int, seed: int) -> pd.DataFrame:
+def score_tables(
+    trials: Path, examples: pd.DataFrame, predictions: Path, resamples: int, seed: int, grades: Path | None = None
+) -> pd.DataFrame:
     """The table of scores from files of trials and predictions; of predictions only what scoring needs is read."""
     columns = ["trial_id", "example_id", "prediction"]
-    answers = pq.read_table(predictions, columns=columns, read_dictionary=columns).unify_dictionaries()
-    return score(pd.read_parquet(trials), examples, answers.to_pandas(), resamples, seed)
+    further = [LIMIT_REACHED] if LIMIT_REACHED in pq.read_schema(predictions).names else []
+    answers = pq.read_table(predictions, columns=[*columns, *further], read_dictionary=columns).unify_dictionaries()
+    given = read_grades(grades) if grades else None
+    return score(pd.read_parquet(trials), examples, answers.to_pandas(), resamples, seed, given)
 
 
 def write_scores(scores: pd.DataFrame, target: Path) -> None:
@@ -33,13 +41,17 @@ def write_scores(scores: pd.DataFrame, target: Path) -> None:
 def evaluate(settings: Settings) -> None:
     plan = settings.sweep
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    scores = score_tables(TRIALS, questions.examples, PREDICTIONS, settings.evaluate.resamples, settings.evaluate.seed)
+    answered, recipe = without(questions.examples, left_out(SWEEP)), settings.evaluate
+    grades = Path(recipe.grades) if recipe.grades else None
+    scores = score_tables(TRIALS, answered, PREDICTIONS, recipe.resamples, recipe.seed, grades)
     write_scores(scores, SCORES)
     trials = pd.read_parquet(TRIALS)
     headline = budget_tokens(settings.report.headline_budget, plan.budget_unit, int(trials["image_tokens"].iloc[0]))
     with atomic_path(METRICS) as path:
         path.write_text(json.dumps(headline_metrics(trials, scores, headline), indent=1) + "\n")
-    for family, table in budget_table(trials, scores).items():
+    with atomic_path(HEADLINE) as path:
+        headline_table(trials, scores, headline).to_csv(path, index=False)
+    for family, table in budget_curves(trials, scores).items():
         with atomic_path(PLOTS / f"{family}_retention.csv") as path:
             table.to_csv(path, index=False)
     track(settings, with_report=False)  # the page on disk may be an earlier sweep's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipelines.atomic import atomic_path
+from pipelines.files.atomic import atomic_path
 from pipelines.presets import compose, preset_path, refuse_to_overwrite
 from pipelines.settings import PARAMS_FILE, SettingsError, parse_settings
 from stages.entry import BAD_INPUT, planned_trials

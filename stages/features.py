@@ -7,20 +7,21 @@ import json
 import pyarrow.parquet as pq
 from rich.progress import Progress
 
-from pipelines.atomic import atomic_path
-from pipelines.features import Loading, encode_missing
-from pipelines.lock import exclusive
+from pipelines.features.encoding import encode_missing
+from pipelines.features.loading import Loading
+from pipelines.files.atomic import atomic_path
+from pipelines.files.lock import exclusive
 from pipelines.settings import Settings
-from stages.entry import CACHE, FEATURE_STORE, FEATURES, IMAGES, run_stage
+from stages.entry import FEATURES, IMAGES, feature_store, run_stage, shared_cache
 
 
 def features(settings: Settings) -> None:
-    with exclusive(CACHE), Progress() as bar:
+    with exclusive(shared_cache()), Progress() as bar:
         task = bar.add_task("encoding images", total=None)
         store, encoded = encode_missing(
             settings.model.path,
             IMAGES,
-            settings.features.store or FEATURE_STORE,
+            settings.features.store or feature_store(),
             settings.features,
             settings.cluster,
             lambda done, total: bar.update(task, completed=done, total=total),

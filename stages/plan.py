@@ -1,5 +1,6 @@
 """Say what would run, what it shares, what it costs, and how much of that is missing. Like every stage it checks
-everything first; it reads no weights.
+everything first; it reads no weights. :mod:`stages.doctor` looks over whatever a run will touch: its errors end the plan with
+exit code 2, its warnings do not. ``DEEP=1`` in the environment has it read everything.
 
 Before ``prepare`` has run for these benchmarks, the questions are stand-ins: the testbed's are drawn, those of published
 tables come from their published sizes. The rest is the same.
@@ -7,10 +8,11 @@ tables come from their published sizes. The rest is the same.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,33 +20,32 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor
 
 from nuwa.layout import VisualLayout
 from nuwa.vlm import Adapter, adapter_class
+from nuwa.vlm.processors import load_processor
 from nuwa.vlm.shapes import SHAPES, model_shape
-from pipelines.datasets import Questions, choose_questions
-from pipelines.features import Loading, signal_bytes, store_identity
-from pipelines.grid import Layouts, Trial, expand
-from pipelines.identity import recall
-from pipelines.plan import (
-    SAMPLED,
-    Costs,
-    Example,
-    Forecast,
-    forecast,
-    image_layouts,
-    plan_units,
-    read_examples,
-    sweep_costs,
-)
-from pipelines.progress import duration, worker_speed
-from pipelines.published_sizes import expected_examples
-from pipelines.results import ResultStore
-from pipelines.settings import PARAMS_FILE, ModelSettings, Settings, SweepSettings, parse_settings
-from pipelines.stand_in import StandInProcessor
-from pipelines.sweep import answer_context
-from stages.entry import EXAMPLES, MODEL, RESULT_STORE, UNITS_LOG, planned_trials, published, run_stage
+from pipelines.addresses import BenchmarkName
+from pipelines.data.datasets import Questions, choose_questions
+from pipelines.data.left_out import without
+from pipelines.data.published_sizes import expected_examples
+from pipelines.features.identity import ModelIdentity
+from pipelines.features.layouts import image_layouts
+from pipelines.features.loading import Loading
+from pipelines.features.signals import signal_bytes
+from pipelines.features.stand_in import StandInProcessor
+from pipelines.settings import PARAMS_FILE, ClusterSettings, ModelSettings, Settings, SweepSettings, parse_settings
+from pipelines.sweep.askable import unaskable
+from pipelines.sweep.costs import SAMPLED, Costs, Forecast, forecast, sweep_costs
+from pipelines.sweep.engine import blocks_of, priced, pulled_tables
+from pipelines.sweep.identity import answer_context, code_of, context_key, with_code
+from pipelines.sweep.progress import duration, worker_speed
+from pipelines.sweep.results import ResultStore, StoredUnit
+from pipelines.sweep.reuse import Changes, explain, summary
+from pipelines.sweep.trials import Layouts, Trial, expand
+from pipelines.sweep.units import plan_units, read_examples
+from stages.doctor import Finding, examine, room_for
+from stages.entry import BAD_INPUT, EXAMPLES, UNITS_LOG, places, planned_trials, published, run_stage
 from stages.experiment import experiment
 from stages.prepare import prepare_testbed
 
@@ -52,8 +53,13 @@ from stages.prepare import prepare_testbed
 def plan(settings: Settings) -> None:
     console = Console()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    findings = examine(settings, deep=bool(os.environ.get("DEEP")))
+    tell(findings)
+    if any(finding.level == "error" for finding in findings):
+        sys.exit(BAD_INPUT)
     console.print(_grids(settings, planned_trials(settings)))
-    examples, remarks = prepared_examples(settings.sweep), []
+    examples = prepared_examples(settings.sweep)
+    remarks: list[str] = []
     exact = examples is not None
     if examples is None:
         examples, remarks = expected(settings)
@@ -66,10 +72,15 @@ def plan(settings: Settings) -> None:
     speed = worker_speed(UNITS_LOG, settings.cluster)
     lines = outlook.left_out + describe(outlook.forecast, outlook.feature_bytes, settings, speed)
     if exact:
-        read = partial(read_examples, outlook.questions.examples, layouts=outlook.layouts)
-        lines += compare(outlook.trials, read, outlook.costs, settings, speed)
+        lines += compare(outlook, settings, speed, each=bool(os.environ.get("EXPLAIN")))
     for line in lines:
         say(line)
+    tell(room_for(settings, outlook.feature_bytes, outlook.forecast.result_bytes))
+
+
+def tell(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        print(finding, file=sys.stderr)
 
 
 def prepared_examples(asked: SweepSettings) -> pd.DataFrame | None:
@@ -85,7 +96,9 @@ def expected(settings: Settings) -> tuple[pd.DataFrame, list[str]]:
     prepare, asked = settings.prepare, settings.sweep
     if prepare.tables is None:
         return _drawn(settings), ["estimate, `dvc repro prepare` has not run: on test scenes drawn for it"]
-    examples, unknown = expected_examples(asked.benchmarks, settings.model.prompt_style)
+    examples, unknown = expected_examples(
+        asked.benchmarks, settings.model.prompt_style, model_shape(published(settings.model.path)).model_type
+    )
     remarks = []
     if len(examples):
         questions, images = len(examples), examples["image"].nunique()
@@ -94,7 +107,8 @@ def expected(settings: Settings) -> tuple[pd.DataFrame, list[str]]:
             f"{questions:,} questions about {images:,} images of typical size; an image of several tables counts in each"
         )
     if unknown:
-        remarks.append(f"not counted, sizes are not known: {', '.join(unknown)}")
+        tables = dict.fromkeys(BenchmarkName.parse(name).table for name in unknown)
+        remarks.append(f"not counted, sizes are not known: {', '.join(tables)}")
     return examples, remarks
 
 
@@ -124,13 +138,14 @@ class Outlook:
     forecast: Forecast
     feature_bytes: int
     left_out: list[str]
+    vlm: Adapter
 
     @classmethod
     def of(cls, settings: Settings, examples: pd.DataFrame, exact: bool) -> Outlook:
         """Of the questions in ``examples``. Stand-ins refuse nothing: what only they put out of reach is left out."""
         asked = settings.sweep
         if not exact:
-            images = asked.images and min(asked.images, examples["image"].nunique())
+            images = _at_most(asked.images, examples)
             grids = [entry.model_copy(update={"where_reachable": True}) for entry in asked.grids]
             present = [name for name in asked.benchmarks if name in set(examples["benchmark"])]
             asked = asked.model_copy(update={"images": images, "grids": grids, "benchmarks": present})
@@ -139,10 +154,23 @@ class Outlook:
         layouts = image_layouts(vlm, questions.examples)
         left_out: list[str] = []
         trials = expand(asked, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers, left_out.append)
-        costs = sweep_costs(vlm, questions.examples)
+        reasons = unaskable(vlm, questions.examples)
+        if reasons:
+            left_out.append(f"{len(reasons)} questions cannot be asked, first {next(iter(reasons.values()))}")
+            questions = replace(questions, examples=without(questions.examples, reasons))
+        costs = sweep_costs(vlm, priced(settings, questions.examples))
         widths = vlm.signal_widths(vlm.model.config)
         store = sum(signal_bytes(widths, layout, settings.features) for layout in layouts.values())
-        return cls(questions, layouts, trials, costs, forecast(trials, costs), store, left_out)
+        return cls(questions, layouts, trials, costs, forecast(trials, costs), store, left_out, vlm)
+
+
+def _at_most(images: int | dict[str, int] | None, examples: pd.DataFrame) -> dict[str, int] | None:
+    """How many images of every benchmark are asked for, and no more than its stand-ins have."""
+    if images is None:
+        return None
+    held = examples.groupby("benchmark")["image"].nunique()
+    wanted = images if isinstance(images, dict) else dict.fromkeys(held.index, images)
+    return {name: min(wanted[name], int(count)) for name, count in held.items() if name in wanted}
 
 
 def weightless(settings: ModelSettings) -> Adapter:
@@ -154,12 +182,18 @@ def weightless(settings: ModelSettings) -> Adapter:
         model = family.model_class(config)
     if known in SHAPES and not Path(path).exists():
         try:
-            processor = AutoProcessor.from_pretrained(known, local_files_only=True)
+            processor = load_processor(known, settings.image_backend, local_files_only=True)
         except OSError:
             processor = StandInProcessor(config)
     else:
-        processor = AutoProcessor.from_pretrained(path)
-    return family(model, processor, conversation=settings.conversation, image_aspect_ratio=settings.image_aspect_ratio)
+        processor = load_processor(path, settings.image_backend)
+    return family(
+        model,
+        processor,
+        conversation=settings.conversation,
+        image_aspect_ratio=settings.image_aspect_ratio,
+        image_rules=settings.images,
+    )
 
 
 def _grids(settings: Settings, trials: list[Trial]) -> Table:
@@ -184,45 +218,62 @@ def describe(expected: Forecast, feature_bytes: int, settings: Settings, speed: 
         f"{expected.answers:,} answers",
         f"work: {expected.alone_flops / 1e12:,.2f} TFLOP trial by trial, {expected.shared_flops / 1e12:,.2f} shared: "
         f"{expected.gain:.1f} times less",
-        f"time: {duration(seconds / cluster.workers)} on {cluster.workers} workers of {speed / 1e12:.2g} TFLOP/s ({measured})",
+        f"time: {_time(seconds, cluster)} on {cluster.workers} workers of {speed / 1e12:.2g} TFLOP/s ({measured})",
         f"GPU hours: {seconds / 3600 * cluster.gpus:,.2f}",
         f"disk: {_size(feature_bytes)} features, {_size(expected.result_bytes)} results",
     ]
 
 
-def compare(
-    trials: list[Trial],
-    read: Callable[[str], list[Example]],
-    costs: Sequence[Costs],
-    settings: Settings,
-    speed: float,
-) -> list[str]:
-    """How many answers are stored, and what those to come would take.
+def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = False) -> list[str]:
+    """How many answers are stored, what those to come would take, and why they are to come.
 
-    ``read``: the questions, for an answer context. ``speed``: a worker's FLOP/s.
+    ``speed``: a worker's FLOP/s. ``each``: a line a trial that lacks answers.
     """
     asked, cluster = settings.sweep, settings.cluster
-    stored = ResultStore(asked.store or RESULT_STORE).done()
+    where = places(settings)
+    store = ResultStore(where.results)
+    stored = store.done()
+    if not stored and not where.facts.exists():
+        return []
+    if not Path(settings.model.path).is_dir():
+        return [f"stored: {len(stored)} units; which answers are this model's is known once its files are here"]
+    known = ModelIdentity.of(settings.model.path, Loading.of(settings.model, cluster), outlook.vlm)
+    context = answer_context(known, outlook.vlm, settings.features)
+    trials = with_code(outlook.trials, outlook.vlm, cluster.device)
+
+    examples = read_examples(outlook.questions.examples, context.digest, outlook.layouts, blocks_of(settings))
+    if pulled := pulled_tables(where, settings, outlook.vlm, context_key(context), context.digest):
+        stored = [*stored, pulled.as_stored()]  # as the sweep will, before it asks
     if not stored:
         return []
-    model = recall(MODEL, Path(settings.model.path), *Loading.of(settings.model, settings.cluster).identity)
-    if model is None:
-        return [f"stored: {len(stored)} units; which answers are this model's is known once a sweep has loaded it"]
-    context = answer_context(
-        model.model,
-        store_identity(model.encoder, settings.features.dtype, settings.features.keep),
-        settings.model.attention,
-    )
-    examples = read(context)
     held = [(unit.trials, unit.examples) for unit in stored]
-    units, cached = plan_units(trials, examples, held, costs, speed, asked.unit_images)
+    units, cached = plan_units(trials, examples, held, outlook.costs, speed, asked.unit_images, reuse=asked.reuse)
     missing, flops = len(trials) * len(examples) - cached, sum(unit.flops for unit in units.values())
     seconds = flops / speed
-    return [
+    lines = [
         f"stored: {cached:,} of {cached + missing:,} answers",
-        f"to come: {missing:,} answers, {flops / 1e12:,.2f} TFLOP, {duration(seconds / cluster.workers)}, "
+        f"to come: {missing:,} answers, {flops / 1e12:,.2f} TFLOP, {_time(seconds, cluster)}, "
         f"{seconds / 3600 * cluster.gpus:,.2f} GPU hours",
     ]
+    changes = Changes.since(store, context, [code_of(trial, outlook.vlm) for trial in trials])
+    reasons = explain(trials, units.values(), stored, changes, asked.reuse)
+    lines += summary(reasons)
+    if each:
+        lines += [f"  {one.trial.label}: {one.answers:,} of {len(examples):,} to come: {one.reason}" for one in reasons]
+    return lines + _old(stored)
+
+
+def _old(stored: Sequence[StoredUnit]) -> list[str]:
+    """A line about units that an earlier version of this project left."""
+    count = sum(unit.provenance is None for unit in stored)
+    return [f"{count} units of an earlier version's store are left alone; their answers are not taken"] if count else []
+
+
+def _time(seconds: float, cluster: ClusterSettings) -> str:
+    """``seconds`` of one worker's work, on as many as are asked for."""
+    if cluster.workers == "auto":
+        return f"{duration(seconds)} of one worker"
+    return duration(seconds / cluster.workers)
 
 
 def _size(count: float) -> str:
@@ -238,4 +289,4 @@ def plan_experiment(name: str) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(plan if len(sys.argv) == 1 else lambda _: plan_experiment(" ".join(sys.argv[1:])))
+    run_stage(plan if len(sys.argv) == 1 else lambda _: plan_experiment(" ".join(sys.argv[1:])), needs_model=False)

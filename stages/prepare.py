@@ -3,40 +3,49 @@ published tables in folders or on the hub."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import AutoProcessor, PretrainedConfig
+from transformers import PretrainedConfig
 
 from nuwa.layout import layout_order
 from nuwa.testbed.benchmark import make_testbed_benchmark
-from nuwa.vlm import Qwen2_5VLAdapter, adapter_class
-from nuwa.vlm.shapes import model_shape, usual_image_processor
-from pipelines.datasets import Size, write_examples
+from nuwa.vlm import ImageRules, adapter_class, usual_image_processor
+from nuwa.vlm.processors import load_processor
+from nuwa.vlm.shapes import model_shape
+from pipelines.addresses import BenchmarkName
+from pipelines.data.datasets import Size, write_examples
+from pipelines.data.tables import fetch_tables
+from pipelines.files.atomic import atomic_folder
 from pipelines.settings import PrepareSettings, Settings
-from pipelines.tables import BenchmarkName, fetch_tables
 from stages.entry import BENCHMARKS, EXAMPLES, IMAGES, published, run_stage
+
+AS_PUBLISHED = ImageRules()
 
 
 def prepare(settings: Settings) -> None:
     plan = settings.prepare
-    shutil.rmtree(BENCHMARKS, ignore_errors=True)
-    BENCHMARKS.mkdir(parents=True)
+    with atomic_folder(BENCHMARKS) as fresh:
+        if plan.tables is None:
+            make_testbed(plan, fresh)
     if plan.tables is None:
-        sources = make_testbed(plan, BENCHMARKS)
+        sources = dict.fromkeys(plan.questions, BENCHMARKS)
     else:
         sources = {name: fetch_tables(location, BenchmarkName.parse(name)) for name, location in plan.tables.items()}
-    path, style = settings.model.path, settings.model.prompt_style
-    told_in_pixels = any(BenchmarkName.parse(name).benchmark().variant == "pixels" for name in sources)
-    seen = seen_by(path) if told_in_pixels else lambda size: size
-    write_examples(sources, style, EXAMPLES, IMAGES, seen, reading_order(path))
+    path, style, rules = settings.model.path, settings.model.prompt_style, settings.model.images
+    told_in_pixels = any(BenchmarkName.parse(name).benchmark().pixels for name in sources)
+    seen = seen_by(path, rules) if told_in_pixels else lambda size: size
+    model_type = model_shape(published(path)).model_type
+    notes = write_examples(sources, style, EXAMPLES, IMAGES, seen, reading_order(path, rules), model_type)
+    for name, counts in notes.items():
+        for note, count in counts.items():
+            print(f"{name}: {note}: {count:,}")
 
 
-def reading_order(path: str) -> Callable[[Size], Any]:
+def reading_order(path: str, rules: ImageRules = AS_PUBLISHED) -> Callable[[Size], Any]:
     """By what images are sorted for the model of ``path``: where they have layouts of their own, by layout, as
     features are encoded. Raises ``ValueError`` for an image the model does not take."""
     config = model_shape(published(path))
@@ -44,10 +53,11 @@ def reading_order(path: str) -> Callable[[Size], Any]:
     if not family.dynamic:
         return lambda size: ()
     try:
-        image_processor = AutoProcessor.from_pretrained(path).image_processor
+        image_processor = load_processor(path, rules.backend).image_processor
     except OSError:  # not at hand yet; the order changes no result
         image_processor = usual_image_processor(config)
-    return cache(lambda size: layout_order(family.layout_for(config, image_processor, size)))
+    framed = rules.framed(image_processor, config.model_type)
+    return cache(lambda size: layout_order(family.layout_for(config, framed, size)))
 
 
 def make_testbed(plan: PrepareSettings, folder: Path) -> dict[str, Path]:
@@ -63,24 +73,16 @@ def prepare_testbed(plan: PrepareSettings, style: str, folder: Path) -> pd.DataF
     return pd.read_parquet(folder / EXAMPLES.name)
 
 
-def seen_by(path: str) -> Callable[[Size], Size]:
+def seen_by(path: str, rules: ImageRules = AS_PUBLISHED) -> Callable[[Size], Size]:
     """The size at which the model of ``path`` sees an image; its weights are not needed."""
     config = model_shape(path)
-    return seen_size(config, AutoProcessor.from_pretrained(path).image_processor)
+    image_processor = load_processor(path, rules.backend).image_processor
+    return seen_size(config, rules.framed(image_processor, config.model_type))
 
 
 def seen_size(config: PretrainedConfig, image_processor: Any) -> Callable[[Size], Size]:
-    """Qwen2.5-VL sees images resized to whole merged patches and tells boxes on those; others on the image itself."""
-    if config.model_type != "qwen2_5_vl":
-        return lambda size: size
-    vision = config.vision_config
-    cell = vision.patch_size * vision.spatial_merge_size
-
-    def seen(size: Size) -> Size:
-        (view,) = Qwen2_5VLAdapter.layout_for(config, image_processor, size).views
-        return view.grid.width * cell, view.grid.height * cell
-
-    return seen
+    """The size of an image → that of the picture on which models of ``config`` tell boxes."""
+    return partial(adapter_class(config.model_type).seen_size, config, image_processor)
 
 
 if __name__ == "__main__":

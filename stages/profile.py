@@ -9,7 +9,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from pipelines.atomic import atomic_path
+from pipelines.files.atomic import atomic_path
 from pipelines.profiling import profile_model
 from pipelines.settings import Settings, SettingsError
 from stages.entry import PROFILE, run_stage

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -19,17 +21,15 @@ from accelerate import PartialState
 from nuwa.pruner.conversations import Scenes
 from nuwa.pruner.instructions import Conversations, InstructionDataError, Instructions, read_instructions
 from nuwa.pruner.train import build_learner, train_pruner
-from nuwa.source import code_fingerprint
-from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS
+from nuwa.source import closure, digest_of
+from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS, WeightsError, read_lpm
 from nuwa.training import Log, PhaseSchedule
 from nuwa.vlm import LlavaAdapter
 from nuwa.vlm.shapes import model_shape
 from pipelines.settings import SCENES, Settings, SettingsError
-from pipelines.tracking import training_log
+from pipelines.tracking.training import training_log
 from stages.entry import CACHE, run_stage
 
-# The code that decides the weights.
-TRAINING = ("grid", "pruner", "selection", "signals", "stage1/learnpruner", "testbed", "training", "vlm")
 WARMUP, DECAY_SHARE = 10, 0.5
 LOG_EVERY, EVALUATE_EVERY, CHECKPOINT_EVERY = 10, 30, 30
 
@@ -55,6 +55,7 @@ def _train(settings: Settings) -> None:
     model = settings.model
     framing = {"conversation": model.conversation, "image_aspect_ratio": model.image_aspect_ratio}
     vlm = LlavaAdapter.load(model.path, dtype=getattr(torch, model.dtype), **framing)
+    data: Scenes | Conversations
     if instructions is None:
         data = Scenes(vlm, recipe.seed, recipe.images, recipe.share)
     else:
@@ -62,8 +63,11 @@ def _train(settings: Settings) -> None:
     facts = {"parameters": recipe.model_dump(), "model": vlm.fingerprint()}
     if instructions is not None:
         facts["data"] = instructions.digest
-    content = json.dumps([facts, code_fingerprint(TRAINING)], sort_keys=True)
-    identity = hashlib.sha256(content.encode()).hexdigest()[:16]
+    facts["code"] = digest_of(closure([build_learner, train_pruner, type(data)], {"model type": ["llava"]}))
+    if _carries(Path(DEFAULT_WEIGHTS), facts, vlm.encoder_identity):
+        print(f"{DEFAULT_WEIGHTS} is of this recipe, data, model and code already; `make pruner` trains it again")
+        return
+    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     with ExitStack() as stack:
         log = _mlflow(stack, settings, identity) if main else (lambda step, metrics: None)
 
@@ -93,6 +97,15 @@ def _train(settings: Settings) -> None:
             facts=facts,
             log=show,
         )
+
+
+def _carries(weights: Path, facts: Mapping[str, Any], encoder: str) -> bool:
+    """Whether the weights that are there were trained as ``facts`` say, for that encoder."""
+    try:
+        held = read_lpm(weights)
+    except WeightsError:
+        return False
+    return held.encoder == encoder and dict(held.training) == json.loads(json.dumps(facts))
 
 
 def _instructions(settings: Settings) -> Instructions:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from functools import partial
 
+from nuwa.budget import budget_tokens
 from pipelines.report.page import ReportInputs, build_report
 from pipelines.report.places import places_of_model
-from pipelines.settings import Settings, budget_tokens
+from pipelines.settings import Settings
 from stages.entry import DATA, REPORT, SWEEP, run_stage
 from stages.track import track
 
@@ -20,6 +21,8 @@ TESTBED = (
 def report(settings: Settings) -> None:
     facts = json.loads(SWEEP.read_text())
     provenance = facts["fingerprints"] | {"model path": settings.model.path}
+    if len(words := facts.get("provenance", [])) > 1:
+        provenance["answers"] = f"of mixed provenance: {'; '.join(words)}"
     about = TESTBED if settings.prepare.tables is None else ""
     inputs = ReportInputs.load(DATA, provenance, partial(places_of_model, settings.model.path), about)
     tokens = int(inputs.trials["image_tokens"].iloc[0])

@@ -17,20 +17,23 @@ from typing import Any
 import pandas as pd
 
 from nuwa import UNPRUNED
-from pipelines.atomic import atomic_path
-from pipelines.datasets import choose_questions
-from pipelines.engine import Engine, check_weights
-from pipelines.executor import start_ray
-from pipelines.features import Loading
-from pipelines.grid import Layouts, Trial, expand
-from pipelines.lock import exclusive
-from pipelines.plan import image_layouts
-from pipelines.racing import check_slices, race, slices
-from pipelines.search import Asking, race_grid, search_swarm
-from pipelines.search_space import check_space, trial_at
-from pipelines.settings import Settings
-from pipelines.tracking import Tracker, git_and_dvc_tags
-from stages.entry import CACHE, EXAMPLES, SEARCH, places, run_stage
+from pipelines.data.datasets import choose_questions
+from pipelines.features.identity import ModelIdentity
+from pipelines.features.layouts import image_layouts
+from pipelines.features.loading import Loading
+from pipelines.files.atomic import atomic_path
+from pipelines.files.lock import exclusive
+from pipelines.search.racing import check_slices, race, slices
+from pipelines.search.run import Asking, race_grid, search_swarm
+from pipelines.search.space import check_space, trial_at
+from pipelines.settings import Settings, SwarmSettings
+from pipelines.sweep.askable import askable
+from pipelines.sweep.engine import Engine, check_weights
+from pipelines.sweep.trials import Layouts, Trial, expand
+from pipelines.tracking.revision import git_and_dvc_tags
+from pipelines.tracking.tracker import Tracker
+from pipelines.workers import start_ray
+from stages.entry import CACHE, EXAMPLES, SEARCH, places, run_stage, shared_cache
 
 
 def search(settings: Settings) -> None:
@@ -39,11 +42,14 @@ def search(settings: Settings) -> None:
     plan, wanted, model = settings.sweep, settings.search, settings.model
     prepared = pd.read_parquet(EXAMPLES)
     questions = choose_questions(prepared, plan.benchmarks, plan.images, plan.subset_seed).examples
+    loading = Loading.of(model, settings.cluster)
+    vlm = loading.here(model.path)
+    questions, _ = askable(vlm, questions, allowed=plan.quarantine == "allow")
     rungs = slices(questions, wanted.shares, wanted.seed)
     check_slices(rungs, wanted.shares)
     everything = choose_questions(prepared, plan.benchmarks, None, plan.subset_seed).examples
+    everything, _ = askable(vlm, everything, allowed=True)
     unseen = everything[~everything["image"].isin(questions["image"])].reset_index(drop=True)
-    vlm = Loading.of(model, settings.cluster).here(model.path)
     of_image = image_layouts(vlm, everything)
     layouts = Layouts.of((of_image[image] for image in sorted(set(questions["image"]))), vlm.dynamic)
     anywhere = Layouts.of(of_image.values(), vlm.dynamic)  # the best points are asked on all images
@@ -51,12 +57,13 @@ def search(settings: Settings) -> None:
     if wanted.swarm is not None:
         check_space(wanted.swarm, plan.budget_unit, anywhere, vlm.layers)
 
-    def make(point: dict[str, Any]) -> Trial:
-        return trial_at(wanted.swarm, point, plan, layouts, vlm.layers)
+    def make(swarm: SwarmSettings, point: dict[str, Any]) -> Trial:
+        return trial_at(swarm, point, plan, layouts, vlm.layers)
 
-    check_weights([*trials, *([make({})] if wanted.swarm is not None else [])], vlm)
+    encoder = ModelIdentity.of(model.path, loading, vlm).fingerprint
+    check_weights([*trials, *([make(wanted.swarm, {})] if wanted.swarm is not None else [])], encoder)
     with ExitStack() as stack:
-        stack.enter_context(exclusive(CACHE))
+        stack.enter_context(exclusive(shared_cache()))
         if start_ray(settings.cluster):  # once, not at every rung
             import ray
 
@@ -81,7 +88,9 @@ def search(settings: Settings) -> None:
         table, summary = race_grid(wanted, vlm, trials, layouts, rungs, contest, tracker)
         tables = {"trials.csv": table}
         if wanted.swarm is not None:
-            found = search_swarm(wanted.swarm, wanted.seed, make, rungs, unseen, contest, tracker, fingerprints)
+            found = search_swarm(
+                wanted.swarm, wanted.seed, partial(make, wanted.swarm), rungs, unseen, contest, tracker, fingerprints
+            )
             tables["swarm.csv"], summary["swarm"] = found
         _write(tables, summary | {"fingerprints": fingerprints})
         tracker.artifacts(SEARCH, "search")

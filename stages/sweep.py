@@ -7,6 +7,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -14,26 +15,27 @@ import pyarrow.parquet as pq
 
 from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
-from pipelines.atomic import atomic_path
-from pipelines.collection import collect
-from pipelines.datasets import choose_questions
-from pipelines.engine import Engine, check_weights
-from pipelines.executor import UnitsFailed
-from pipelines.features import Loading
-from pipelines.grid import Layouts, Trial, expand
-from pipelines.identity import ModelIdentity, folder_stamp, remember
-from pipelines.lock import exclusive
-from pipelines.plan import image_layouts
-from pipelines.results import ResultStore
+from pipelines.axes import COLUMNS
+from pipelines.data.datasets import choose_questions
+from pipelines.features.identity import ModelIdentity
+from pipelines.features.layouts import image_layouts
+from pipelines.features.loading import Loading
+from pipelines.files.atomic import atomic_path
+from pipelines.files.lock import exclusive
 from pipelines.settings import Settings
-from pipelines.sweep import SweepOutcome
-from pipelines.tracking import Tracker, git_and_dvc_tags
+from pipelines.sweep.answers import SweepOutcome
+from pipelines.sweep.askable import askable
+from pipelines.sweep.engine import Engine, check_weights
+from pipelines.sweep.provenance import mixed, told
+from pipelines.sweep.refill import table_facts
+from pipelines.sweep.trials import Layouts, Trial, expand
+from pipelines.tracking.revision import git_and_dvc_tags
+from pipelines.tracking.tracker import Tracker
+from pipelines.workers import UnitsFailed
 from stages.entry import (
-    CACHE,
     COLLECTING,
     EXAMPLES,
     KEPT,
-    MODEL,
     PREDICTIONS,
     QUARANTINE,
     SWEEP,
@@ -41,6 +43,7 @@ from stages.entry import (
     TRIALS,
     places,
     run_stage,
+    shared_cache,
 )
 
 
@@ -50,23 +53,26 @@ def sweep(settings: Settings) -> None:
     plan, model = settings.sweep, settings.model
     loading = Loading.of(model, settings.cluster)
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed).examples
-    stamp, vlm = folder_stamp(Path(model.path), *loading.identity), loading.here(model.path)
+    vlm = loading.here(model.path)
+    questions, unasked = askable(vlm, questions, allowed=plan.quarantine == "allow")
     of_image = image_layouts(vlm, questions)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
     trials = expand(plan, layouts, vlm.layers, tell=print)
-    check_weights(trials, vlm)
-    with exclusive(CACHE):
+    check_weights(trials, ModelIdentity.of(model.path, loading, vlm).fingerprint)
+    with exclusive(shared_cache()):
         engine = Engine.start(settings, vlm, of_image, places(settings))
-        remember(MODEL, stamp, ModelIdentity(engine.fingerprints["model"], vlm.encoder_identity))
-        facts = _facts(engine, trials, questions)
+        facts = _facts(engine, trials, questions) | ({"left_out": unasked} if unasked else {})
         tracking = settings.tracking
         with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
             tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
             outcome, _ = engine.run(trials, questions, tracker.progress)
         trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
         targets = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}
-        ids = [trial.trial_id for trial in trials]
-        collect(ResultStore(engine.places.results), ids, engine.examples(questions), targets, COLLECTING)
+        origins = engine.collect(trials, questions, targets, COLLECTING)
+        facts["provenance"] = told(origins.provenance)
+        facts["tables"] = table_facts(origins, engine.spec.context, engine.examples(questions), targets)
+        if line := mixed(facts["provenance"]):
+            print(line)
         shape, number = LlmShape.from_config(vlm.model.config), vlm.model.dtype.itemsize
         costs = partial(cost_columns, llm=shape, bytes_per_number=number)
         _write_trials([trial.row(layouts, costs) for trial in trials])
@@ -83,7 +89,7 @@ def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict,
     incomplete = outcome.incomplete
     if not incomplete:
         return trials
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "trials": [trial.trial_id for trial in unit.trials],
             "examples": [example.example_id for example in unit.examples],
@@ -94,6 +100,7 @@ def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict,
         }
         for unit, failure in outcome.failures.values()
     ]
+
     with atomic_path(QUARANTINE) as path:
         path.write_text(json.dumps(rows, indent=1) + "\n")
     reference = next(trial for trial in trials if trial.spec.method == UNPRUNED)
@@ -123,13 +130,7 @@ def _facts(engine: Engine, trials: list[Trial], questions: pd.DataFrame) -> dict
 
 def _write_trials(trials: list[dict]) -> None:
     rows = sorted(trials, key=lambda row: row["trial_id"])
-    types = {
-        "stage1_keep": "int32",
-        "seed": "int32",
-        "image_tokens": "int32",
-        "stage2_layer": "Int32",
-        "stage2_keep": "Int32",
-    }
+    types = {name: column.dtype for name, column in COLUMNS.items() if column.dtype is not None}
     table = pa.Table.from_pandas(pd.DataFrame(rows).astype(types), preserve_index=False)
     with atomic_path(TRIALS) as fresh:
         pq.write_table(table, fresh)

@@ -17,7 +17,7 @@ from nuwa.source import code_fingerprint
 from nuwa.testbed.train import LANGUAGE_EVALUATE_EVERY, LANGUAGE_WARMUP, train_testbed
 from nuwa.training import Log, PhaseSchedule
 from pipelines.settings import Settings
-from pipelines.tracking import training_log
+from pipelines.tracking.training import training_log
 from stages.entry import CACHE, run_stage
 
 TESTBED_MODEL = Path("models/testbed")

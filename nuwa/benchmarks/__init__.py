@@ -1,69 +1,75 @@
-"""Benchmarks as data: one file a benchmark, each with its published schema, prompt, parser and score."""
+"""Benchmarks as data: one file a benchmark, each with its published schema, prompt, parser, score and facts.
+
+Every file of this folder is imported; one that has ``VARIANTS`` is a benchmark (docs/adding_a_benchmark.md).
+"""
 
 from __future__ import annotations
 
-import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
 
-from nuwa.benchmarks import (
-    gqa,
-    mmbench,
-    mmbench_cn,
-    mme,
-    mmmu,
-    mmvet,
-    pope,
-    refcoco,
-    refcocog,
-    refcocoplus,
-    scienceqa,
-    seedbench,
-    textvqa,
-    vqav2,
-)
-from nuwa.benchmarks.protocol import STYLES, Benchmark, Example, Sums, check_schema
+from nuwa.benchmarks.definition import STYLES, Benchmark, Example, Rules, Sums, TableSize, check_schema
+from nuwa.benchmarks.protocols import PROTOCOLS, TESTBED, Protocol, ProtocolError
 from nuwa.benchmarks.records import RecordError, SchemaError, image_size
+from nuwa.registry import Registry, UnknownName, unknown
 
 __all__ = [
     "BENCHMARKS",
+    "PROTOCOLS",
     "STYLES",
+    "TESTBED",
     "Benchmark",
     "Example",
+    "Protocol",
+    "ProtocolError",
     "RecordError",
+    "Rules",
     "SchemaError",
     "Sums",
+    "TableSize",
     "check_schema",
     "get_benchmark",
     "image_size",
+    "register_benchmark",
 ]
 
-# name → its variants, the default first
-BENCHMARKS: dict[str, tuple[Benchmark, ...]] = {
-    module.VARIANTS[0].name: module.VARIANTS
-    for module in (
-        *(refcoco, refcocoplus, refcocog),
-        *(gqa, pope, textvqa, vqav2, scienceqa),
-        *(mme, mmbench, mmbench_cn, seedbench, mmmu, mmvet),
-    )
-}
+
+def read_folders(folders: Iterable[str]) -> Registry[tuple[Benchmark, ...]]:
+    """The benchmarks whose files lie in ``folders``, in alphabetical order of the files: name → its variants, the
+    default first. Raises :class:`nuwa.registry.NameTaken`."""
+    registry: Registry[tuple[Benchmark, ...]] = Registry("benchmark")
+    for found in pkgutil.iter_modules(list(folders)):
+        variants = getattr(importlib.import_module(f"{__name__}.{found.name}"), "VARIANTS", ())
+        if variants:
+            registry.add(variants[0].name, variants)
+    return registry
 
 
-def get_benchmark(name: str, variant: str | None = None) -> Benchmark:
-    """The benchmark called ``name``; its first variant unless another is named.
+BENCHMARKS = read_folders(__path__)
+
+
+def register_benchmark(*variants: Benchmark) -> None:
+    """Make a benchmark of a plugin known, the default variant first; raises :class:`nuwa.registry.NameTaken`."""
+    BENCHMARKS.add(variants[0].name, variants)
+
+
+def get_benchmark(name: str, variant: str | None = None, protocol: str = TESTBED) -> Benchmark:
+    """The benchmark called ``name`` as ``protocol`` asks and scores it; its first variant that the protocol knows
+    unless another is named.
 
     Raises:
-        ValueError: no such benchmark or variant; lists what exists and suggests the nearest.
+        UnknownName: no such benchmark, variant or protocol, or the protocol does not ask this benchmark; lists what
+            exists and suggests the nearest.
     """
-    if name not in BENCHMARKS:
-        raise ValueError(_unknown("benchmark", name, list(BENCHMARKS)))
-    variants = {benchmark.variant: benchmark for benchmark in BENCHMARKS[name]}
-    if variant is None:
-        return BENCHMARKS[name][0]
-    if variant not in variants:
-        raise ValueError(_unknown(f"variant of {name}", variant, [known for known in variants if known]))
-    return variants[variant]
-
-
-def _unknown(what: str, name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"no {what} is called {name!r}; {hint}there are: {', '.join(known) or 'none'}"
+    variants = {benchmark.variant: benchmark for benchmark in BENCHMARKS.look_up(name)}
+    PROTOCOLS.look_up(protocol)
+    if variant is not None:
+        if variant not in variants:
+            raise UnknownName(unknown(f"variant of {name}", variant, [known for known in variants if known]))
+        return variants[variant].under(protocol)
+    known = [benchmark for benchmark in variants.values() if protocol in (TESTBED, *benchmark.rules)]
+    if not known:
+        protocols = {protocol for benchmark in variants.values() for protocol in benchmark.rules}
+        raise UnknownName(unknown(f"protocol of {name}", protocol, (TESTBED, *protocols)))
+    return known[0].under(protocol)

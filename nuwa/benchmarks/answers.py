@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from nuwa.benchmarks.protocol import Scores
+from nuwa.benchmarks.definition import Scores
 from nuwa.benchmarks.records import RecordError
 
 SINGLE_WORD = "\nAnswer the question using a single word or phrase."
@@ -82,9 +82,9 @@ def vote_scores(prediction: str, answers: Sequence[str]) -> Scores:
 
 def check_votes(answers: Sequence[Any] | None) -> list[str]:
     """The ten answers of a row, as published; single blank ones occur and match nothing."""
-    found = 0 if answers is None else len(answers)
-    if found != VOTES:
-        raise RecordError(f"column 'answers' should hold {VOTES} answers, found {found}")
+    if answers is None or len(answers) != VOTES:
+        count = 0 if answers is None else len(answers)
+        raise RecordError(f"column 'answers' should hold {VOTES} answers, found {count}")
     if any(answer is None for answer in answers):
         raise RecordError(f"column 'answers' has a null at position {list(answers).index(None)}")
     if not any(answer.strip() for answer in answers):

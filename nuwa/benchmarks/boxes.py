@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from nuwa.benchmarks.protocol import Scores
+from nuwa.benchmarks.definition import Scores
 
 Space = Literal["normalized", "pixels"]
 Box = Sequence[float]
@@ -20,6 +20,47 @@ TOLERANCE = 1e-9  # an IoU of exactly a half can come out as 0.49999999999999994
 
 BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def unpad_box(box: Box, photo: tuple[float, float]) -> list[float]:
+    """A box in shares of the square that LLaVA-1.5 pads an image to, in shares of the image itself.
+
+    x' = (x · side − offset) / width with side the longer of the image's, and offset half of what is padded, rounded down.
+
+    Args:
+        photo: width and height of the image in pixels.
+    """
+    width, height = photo
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    return [
+        (box[0] * side - left) / width,
+        (box[1] * side - top) / height,
+        (box[2] * side - left) / width,
+        (box[3] * side - top) / height,
+    ]
+
+
+WHOLE_BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]", re.ASCII)
+
+
+def whole_boxes(answer: str) -> list[list[float]]:
+    """Every ``[a, b, c, d]`` of whole numbers in ``answer``."""
+    # longer numbers lie outside every image, and their floats may be infinite
+    return [[float(number[:16]) for number in match.groups()] for match in WHOLE_BOX.finditer(answer)]
+
+
+def pixel_iou(one: Box, other: Box) -> float:
+    """Intersection over union of boxes in pixels as VLM-R1's script has it, and Nüwa's and VScan's after it.
+
+    The last row and column of a box belong to its overlap, which counts only where it is wider and higher than one
+    pixel: ``min(right) − 1 > max(left)``. The areas of the boxes are plain.
+    """
+    left, top = max(one[0], other[0]), max(one[1], other[1])
+    right, bottom = min(one[2] - 1, other[2] - 1), min(one[3] - 1, other[3] - 1)
+    overlap = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0.0
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - overlap
+    return overlap / union if union > 0 else 0.0
 
 
 def parse_box(answer: str, space: Space, size: tuple[float, float] | None = None) -> list[float] | None:
@@ -42,7 +83,7 @@ def parse_box(answer: str, space: Space, size: tuple[float, float] | None = None
         if len(parts) == 4 and all(NUMBER.fullmatch(part) for part in parts):
             box = [float(part) for part in parts]
             if all(math.isfinite(value) for value in box):
-                width, height = size if space == "pixels" else (1, 1)
+                width, height = size if space == "pixels" and size is not None else (1, 1)
                 return [box[0] / width, box[1] / height, box[2] / width, box[3] / height]
     return None
 

@@ -1,13 +1,14 @@
 """MMBench (en, dev): four options; letter, then option text; a question counts when all its circular copies are right.
 
 Copies with rotated options carry the index of the original plus multiples of a million. A table without copies gives
-the same number twice.
+the same number twice. Variants: ``rules`` alone, or with grades for what they cannot read (``judged``).
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.choices import OPTION_LETTER, Options, choice_scores, find_words, option_lines
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Sums, Truth, ratio
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
 from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, optional_text, text
 
 LETTERS = ("A", "B", "C", "D")
@@ -72,7 +73,7 @@ def read(row: dict[str, Any], name: str = "mmbench") -> Iterator[Example]:
         truth={"answer": one_of(row, "answer", tuple(options)), "options": options, "group": str(index % COPY_STEP)},
         category=row["category"] or "",
         image=image_bytes(row["image"], "image"),
-        context={"hint": optional_text(row, "hint")},
+        context={"hint": optional_text(row, "hint"), "published_hint": row["hint"] or ""},
     )
 
 
@@ -83,9 +84,25 @@ def prompt(example: Example, instruction: str = OPTION_LETTER) -> str:
     return f"{hint}{example.question} There are several options:\n{options}\n{instruction}"
 
 
+def llava_prompt(example: Example, instruction: str = OPTION_LETTER) -> str:
+    """As LLaVA's own script: no line announces the options."""
+    hint = f"{example.context['hint']}\n" if example.context["hint"] else ""
+    return f"{hint}{example.question}\n{option_lines(example.truth['options'])}{instruction}"
+
+
 def _score(prediction: str, truth: Truth) -> Scores:
     options = truth["options"]
     return choice_scores(named_letter(prediction, options) or named_text(prediction, options), truth["answer"])
+
+
+def _is_unread(prediction: str, truth: Truth) -> bool:
+    """What the rules cannot read is a judge's affair, as in the harness."""
+    return bool(prediction.strip()) and bool(_score(prediction, truth)["parse_failure"])
+
+
+def _score_graded(prediction: str, truth: Truth) -> Scores:
+    scores = _score(prediction, truth)
+    return scores | {"accuracy": float(truth["grade"] >= 0.5)} if _is_unread(prediction, truth) else scores
 
 
 def summands(rows: pd.DataFrame) -> pd.DataFrame:
@@ -104,9 +121,12 @@ def metrics(sums: Sums) -> Sums:
     }
 
 
-VARIANTS = (
+_BY_RULE = (
     Benchmark(
         name="mmbench",
+        title="MMBench",
+        paper="MMBench: Is Your Multi-modal Model an All-around Player?",
+        splits={"dev": TableSize(4329, 1164, (400, 300), 210)},  # 1,164 questions in copies
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=16,
@@ -116,5 +136,14 @@ VARIANTS = (
         score=_score,
         metrics=metrics,
         summands=summands,
+        rules={
+            "lmms_eval": Rules("gpt_eval_score", 1024),  # by rules alone; the harness asks a judge about the rest
+            "lmms_eval_0_3": Rules("gpt_eval_score", 1024),
+            "llava": Rules("accuracy", 1024, llava_v1=llava_prompt),
+        },
     ),
+)
+VARIANTS = (
+    replace(_BY_RULE[0], variant="rules"),
+    replace(_BY_RULE[0], variant="judged", score=_score_graded, graded=_is_unread),
 )

@@ -12,10 +12,11 @@ from functools import partial
 
 from nuwa.benchmarks import mmbench
 from nuwa.benchmarks.choices import Options, choice_scores
-from nuwa.benchmarks.protocol import Scores, Truth
+from nuwa.benchmarks.definition import Example, Rules, Scores, TableSize, Truth
 
 NAME = "mmbench_cn"
 OPTION_LETTER = "\n请直接使用所提供的选项字母作为答案回答。"
+LLAVA_LETTER = "\n请直接回答选项字母。"
 LONE_LETTER = re.compile(r"(?<![A-Za-z])[A-D](?![A-Za-z])")
 
 
@@ -33,12 +34,28 @@ def _score(prediction: str, truth: Truth) -> Scores:
     return choice_scores(named_option(prediction, truth["options"]), truth["answer"])
 
 
+def _harness_prompt(example: Example) -> str:
+    """lmms-eval shows a missing hint as it is published: ``nan``."""
+    hint = f"{example.context['published_hint']} " if example.context["published_hint"] else ""
+    return hint + mmbench.prompt(replace(example, context={"hint": ""}), OPTION_LETTER)
+
+
+HARNESS = Rules("gpt_eval_score", 256, llava_v1=_harness_prompt)
+
 VARIANTS = (
     replace(
         mmbench.VARIANTS[0],
+        variant="",
         name=NAME,
+        title="MMBench-CN",
+        splits={"dev": TableSize(4329, 1164, (400, 300), 70)},  # a third of the characters
         read=partial(mmbench.read, name=NAME),
         llava_v1=partial(mmbench.prompt, instruction=OPTION_LETTER),
         score=_score,
+        rules={
+            "lmms_eval": HARNESS,
+            "lmms_eval_0_3": HARNESS,
+            "llava": Rules("accuracy", 1024, llava_v1=partial(mmbench.llava_prompt, instruction=LLAVA_LETTER)),
+        },
     ),
 )

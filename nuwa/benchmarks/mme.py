@@ -1,6 +1,7 @@
 """MME: two yes-or-no questions an image; acc + acc+ per category, summed to perception, cognition and total.
 
-An answer counts by its first word, which must be yes or no (a lone y or n will do): ``Eyes`` is neither.
+An answer counts by its first word, which must be yes or no (a lone y or n will do; none, nope and not mean no):
+``Eyes`` is neither.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.answers import SINGLE_WORD
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Sums, Truth, ratio
+from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
 
 SCHEMA = columns(question_id=pa.string(), image=IMAGE, question=pa.string(), answer=pa.string(), category=pa.string())
@@ -33,6 +34,7 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 REQUEST = " Please answer yes or no."
 WORD = re.compile(r"\w+")
+MEANT = {"yes": "yes", **dict.fromkeys(("no", "none", "nope", "not"), "no")}
 
 
 def first_word(answer: str) -> str | None:
@@ -40,7 +42,7 @@ def first_word(answer: str) -> str | None:
     words = WORD.findall(answer.lower())
     if words in (["y"], ["n"]):
         return "yes" if words == ["y"] else "no"
-    return words[0] if words and words[0] in ("yes", "no") else None
+    return MEANT.get(words[0]) if words else None
 
 
 def _read(row: dict[str, Any]) -> Iterator[Example]:
@@ -74,7 +76,7 @@ def summands(rows: pd.DataFrame) -> pd.DataFrame:
         label = rows["group"][broken.index[0]]
         raise ValueError(f"mme scores pairs: image {label!r} has {broken.iloc[0]} answers, not 2; score whole images")
     points = 100 * (pairs.transform("mean") + pairs.transform("min")) / 2
-    columns = {}
+    columns: dict[str, pd.Series] = {}
     for category in (*PERCEPTION, *COGNITION):
         inside = rows["category"] == category
         if inside.any():
@@ -103,6 +105,11 @@ def metrics(sums: Sums) -> Sums:
 VARIANTS = (
     Benchmark(
         name="mme",
+        title="MME",
+        paper="MME: A Comprehensive Evaluation Benchmark for Multimodal Large Language Models",
+        splits={"test": TableSize(2374, 1187, COCO, 60)},
+        points=True,
+        group_size=2,
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=16,
@@ -112,5 +119,9 @@ VARIANTS = (
         score=_score,
         metrics=metrics,
         summands=summands,
+        rules={
+            "lmms_eval": Rules("mme_perception_score + mme_cognition_score", 16),
+            "lmms_eval_0_3": Rules("mme_perception_score + mme_cognition_score", 16),
+        },
     ),
 )

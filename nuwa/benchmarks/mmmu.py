@@ -1,7 +1,9 @@
 """MMMU (validation): college questions, multiple choice and open.
 
 The pipeline shows one image a question. Variants: ``single_image`` leaves out the questions that refer to several;
-``first_image`` asks them too, with the first of their images. The image's ``<image k>`` tag is taken out of the text.
+``first_image`` asks them too, with the first of their images. The image's ``<image k>`` tag is taken out of the text;
+under the protocols of lmms-eval it stays where it stands, and the image before all text. How many questions are left out
+or lack images is counted when the table is read.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import ast
 import random
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from nuwa.benchmarks.answers import SINGLE_WORD
 from nuwa.benchmarks.choices import OPTION_LETTER, Options, choice_scores, find_words, lettered, option_lines
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, TableSize, Truth
 from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, optional_text, text
 
 SCHEMA = columns(
@@ -44,36 +47,46 @@ NUMBER = re.compile(
 )
 
 
-def _read_single(row: dict[str, Any]) -> Iterator[Example]:
+def _read_single(row: dict[str, Any], tagged: bool = False) -> Iterator[Example]:
     if len(_tags(row)) <= 1:
-        yield _example(row)
+        yield _example(row, tagged)
 
 
-def _read_first(row: dict[str, Any]) -> Iterator[Example]:
-    yield _example(row)
+def _read_first(row: dict[str, Any], tagged: bool = False) -> Iterator[Example]:
+    yield _example(row, tagged)
 
 
 def _tags(row: dict[str, Any]) -> list[int]:
     return sorted({int(number) for number in TAG.findall(f"{row['question']} {row['options']}")})
 
 
-def _example(row: dict[str, Any]) -> Example:
+def _example(row: dict[str, Any], tagged: bool) -> Example:
+    """``tagged``: the image's tag stays where it stands in the text, as harnesses show it."""
     question_id, kind = text(row, "id"), one_of(row, "question_type", (CHOICE, OPEN))
-    number = next(iter(_tags(row)), 1)
+    tags = _tags(row)
+    number = next(iter(tags), 1)
+    shown = _as_published if tagged else partial(_without_tag, number=number)
+
     truth: Truth = {"id": question_id, "type": kind}
     if kind == CHOICE:
-        truth["options"] = lettered(_without_tag(option, number) for option in _options(row))
+        truth["options"] = lettered(shown(option) for option in _options(row))
         truth["answer"] = one_of(row, "answer", tuple(truth["options"]))
     else:
         truth["answers"] = _open_answers(text(row, "answer"))
+
     subject = SUBJECT.fullmatch(question_id)
     return Example(
         example_id=f"mmmu:{question_id}",
-        question=_without_tag(text(row, "question"), number),
+        question=shown(text(row, "question")),
         truth=truth,
         category=subject[1] if subject else optional_text(row, "subfield"),
         image=image_bytes(row[f"image_{number}"], f"image_{number}"),
+        note=f"the first of {len(tags)} images is shown" if len(tags) > 1 else "",
     )
+
+
+def _as_published(words: str) -> str:
+    return words
 
 
 def _without_tag(words: str, number: int) -> str:
@@ -175,6 +188,9 @@ VARIANTS = tuple(
     Benchmark(
         name="mmmu",
         variant=variant,
+        title="MMMU",
+        paper="MMMU: A Massive Multi-discipline Multimodal Understanding and Reasoning Benchmark for Expert AGI",
+        splits={"validation": TableSize(900, 900, (800, 500), 310)},  # at most: some are left out
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=128,
@@ -182,6 +198,10 @@ VARIANTS = tuple(
         read=read,
         llava_v1=_prompt,
         score=_score,
+        rules={
+            "lmms_eval": Rules("mmmu_acc", 128, read=partial(read, tagged=True)),
+            "lmms_eval_0_3": Rules("mmmu_acc", 16, read=partial(read, tagged=True)),
+        },
     )
     for variant, read in (("single_image", _read_single), ("first_image", _read_first))
 )

@@ -1,6 +1,7 @@
 """MM-Vet: open questions that a judge model grades. Without a judge only parse failures are counted.
 
-``get_benchmark("mmvet")`` has no judge, so its aggregate lacks the headline; :func:`with_judge` gives one that has it.
+``get_benchmark("mmvet")`` has no judge, so its aggregate lacks the headline; :func:`with_judge` gives one that has it,
+and so does the variant ``judged``, whose grades come from a file (:mod:`pipelines.scores.grades`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, TableSize, Truth
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, text
 
 # (question, true answer, prediction) → grade from 0 to 1
@@ -61,9 +62,22 @@ def with_judge(judge: Judge) -> Benchmark:
     return replace(VARIANTS[0], score=score, variant="judged")
 
 
-VARIANTS = (
+def _is_said(prediction: str, truth: Truth) -> bool:
+    """An empty answer is 0 without asking."""
+    return bool(prediction.strip())
+
+
+def _score_graded(prediction: str, truth: Truth) -> Scores:
+    grade = float(truth["grade"]) if _is_said(prediction, truth) else 0.0
+    return {"judge_score": grade, **_score(prediction, truth)}
+
+
+_PLAIN = (
     Benchmark(
         name="mmvet",
+        title="MM-Vet",
+        paper="MM-Vet: Evaluating Large Multimodal Models for Integrated Capabilities",
+        splits={"test": TableSize(218, 200, COCO, 70)},
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=1024,
@@ -71,5 +85,10 @@ VARIANTS = (
         read=_read,
         llava_v1=lambda example: INSTRUCTION + example.question,
         score=_score,
+        rules={
+            "lmms_eval": Rules("gpt_eval_score", 1024),  # greedy here; the harness samples at temperature 0.2
+            "lmms_eval_0_3": Rules("gpt_eval_score", 1024),
+        },
     ),
 )
+VARIANTS = (*_PLAIN, replace(_PLAIN[0], variant="judged", score=_score_graded, graded=_is_said, right="judge_score"))

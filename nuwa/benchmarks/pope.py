@@ -8,14 +8,14 @@ so it lowers recall, never precision. Papers report F1.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from nuwa.benchmarks.answers import SINGLE_WORD
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Sums, Truth, ratio
+from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
 
 SCHEMA = columns(
@@ -26,6 +26,7 @@ SCHEMA = columns(
     image=IMAGE,
     category=pa.string(),
 )
+CATEGORIES = ("adversarial", "popular", "random")
 WORD = re.compile(r"\w+")
 
 
@@ -63,7 +64,7 @@ def metrics(sums: Sums) -> Sums:
     }
 
 
-def _benchmark(variant: str, parse: Callable[[str], bool | None]) -> Benchmark:
+def _benchmark(variant: str, parse: Callable[[str], bool | None], rules: Mapping[str, Rules]) -> Benchmark:
     def score(prediction: str, truth: Truth) -> Scores:
         said, is_yes = parse(prediction), truth["answer"] == "yes"
         return {
@@ -77,6 +78,13 @@ def _benchmark(variant: str, parse: Callable[[str], bool | None]) -> Benchmark:
     return Benchmark(
         name="pope",
         variant=variant,
+        title="POPE",
+        paper="Evaluating Object Hallucination in Large Vision-Language Models",
+        splits={
+            "test": TableSize(9000, 500, COCO, 31),
+            **dict.fromkeys(CATEGORIES, TableSize(3000, 500, COCO, 31)),
+        },
+        right="correct",
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=16,
@@ -85,7 +93,13 @@ def _benchmark(variant: str, parse: Callable[[str], bool | None]) -> Benchmark:
         llava_v1=lambda example: example.question + SINGLE_WORD,
         score=score,
         metrics=metrics,
+        rules=rules,
     )
 
 
-VARIANTS = (_benchmark("exact", exact), _benchmark("first_sentence", first_sentence))
+HARNESS = Rules("pope_f1_score", 128)
+
+VARIANTS = (
+    _benchmark("exact", exact, {"lmms_eval": HARNESS, "lmms_eval_0_3": HARNESS}),
+    _benchmark("first_sentence", first_sentence, {"llava": Rules("F1 score", 128)}),
+)

@@ -1,8 +1,7 @@
-"""ScienceQA-IMG: school questions with an image; the answer is a whole letter or begins with ``X.``."""
+"""ScienceQA-IMG: school questions with an image; the answer is a letter in either case, or begins with a capital: ``X.``."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +9,18 @@ from typing import Any
 import pyarrow as pa
 
 from nuwa.benchmarks.choices import OPTION_LETTER, choice_scores, lettered, option_lines
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
-from nuwa.benchmarks.records import IMAGE, TEXTS, RecordError, columns, image_bytes, optional_text, text, texts
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, TableSize, Truth
+from nuwa.benchmarks.records import (
+    IMAGE,
+    TEXTS,
+    RecordError,
+    columns,
+    content_id,
+    image_bytes,
+    optional_text,
+    text,
+    texts,
+)
 
 SCHEMA = columns(
     image=IMAGE,
@@ -38,7 +47,7 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
     if position is None or not 0 <= position < len(options):
         raise RecordError(f"column 'answer' is {position}, allowed are 0 to {len(options) - 1}")
     yield Example(
-        example_id=f"scienceqa:{_content_id(image, question, *choices)}",
+        example_id=f"scienceqa:{content_id(image, question, *choices)}",
         question=question,
         truth={"answer": list(options)[position], "options": options},
         category=row["subject"] or "",
@@ -47,26 +56,18 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
     )
 
 
-def _content_id(image: bytes, *words: str) -> str:
-    """The table has no question ids: sixteen hex digits of what is asked."""
-    digest = hashlib.sha256(image)
-    for word in words:
-        digest.update(b"\0" + word.encode())
-    return digest.hexdigest()[:16]
-
-
 def _prompt(example: Example) -> str:
     hint = f"Context: {example.context['hint']}\n" if example.context["hint"] else ""
     return f"{hint}{example.question}\n{option_lines(example.truth['options'])}{OPTION_LETTER}"
 
 
 def chosen_letter(answer: str) -> str | None:
-    """The whole answer where it is one capital, or a capital that begins it before a period."""
+    """The whole answer where it is one letter, as a capital, or a capital that begins it before a period."""
     stripped = answer.strip()
     leading = LEADING_LETTER.match(stripped)
     if leading:
         return leading[1]
-    return stripped if re.fullmatch("[A-Z]", stripped) else None
+    return stripped.upper() if re.fullmatch("[A-Za-z]", stripped) else None
 
 
 def _score(prediction: str, truth: Truth) -> Scores:
@@ -74,9 +75,24 @@ def _score(prediction: str, truth: Truth) -> Scores:
     return choice_scores(letter if letter in truth["options"] else None, truth["answer"])
 
 
+def bare_letter(answer: str) -> str | None:
+    """The whole answer where it is one letter: all that lmms-eval 0.3.4 takes, which lowers an answer before it looks
+    for a capital before a period."""
+    stripped = answer.strip()
+    return stripped.upper() if re.fullmatch("[A-Za-z]", stripped) else None
+
+
+def _score_bare(prediction: str, truth: Truth) -> Scores:
+    letter = bare_letter(prediction)
+    return choice_scores(letter if letter in truth["options"] else None, truth["answer"])
+
+
 VARIANTS = (
     Benchmark(
         name="scienceqa",
+        title="ScienceQA",
+        paper="Learn to Explain: Multimodal Reasoning via Thought Chains for Science Question Answering",
+        splits={"test": TableSize(2017, 2017, (500, 350), 150)},  # images: at most; hints are not counted
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=16,
@@ -84,5 +100,9 @@ VARIANTS = (
         read=_read,
         llava_v1=_prompt,
         score=_score,
+        rules={
+            "lmms_eval": Rules("exact_match", 16),
+            "lmms_eval_0_3": Rules("exact_match", 16, score=_score_bare),
+        },
     ),
 )

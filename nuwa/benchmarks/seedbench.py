@@ -1,4 +1,4 @@
-"""SEED-Bench, its image questions: four options; the answer's first character. Video rows are no examples."""
+"""SEED-Bench, its image questions: four options; the answer's first character, in either case. Video rows are no examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from nuwa.benchmarks.choices import OPTION_LETTER, choice_scores, lettered, option_lines
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, TableSize, Truth
 from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, text
 
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
@@ -47,13 +47,16 @@ def _prompt(example: Example) -> str:
 
 
 def _score(prediction: str, truth: Truth) -> Scores:
-    first = prediction.strip()[:1]
+    first = prediction.strip()[:1].upper()
     return choice_scores(first if first in truth["options"] else None, truth["answer"])
 
 
 VARIANTS = (
     Benchmark(
         name="seedbench",
+        title="SEED-Bench",
+        paper="SEED-Bench: Benchmarking Multimodal LLMs with Generative Comprehension",
+        splits={"test": TableSize(14_233, 14_233, COCO, 140)},  # images: at most; videos are no questions
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=16,
@@ -61,5 +64,6 @@ VARIANTS = (
         read=_read,
         llava_v1=_prompt,
         score=_score,
+        rules={"lmms_eval": Rules("seed_image"), "lmms_eval_0_3": Rules("seed_image"), "llava": Rules("accuracy", 128)},
     ),
 )

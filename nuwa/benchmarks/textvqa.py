@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from nuwa.benchmarks.answers import SINGLE_WORD, check_votes, normalize_answer, vote_scores
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, TableSize, Truth
 from nuwa.benchmarks.records import IMAGE, TEXTS, columns, image_bytes, text
 
 SCHEMA = columns(
@@ -55,10 +55,21 @@ def _question_with_ocr(example: Example) -> str:
     return f"{example.question.capitalize()}\nReference OCR token: {words}{SINGLE_WORD}"
 
 
+def _llava_question(example: Example) -> str:
+    words = ", ".join(example.context["ocr_tokens"])
+    return f"{example.question}\nReference OCR token: {words}{SINGLE_WORD}"
+
+
+HARNESS = {"lmms_eval": Rules("exact_match"), "lmms_eval_0_3": Rules("exact_match")}
+LLAVA = {"llava": Rules("accuracy", 128, llava_v1=_llava_question)}  # as published, no capital
+
 VARIANTS = tuple(
     Benchmark(
         name="textvqa",
         variant=variant,
+        title="TextVQA",
+        paper="Towards VQA Models That Can Read",
+        splits={"validation": TableSize(5000, 3166, (1024, 768), 40)},  # OCR words are not counted
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=16,
@@ -66,6 +77,7 @@ VARIANTS = tuple(
         read=_read,
         llava_v1=prompt,
         score=_score,
+        rules=rules,
     )
-    for variant, prompt in (("no_ocr", _question), ("ocr", _question_with_ocr))
+    for variant, prompt, rules in (("no_ocr", _question, HARNESS), ("ocr", _question_with_ocr, HARNESS | LLAVA))
 )

@@ -11,8 +11,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from nuwa.benchmarks.answers import SINGLE_WORD, check_votes, normalize_punctuation, normalize_words, vote_scores
-from nuwa.benchmarks.protocol import Benchmark, Example, Scores, Truth
+from nuwa.benchmarks.answers import (
+    SINGLE_WORD,
+    check_votes,
+    normalize_answer,
+    normalize_punctuation,
+    normalize_words,
+    vote_scores,
+)
+from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, TableSize, Truth
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, text
 
 VOTE = pa.struct([("answer", pa.string()), ("answer_confidence", pa.string()), ("answer_id", pa.int64())])
@@ -48,9 +55,20 @@ def _score(prediction: str, truth: Truth) -> Scores:
     return vote_scores(normalize(prediction), [normalize(answer) for answer in truth["answers"]])
 
 
+def _score_0_3(prediction: str, truth: Truth) -> Scores:
+    """As in lmms-eval 0.3.4: the prediction by EvalAI's normalisation, the ten answers only where they disagree."""
+    answers = [" ".join(answer.replace("\t", " ").split("\n")).strip() for answer in truth["answers"]]
+    if len(set(answers)) > 1:
+        answers = [normalize(answer) for answer in answers]
+    return vote_scores(normalize_answer(prediction), answers)
+
+
 VARIANTS = (
     Benchmark(
         name="vqav2",
+        title="VQAv2",
+        paper="Making the V in VQA Matter: Elevating the Role of Image Understanding in Visual Question Answering",
+        splits={"validation": TableSize(214_354, 40_504, COCO, 34)},
         family="vqa",
         schema=SCHEMA,
         max_new_tokens=16,
@@ -58,5 +76,11 @@ VARIANTS = (
         read=_read,
         llava_v1=lambda example: example.question + SINGLE_WORD,
         score=_score,
+        rules={
+            "lmms_eval": Rules("exact_match", 16),
+            # the request for a single word never reached the model
+            "lmms_eval_0_3": Rules("exact_match", 16, llava_v1=lambda example: example.question, score=_score_0_3),
+            "llava": Rules("overall", 128),
+        },
     ),
 )

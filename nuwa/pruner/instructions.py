@@ -24,9 +24,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from nuwa.errors import UserError
+from nuwa.images import ImageError, read_image
 from nuwa.pruner.conversations import draw_subset
 from nuwa.testbed.instruction import IGNORE, Packed, collate
 from nuwa.vlm import LlavaAdapter
+from nuwa.vlm.adapter import tokenize_prompt
 
 PLACEHOLDER = "<image>"
 ROLES = ("human", "gpt")
@@ -36,7 +39,7 @@ SHOWN = 80  # characters of a wrong value in a message
 LLAVA_FORM = "instruction data in LLaVA's form, such as llava_v1_5_mix665k.json"
 
 
-class InstructionDataError(ValueError):
+class InstructionDataError(UserError, ValueError):
     """Data that cannot be taught; the message names file, entry and key, and says what is expected."""
 
 
@@ -105,6 +108,7 @@ def read_instructions(path: Path, folder: Path, seed: int, share: float) -> Inst
             places.extend((number, begin, end))
         else:
             text_only += 1
+
     if not places:
         raise InstructionDataError(f"{path}: none of its {text_only} entries has an image: there is nothing to teach")
     entries = np.asarray(places, dtype=np.int64).reshape(-1, 3)
@@ -159,7 +163,8 @@ class _ListReader:
     def _next(self) -> str:
         """The next character that is no white space; empty at the end of the file."""
         while True:
-            self._advance(WHITESPACE.match(self._held, self._at).end())
+            blank = WHITESPACE.match(self._held, self._at)
+            self._advance(blank.end() if blank else self._at)
             if self._at < len(self._held):
                 return self._held[self._at]
             if not self._more():
@@ -199,6 +204,7 @@ def _check(entry: Any, where: str) -> bool:
     if not isinstance(image, str) or not image or Path(image).is_absolute():
         raise InstructionDataError(f"{where}: image = {_short(image)}: expected one path below the images' folder")
     turns = entry.get("conversations")
+
     if not isinstance(turns, list) or not turns:
         raise InstructionDataError(f"{where}: conversations = {_short(turns)}: expected a list of turns")
     for number, turn in enumerate(turns):
@@ -237,6 +243,7 @@ def encode_turns(vlm: LlavaAdapter, turns: Sequence[tuple[str, str]]) -> Iterato
     """
     tokenizer, template = vlm.processor.tokenizer, vlm.processor.apply_chat_template
     messages, before = list(vlm.opening), ""
+
     for asked, answer in turns:
         first = not before
         image = [{"type": "image"}] if first else []
@@ -252,7 +259,10 @@ def encode_turns(vlm: LlavaAdapter, turns: Sequence[tuple[str, str]]) -> Iterato
         else:
             text = prompt.removeprefix(before).lstrip()
             asked_ids = tokenizer(text, add_special_tokens=False).input_ids
-        both = tokenizer(text + whole.removeprefix(prompt).rstrip(), add_special_tokens=first).input_ids
+        both_text = text + whole.removeprefix(prompt).rstrip()
+        both = (
+            tokenize_prompt(tokenizer, both_text) if first else tokenizer(both_text, add_special_tokens=False).input_ids
+        )
         if both[: len(asked_ids)] != asked_ids:
             raise InstructionDataError(f"the model's tokenizer joins the prompt's end with the answer {answer!r}")
         answer_ids = both[len(asked_ids) :]
@@ -321,10 +331,8 @@ class Conversations:
 
 def _open(conversation: Conversation) -> Image.Image:
     try:
-        with Image.open(conversation.image) as image:
-            return image.convert("RGB")
-    except Exception as error:  # whatever a decoder makes of damaged bytes
+        return read_image(conversation.image)
+    except ImageError as error:
         raise InstructionDataError(
-            f"{conversation.image}: the image of entry {conversation.entry} cannot be read "
-            f"({type(error).__name__}: {' '.join(str(error).split())})"
+            f"{conversation.image}: the image of entry {conversation.entry} cannot be read ({error.fault})"
         ) from None

@@ -20,7 +20,7 @@ exactly what its return would do to ``o_i``. A dropped token still looks at the 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,24 +41,35 @@ class _Return(torch.autograd.Function):
     """Zero, with the gradient to the mask that the module's docstring states."""
 
     @staticmethod
-    def forward(ctx, kept, query, key, value, out, seen, visible, first, scaling):
+    def forward(
+        ctx: Any,
+        kept: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        seen: Tensor,
+        visible: Tensor,
+        constants: tuple[slice, float],
+    ) -> Tensor:
+        """``constants``: which columns are visual, and the scale of the scores."""
         ctx.save_for_backward(kept, query, key, value, out, seen, visible)
-        ctx.visual, ctx.scaling = slice(first, first + kept.shape[1]), scaling
+        ctx.visual, ctx.scaling = constants
         return torch.zeros_like(out)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kept, query, key, value, out, seen, visible = ctx.saved_tensors
         scores = (query @ key.transpose(2, 3)).float() * ctx.scaling
         excess = scores[..., ctx.visual] - scores.masked_fill(~seen, -torch.inf).logsumexp(dim=-1, keepdim=True)
         weight = torch.where(kept[:, None, None, :] > 0.5, excess.exp(), excess.sigmoid())
         pull = gradient @ value[:, :, ctx.visual].transpose(2, 3) - (gradient * out).sum(dim=-1, keepdim=True)
         to_kept = (weight * pull).masked_fill(~visible[..., ctx.visual], 0.0).sum(dim=(1, 2))
-        return to_kept.to(kept.dtype), *[None] * 8
+        return to_kept.to(kept.dtype), *[None] * 7
 
 
 def attend_to_kept(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,9 +90,11 @@ def attend_to_kept(
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     seen = attention_mask.clone()
     seen[..., first : first + kept.shape[1]] &= (kept.detach() > 0.5)[:, None, None, :]
+
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
     parts = (part.detach() for part in (query, key, value, out))
-    out = out + _Return.apply(kept, *parts, seen, attention_mask, first, scaling)
+    constants = (slice(first, first + kept.shape[1]), scaling)
+    out = out + _Return.apply(kept, *parts, seen, attention_mask, constants)
     return out.transpose(1, 2), None
 
 

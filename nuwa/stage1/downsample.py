@@ -23,7 +23,12 @@ class Downsample:
     """No hyper-parameters."""
 
 
-@register("downsample", Downsample, reads_images=True, kept=lambda grid, keep: math.prod(pooled_shape(grid, keep)))
+@register(
+    "downsample",
+    Downsample,
+    reads_images=True,
+    kept=lambda grid, keep, config=None: math.prod(pooled_shape(grid, keep)),
+)
 def select(signals: VisionSignals, keep: int, config: Downsample, seed: int = 0) -> Selection:
     """A token stands at the patch in the centre of what it shows; all are as the encoder gave them.
 

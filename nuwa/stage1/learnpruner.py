@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from nuwa.errors import UserError
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
 from nuwa.signals import VisionSignals, cosine_similarity, directions, ranked
 from nuwa.stage1.registry import register
@@ -32,7 +33,7 @@ DEFAULT_WEIGHTS = "models/pruner/lpm.safetensors"
 METADATA = "lpm"  # the one metadata key: safetensors writes several in no fixed order
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights that are missing, damaged, or trained for another encoder; the message says what to do."""
 
 
@@ -85,8 +86,14 @@ def read_lpm(path: Path) -> LpmFile:
             state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
         lpm = Lpm(state["hidden.weight"].shape[1])
         lpm.load_state_dict(state)
+        if not all(bool(value.isfinite().all()) for value in state.values()):
+            raise WeightsError(
+                f"learnpruner.weights {str(path)!r} hold numbers that are not finite; `make pruner` trains them again"
+            )
         return LpmFile(lpm.eval().requires_grad_(False), facts["encoder"], facts["training"])
-    except (SafetensorError, KeyError, RuntimeError, ValueError, TypeError) as error:
+    except WeightsError:
+        raise
+    except (SafetensorError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"learnpruner.weights {str(path)!r} are no LPM weights ({type(error).__name__}); `make pruner` trains them again"
         ) from None
@@ -169,7 +176,7 @@ def add_diverse(features: Tensor, chosen: Tensor, count: int) -> Tensor:
     return chosen
 
 
-@register("learnpruner", LearnPruner, check=check)
+@register("learnpruner", LearnPruner, cite=("learnpruner",), check=check)
 def select(signals: VisionSignals, keep: int, config: LearnPruner, seed: int = 0) -> Selection:
     """``K1 - round(λ K1)`` tokens by keep probability, the rest by diversity; all as the encoder gave them."""
     features = signals.features

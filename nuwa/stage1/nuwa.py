@@ -1,7 +1,20 @@
 """Nüwa, stage 1 (ICLR 2026): separation, alignment, aggregation.
 
 Presets, all faithful: ``paper`` follows equations 3-7 and Algorithm 1, ``released`` the authors' code for LLaVA-1.5,
-``released_next`` and ``released_qwen`` theirs for LLaVA-NeXT and Qwen2.5-VL. Every difference between them is one field of :class:`Nuwa`.
+``released_next`` and ``released_qwen`` theirs for LLaVA-NeXT and Qwen2.5-VL; ``paper_next`` is ``paper`` with stage 2 as in
+table 10 (:mod:`nuwa.methods`). Every difference between them is one field of :class:`Nuwa`. What the code sets by budget
+is a :class:`nuwa.schedule.ByBudget` until a budget is named.
+
+Where the released code does what cannot be meant, we differ:
+
+* It keeps all tokens of a view where more than three of every four are asked for; here exactly those asked for are kept.
+* ``released_next``: of an odd grid its last row or column is never kept, and rows and columns of crops are swapped on
+  images that are not square; here edges have regions of their own and crops stand where they are.
+* ``released_next``: what ``total // crops`` leaves over is dropped, and newline tokens come on top of the budget; here
+  the later views take the rest, and newline tokens count (:func:`nuwa.schedule.shares`).
+* ``released_qwen``: the zeros that pad a grid to even sides may be chosen and are then dropped, so that fewer tokens are
+  kept; its similarity is in window order, the features in raster order. Here padding is never chosen, all is in raster
+  order, and stage 1 keeps what the budget asks for (published: 35, 60 and 85 %).
 """
 
 from __future__ import annotations
@@ -16,13 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nuwa.grid import PatchGrid
+from nuwa.schedule import ByBudget
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
 from nuwa.signals import NORM_EPSILON, VisionSignals, ranked, top_indices
 from nuwa.stage1.registry import register
 
 Salience = Literal["cls_attention_key_norm", "cls_attention"]
 PillarSignal = Literal["key_norm", "salience", "feature_norm"]
-DistanceConvention = Literal["squared", "plain"]
+DistanceConvention = Literal["squared", "plain", "plain_even", "patches"]
 WEIGHT_EPSILON = 1e-8  # of the row normalisation
 
 
@@ -32,21 +46,22 @@ class Nuwa:
 
     ``separation``: choose per region (True) or globally (Table 8, "region").
     ``region_side``: patches along a region's side; 2 cuts CLIP's 24x24 grid into the paper's 12x12 regions.
-    ``candidates_per_region``: n of the alignment; null takes the smallest n that offers enough candidates
-    (1 / 2 / 3 for averages of 64 / 128 / 192 on LLaVA-1.5).
+    ``candidates_per_region``: n of the alignment, raised where it offers too few candidates; null takes the smallest n
+    that offers enough (1 / 2 / 3 for averages of 64 / 128 / 192 on LLaVA-1.5).
     ``salience``: eq. 3 weighs CLS attention with the key norm; the released code does not.
     ``pillars``: whether some tokens stay untouched (Table 8, "pillar").
     ``pillar_signal``, ``pillar_quantile``: a token is a pillar when its signal is at or above that quantile (linear
     interpolation) of the kept tokens (eq. 4).
     ``aggregation``: whether collectors gather their neighbourhood at all.
-    ``distance_threshold``: reach of the aggregation as a share of the largest distance on the grid: of its square
-    (``squared``: 280 / 1058, Table 7's "26 %") or of itself (``plain``).
+    ``distance_threshold``: reach of the aggregation, by ``distance_convention`` a share of the largest distance on the
+    grid: of its square (``squared``: 280 / 1058, Table 7's "26 %"), of itself (``plain``), of that on the grid padded to
+    even sides (``plain_even``); or a number of ``patches``, the same on every grid.
     ``reset_self_weight``: set a collector's own weight to 1 after normalisation (Algorithm 1, line 26).
     """
 
     separation: bool = True
     region_side: int = 2
-    candidates_per_region: int | None = None
+    candidates_per_region: int | ByBudget | None = None
     salience: Salience = "cls_attention"
     pillars: bool = True
     pillar_signal: PillarSignal = "salience"
@@ -66,26 +81,41 @@ class Nuwa:
                 raise ValueError(
                     f"nuwa.{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(get_args(kind))}"
                 )
+
         if not 0 <= self.pillar_quantile <= 1:
             raise ValueError(f"nuwa.pillar_quantile {self.pillar_quantile} must lie in [0, 1]")
-        if not 0 < self.distance_threshold <= 1:
-            raise ValueError(f"nuwa.distance_threshold {self.distance_threshold} must lie in (0, 1]")
+        if not 0 < self.distance_threshold <= (math.inf if self.distance_convention == "patches" else 1):
+            allowed = "be above 0 patches" if self.distance_convention == "patches" else "lie in (0, 1]"
+            raise ValueError(f"nuwa.distance_threshold {self.distance_threshold} must {allowed}")
         if self.region_side < 1:
             raise ValueError(f"nuwa.region_side {self.region_side} must be at least 1")
-        if self.candidates_per_region is not None and self.candidates_per_region < 1:
-            raise ValueError(f"nuwa.candidates_per_region {self.candidates_per_region} must be null or at least 1")
+        candidates = self.candidates_per_region
+        for count in candidates.values if isinstance(candidates, ByBudget) else [candidates]:
+            if count is not None and count < 1:
+                raise ValueError(f"nuwa.candidates_per_region {count} must be null or at least 1")
 
 
+PAPER = {"salience": "cls_attention_key_norm", "pillar_signal": "key_norm", "pillar_quantile": 0.75}
 PRESETS = {
     "released": {},
-    "released_next": {},  # differs in stage 2 only, see nuwa.methods
+    "released_next": {
+        # Stage 1 keeps 290, 582 and 1162 tokens of five crops of 576.
+        "candidates_per_region": ByBudget(
+            (160, 320, 640), (2, 3, 3), "tokens", stage1_shares=(290 / 2880, 582 / 2880, 1162 / 2880)
+        ),
+        "pillar_quantile": 0.5,
+        "distance_threshold": 280**0.5,
+        "distance_convention": "patches",
+    },
     "released_qwen": {
+        "candidates_per_region": ByBudget((0.25, 0.50, 0.75), (3, 3, 4), "share", stage1_shares=(0.35, 0.60, 0.85)),
         "pillar_quantile": 0.1,
         "distance_threshold": 0.8,
-        "distance_convention": "plain",
+        "distance_convention": "plain_even",
         "reset_self_weight": False,
     },
-    "paper": {"salience": "cls_attention_key_norm", "pillar_signal": "key_norm", "pillar_quantile": 0.75},
+    "paper": PAPER,
+    "paper_next": PAPER,
 }
 
 
@@ -119,8 +149,10 @@ def align(signals: VisionSignals, salience: Tensor, keep: int, config: Nuwa) -> 
     """Separation and alignment: the n most salient of every region, then the global top ``keep``, in raster order."""
     if not config.separation:
         return top_indices(salience, keep)
-    needed = candidates_needed(signals.grid, config.region_side, keep)
-    n = max(config.candidates_per_region or 1, needed)
+    n: float = candidates_needed(signals.grid, config.region_side, keep)
+    if config.candidates_per_region is not None:
+        preset = config.candidates_per_region
+        n = max(preset.at_stage1(keep / signals.grid.tokens) if isinstance(preset, ByBudget) else preset, n)
     regions = signals.grid.regions(config.region_side, salience.device)
     candidate = rank_in_region(salience, regions) < n
     return top_indices(salience.masked_fill(~candidate, -torch.inf), keep)
@@ -147,24 +179,31 @@ def roles(signals: VisionSignals, salience: Tensor, indices: Tensor, config: Nuw
     return signal >= rising.values[:, collectors, None], rising.indices[:, :collectors]
 
 
+def reach(grid: PatchGrid, config: Nuwa) -> float:
+    """``d_thresh`` of eq. 6 in patches: from there on nothing is gathered."""
+    if config.distance_convention == "patches":
+        return config.distance_threshold
+    if config.distance_convention == "squared":
+        return (config.distance_threshold * grid.max_squared_distance) ** 0.5
+    if config.distance_convention == "plain_even":
+        grid = PatchGrid(grid.height + grid.height % 2, grid.width + grid.width % 2)
+    return config.distance_threshold * grid.max_squared_distance**0.5
+
+
 def aggregation_weights(signals: VisionSignals, indices: Tensor, config: Nuwa) -> Tensor:
     """Rows of W for collectors at ``indices`` (eq. 5-7), ``(batch, collectors, tokens)`` float32.
 
     ``A_ij = ReLU(cos(S̄_i, S̄_j))``, ``P_ij = 1 - min(1, d_ij / d_thresh)`` (eq. 6 prints max, which would be ≤ 0
     everywhere), rows of ``A ⊙ P`` normalised to sum 1, then the own weight set to 1.
     """
-    grid = signals.grid
-    if config.distance_convention == "squared":
-        reach = (config.distance_threshold * grid.max_squared_distance) ** 0.5
-    else:
-        reach = config.distance_threshold * grid.max_squared_distance**0.5
     similarity = signals.similarity.float()
     rows = F.normalize(gather_tokens(similarity, indices), dim=-1, eps=NORM_EPSILON)
     # In place from here on: these tensors are the largest of the method. The norms of the columns divide the
     # product, so that no normalised copy of all tokens is made.
     weights = (rows @ similarity.transpose(1, 2)).relu_()
     weights.div_(similarity.norm(dim=-1).clamp_(min=NORM_EPSILON)[:, None])
-    weights.mul_(grid.distances(indices).div_(max(reach, WEIGHT_EPSILON)).clamp_(max=1).neg_().add_(1))
+    within = max(reach(signals.grid, config), WEIGHT_EPSILON)
+    weights.mul_(signals.grid.distances(indices).div_(within).clamp_(max=1).neg_().add_(1))
     weights.div_(weights.sum(dim=-1, keepdim=True).add_(WEIGHT_EPSILON))
     if config.reset_self_weight:
         weights.scatter_(2, indices[..., None], 1.0)
@@ -177,7 +216,7 @@ def reads(config: Nuwa) -> tuple[str, ...]:
     return ("features", "cls_attention", *(["keys"] if keys else []), *(["similarity"] if similarity else []))
 
 
-@register("nuwa", Nuwa, presets=PRESETS, reads=reads)
+@register("nuwa", Nuwa, cite=("nuwa",), presets=PRESETS, reads=reads)
 def select(signals: VisionSignals, keep: int, config: Nuwa, seed: int = 0) -> Selection:
     """``T = W_I · H``: pillars exactly as the encoder gave them, collectors with what they gathered.
 

@@ -47,7 +47,7 @@ def cell_centres(grid: PatchGrid, height: int, width: int, device: torch.device)
     return (rows[:, None] * grid.width + columns).flatten()
 
 
-@register("pooling", Pooling, kept=lambda grid, keep: math.prod(pooled_shape(grid, keep)))
+@register("pooling", Pooling, kept=lambda grid, keep, config=None: math.prod(pooled_shape(grid, keep)))
 def select(signals: VisionSignals, keep: int, config: Pooling, seed: int = 0) -> Selection:
     """A pooled token stands at the patch in the centre of its cell."""
     grid = signals.grid

@@ -114,7 +114,9 @@ def merge_weights(signals: VisionSignals, indices: Tensor, config: PruMerge) -> 
     return weights.scatter_(2, own, own_weight.masked_fill(alone, 1.0)).div_(total.masked_fill(alone, 1.0))
 
 
-@register("prumerge", PruMerge, reads_cls=True, reads=lambda config: ("features", "cls_attention", "keys"))
+@register(
+    "prumerge", PruMerge, cite=("prumerge",), reads_cls=True, reads=lambda config: ("features", "cls_attention", "keys")
+)
 def select(signals: VisionSignals, keep: int, config: PruMerge, seed: int = 0) -> Selection:
     """Every kept token merges, unless nothing is dropped or there are no neighbours to take."""
     indices = kept_tokens(signals.cls_attention.float(), keep, config.outlier_range)

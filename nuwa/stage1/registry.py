@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
-from nuwa.grid import PatchGrid
+from nuwa.registry import Registry
 from nuwa.selection import Selection
 from nuwa.signals import VisionSignals
 
@@ -23,11 +22,14 @@ class Select(Protocol):
 class Method:
     """A stage-1 method: its function, the type of its hyper-parameters and its named presets.
 
+    Fields marked ``identity: False`` decide no answer: they say what a configuration is, and what is refused.
+
     ``reads``: the signals that ``select`` looks at under a configuration; others may be absent.
-    ``kept``: tokens it really keeps when asked for ``keep`` (a pooled grid may be smaller).
+    ``kept``: tokens it really keeps of a grid when asked for ``keep`` under a configuration (a pooled grid may be smaller).
     ``seeded``: whether the seed changes its result; trials of an unseeded method differing in seed only are one.
     ``reads_cls``: whether it needs a CLS token's attention and may not read the attention received in its stead.
     ``reads_images``: whether it encodes the images anew (``VisionSignals.resized``).
+    ``cite``: keys of docs/references.bib.
     ``check``: of a trained method, raises ``ValueError`` where a configuration's weights do not fit the encoder of that
     fingerprint.
     """
@@ -38,10 +40,11 @@ class Method:
     seeded: bool = False
     reads_cls: bool = False
     reads_images: bool = False
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    reads: Callable[[Any], tuple[str, ...]] = lambda config: ("features",)
-    kept: Callable[[PatchGrid, int], int] = lambda grid, keep: keep
-    check: Callable[[Any, str], None] | None = None
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, metadata={"identity": False})
+    reads: Callable[[Any], tuple[str, ...]] = field(default=lambda config: ("features",), metadata={"identity": False})
+    kept: Callable[..., int] = lambda grid, keep, config=None: keep
+    check: Callable[[Any, str], None] | None = field(default=None, metadata={"identity": False})
+    cite: tuple[str, ...] = field(default=(), metadata={"identity": False})
 
     @property
     def default_preset(self) -> str:
@@ -57,18 +60,22 @@ class Method:
         if preset not in (self.presets or {"default": {}}):
             raise ValueError(f"{self.name} has no preset {preset!r}; allowed: {', '.join(self.presets or ['default'])}")
         for name, value in parameters.items():
-            _check_type(self.name, name, value, _type_hints(self.config)[name])
+            check_type(self.name, name, value, type_hints(self.config)[name])
         return self.config(**{**self.presets.get(preset, {}), **parameters})
 
     def identity(self, config: Any) -> dict[str, Any]:
         """The hyper-parameters that decide results: all but fields marked ``identity: False`` (where a file lies)."""
-        return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("identity", True)}
+        own = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("identity", True)}
+        return {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in own.items()
+        }
 
 
-_type_hints = functools.cache(get_type_hints)  # slow, and asked for every trial of a grid
+type_hints = functools.cache(get_type_hints)  # slow, and asked for every trial of a grid
 
 
-def _check_type(method: str, name: str, value: Any, hint: Any) -> None:
+def check_type(method: str, name: str, value: Any, hint: Any) -> None:
     """Refuse what Python would quietly take for something else, such as the word "false" for a truth value."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in kinds:
@@ -76,13 +83,14 @@ def _check_type(method: str, name: str, value: Any, hint: Any) -> None:
             return  # which words are allowed is the method's own to say
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return
-        if kind in (bool, int, str, NoneType) and type(value) is kind:
+        if (kind in (bool, int, str, NoneType) or is_dataclass(kind)) and type(value) is kind:
             return
-    allowed = " or ".join(", ".join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__ for kind in kinds)
+    plain = [kind for kind in kinds if not is_dataclass(kind)]  # what no file of settings can hold
+    allowed = " or ".join(", ".join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__ for kind in plain)
     raise ValueError(f"{method}.{name} {value!r} is of the wrong type; allowed: {allowed}")
 
 
-METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("stage-1 method")
 
 
 def register(name: str, config: type, **properties: Any) -> Callable[[Callable], Callable]:
@@ -92,17 +100,11 @@ def register(name: str, config: type, **properties: Any) -> Callable[[Callable],
     """
 
     def add(select: Callable) -> Callable:
-        if name in METHODS:
-            raise ValueError(f"stage-1 method {name!r} is registered twice")
-        METHODS[name] = Method(name, select, config, **properties)
+        METHODS.add(name, Method(name, select, config, **properties))
         return select
 
     return add
 
 
 def get_method(name: str) -> Method:
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"stage-1 method {name!r} is unknown; allowed: {', '.join(sorted(METHODS))}{hint}")
-    return METHODS[name]
+    return METHODS.look_up(name)

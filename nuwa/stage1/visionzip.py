@@ -1,7 +1,8 @@
 """VisionZip (CVPR 2025): dominant tokens by CLS attention, the rest merged into contextual tokens.
 
 Dominant: the top CLS attention. Contextual: of the rest, evenly spaced targets; every other remaining token joins
-the target whose keys are most similar (cosine), and a contextual token is its target plus the mean of what joined.
+the target whose keys, averaged over heads, are most similar (cosine), and a contextual token is its target plus the mean
+of what joined.
 Differences from the released code: the CLS token itself is not output (LLaVA's projector never sees it), all kept
 tokens stand in raster order instead of contextual ones last, and ties go to the lower index.
 """
@@ -42,7 +43,8 @@ def joined_means(signals: VisionSignals, rest: Tensor, places: Tensor) -> Tensor
 
     ``rest``: tokens that are not dominant, ``(batch, rest)``. ``places``: which of them are targets, ``(targets,)``.
     """
-    keys = directions(gather_tokens(signals.keys, rest))
+    keys = gather_tokens(signals.keys, rest).double().unflatten(-1, (signals.heads, -1)).mean(dim=-2)
+    keys = directions(keys)
     nearest = cosine_similarity(keys, keys[:, places]).argmax(-1)  # the first of equals
     joined = torch.zeros(*nearest.shape, len(places), device=rest.device)
     joined.scatter_(2, nearest[..., None], 1.0).index_fill_(1, places, 0.0)
@@ -50,7 +52,13 @@ def joined_means(signals: VisionSignals, rest: Tensor, places: Tensor) -> Tensor
     return sums / joined.sum(1).clamp(min=1)[..., None]
 
 
-@register("visionzip", VisionZip, reads_cls=True, reads=lambda config: ("features", "cls_attention", "keys"))
+@register(
+    "visionzip",
+    VisionZip,
+    cite=("visionzip",),
+    reads_cls=True,
+    reads=lambda config: ("features", "cls_attention", "keys"),
+)
 def select(signals: VisionSignals, keep: int, config: VisionZip, seed: int = 0) -> Selection:
     """Pillars are the dominant tokens."""
     contextual = contextual_count(keep, signals.grid.tokens, config.contextual_share)

@@ -57,7 +57,9 @@ def distinct(similarity: Tensor, keep: int, drop_per_round: int) -> Tensor:
     return places
 
 
-@register("vispruner", VisPruner, reads_cls=True, reads=lambda config: ("features", "cls_attention"))
+@register(
+    "vispruner", VisPruner, cite=("vispruner",), reads_cls=True, reads=lambda config: ("features", "cls_attention")
+)
 def select(signals: VisionSignals, keep: int, config: VisPruner, seed: int = 0) -> Selection:
     important = math.floor(keep * Fraction(str(config.important_share)))
     order = ranked(signals.cls_attention.float())

@@ -68,6 +68,7 @@ def recycle(
     pool = top_indices(dropped_scores, max(recycling.pool(hidden.shape[1] - kept.shape[1]), clusters))
     tokens = gather_tokens(hidden, pool).double()
     centres = _density_peaks(tokens, clusters, noise.gather(1, pool))
+
     distance = _distances(tokens, gather_tokens(tokens, centres))  # (questions, pool, clusters)
     nearest = ranked(-distance)[..., 0]
     nearest = nearest.scatter(1, centres, torch.arange(clusters, device=pool.device).expand_as(centres))

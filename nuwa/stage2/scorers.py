@@ -8,13 +8,19 @@ computed only for the query rows a scorer asks for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nuwa.signals import seeded_generator
+from nuwa.layout import VisualLayout
+from nuwa.registry import Registry
+from nuwa.signals import Declared, ranked, seeded_generator
+from nuwa.stage2.projections import Projections
+
+Tokens = Literal["before", "visual", "text"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,17 @@ class CutEvidence:
     entered layer 0, ``(questions, visual, dim)``, a recycled token standing for its cluster's centre. ``entered``: all
     that entered layer 0, ``(questions, entered, dim)``. ``seed`` and ``identity`` (image and prompt of each question)
     seed what is random.
+
+    What a cut's layer shows beside attention; null only where evidence is made by hand. ``projections(tokens, rotated,
+    ahead)``: queries, keys and values, as the model's own attention module makes them, of ``"before"`` (the tokens before
+    the image), ``"visual"`` or ``"text"`` (as many tokens as ``text_mask`` has rows, anything at padding), with the rotary
+    embedding or without it, at the layer before the cut or the one ``ahead``. ``states``: hidden states of the visual
+    tokens entering the layer behind the cut, ``(questions, visual, dim)``; ``normed(tokens)``: those of visual or text
+    tokens through the language model's final norm. ``positions``: position ids, ``(axes, questions, visual)``.
+    ``rotary(tokens)``: cosines and sines that rotate visual or text tokens at the layer before the cut, ``(questions,
+    tokens, rotated dim)``; ``rotary_by_axis()``: those of the visual tokens by every axis of position ids on its own,
+    ``(axes, questions, visual, rotated dim)``. ``slots``: places of the visual tokens in the unpruned image, ``(questions,
+    visual)``, of ``layout``. ``keep``: how many of them go on, for scorers that choose a set (``Scorer.by_keep``).
     """
 
     attention: Callable[[bool], Tensor]
@@ -39,19 +56,52 @@ class CutEvidence:
     entered: Tensor
     seed: int
     identity: list[tuple[str, ...]]
+    projections: Callable[[Tokens, bool, bool], Projections] | Any = None
+    states: Declared = None
+    normed: Callable[[Literal["text", "visual"]], Tensor] | Any = None
+    positions: Declared = None
+    rotary: Callable[[Literal["text", "visual"]], tuple[Tensor, Tensor]] | Any = None
+    rotary_by_axis: Callable[[], tuple[Tensor, Tensor]] | Any = None
+    slots: Declared = None
+    layout: VisualLayout | Any = None
+    keep: int | Any = None
 
 
-Score = Callable[[CutEvidence], Tensor]
+Score = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """``reads_attention``: whether the layer before the cut must be looked at; ``seeded``: whether the seed matters."""
+    """``score(evidence)``, or ``score(evidence, options)`` where there are any, gives scores ``(questions, visual)``.
+
+    ``reads_attention``: whether the attention of the layer before the cut is looked at; ``seeded``: whether the seed
+    matters. ``options``: hyper-parameters, a frozen dataclass; null: none. ``by_keep``: the best tokens are a set that
+    depends on how many go on, so that scores are made for one ``evidence.keep``. ``kept``: how many really go on when
+    ``keep`` of ``tokens`` are asked for, ``kept(tokens, keep, options)``. ``cite``: keys of docs/references.bib.
+    """
 
     name: str
     score: Score
     reads_attention: bool
     seeded: bool = False
+    options: Any = None
+    by_keep: bool = False
+    kept: Callable[[int, int, Any], int] = field(
+        default=lambda tokens, keep, options: keep, metadata={"identity": False}
+    )
+    cite: tuple[str, ...] = field(default=(), metadata={"identity": False})
+
+    def scores(self, evidence: CutEvidence) -> Tensor:
+        return self.score(evidence) if self.options is None else self.score(evidence, self.options)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Hyper-parameters by name."""
+        return (
+            {}
+            if self.options is None
+            else {item.name: getattr(self.options, item.name) for item in fields(self.options)}
+        )
 
 
 def attention_last_token(evidence: CutEvidence) -> Tensor:
@@ -112,21 +162,50 @@ def random(evidence: CutEvidence) -> Tensor:
     return torch.stack(drawn).to(evidence.visual.device)
 
 
-SCORERS: dict[str, Scorer] = {
-    scorer.name: scorer
-    for scorer in (
-        Scorer("attention_last_token", attention_last_token, reads_attention=True),
-        Scorer("attention_last_three", attention_last_three, reads_attention=True),
-        Scorer("attention_all_text", attention_all_text, reads_attention=True),
-        Scorer("attention_last_token_next_layer", attention_last_token_next_layer, reads_attention=False),
-        Scorer("attention_raters", attention_raters, reads_attention=True),
-        Scorer("cosine_mean_text", cosine_mean_text, reads_attention=False),
-        Scorer("random", random, reads_attention=False, seeded=True),
-    )
-}
+def none(evidence: CutEvidence) -> Tensor:
+    """All tokens alike: for cuts that keep none (VTW); of others the first in raster order go on."""
+    return torch.zeros(evidence.visual.shape[:2], device=evidence.visual.device)
+
+
+def rounded(scores: Tensor) -> Tensor:
+    """Scores that were computed in float64, to multiples of 2⁻⁴⁰: whatever the order of summation, equal ones are equal."""
+    return scores.mul(2**40).round().mul(2**-40)
+
+
+def privileged(scores: Tensor, flags: Tensor) -> Tensor:
+    """Scores that order flagged tokens before all others, and within both as ``scores`` do; all ``(questions, visual)``."""
+    count = scores.shape[1]
+    falling = torch.arange(count, 0, -1, device=scores.device, dtype=torch.float32).expand_as(scores)
+    return torch.zeros_like(falling).scatter(1, ranked(scores), falling) + count * flags
+
+
+SCORERS: Registry[Scorer] = Registry("stage-2 scorer")
+
+
+def register_scorer(name: str, **properties: Any) -> Callable[[Score], Score]:
+    """Decorator that makes a score known as ``name``; ``properties`` are fields of :class:`Scorer`."""
+
+    def add(score: Score) -> Score:
+        SCORERS.add(name, Scorer(name, score, **properties))
+        return score
+
+    return add
+
+
+for _scorer in (
+    Scorer("attention_last_token", attention_last_token, reads_attention=True, cite=("fastv",)),
+    Scorer("attention_last_three", attention_last_three, reads_attention=True, cite=("nuwa",)),
+    Scorer("attention_all_text", attention_all_text, reads_attention=True, cite=("learnpruner",)),
+    Scorer(
+        "attention_last_token_next_layer", attention_last_token_next_layer, reads_attention=False, cite=("pyramiddrop",)
+    ),
+    Scorer("attention_raters", attention_raters, reads_attention=True, cite=("sparsevlm",)),
+    Scorer("cosine_mean_text", cosine_mean_text, reads_attention=False, cite=("nuwa",)),
+    Scorer("random", random, reads_attention=False, seeded=True),
+    Scorer("none", none, reads_attention=False, cite=("vtw",)),
+):
+    SCORERS.add(_scorer.name, _scorer)
 
 
 def get_scorer(name: str) -> Scorer:
-    if name not in SCORERS:
-        raise ValueError(f"stage-2 scorer {name!r} is unknown; allowed: {', '.join(SCORERS)}")
-    return SCORERS[name]
+    return SCORERS.look_up(name)

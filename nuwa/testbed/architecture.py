@@ -18,7 +18,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from nuwa.testbed.scenes import IMAGE_SIZE
 
@@ -116,7 +116,7 @@ def _tap_rotation(side: int, row: int, column: int) -> Tensor:
 
 
 @torch.no_grad()
-def start_vision_tower(tower: nn.Module) -> None:
+def start_vision_tower(tower: PreTrainedModel) -> None:
     """Fourier position table, and convolution taps in the first layers (see the module's docstring)."""
     config = tower.config
     side = config.image_size // config.patch_size
@@ -138,7 +138,7 @@ def start_vision_tower(tower: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_language_model(language: nn.Module) -> None:
+def start_language_model(language: PreTrainedModel) -> None:
     """The matching heads start with equal queries and keys on the still dimensions, and copy what they look at.
 
     Copying: the output projection is the transpose of the value projection, so that a word's direction arrives where
@@ -166,7 +166,7 @@ def build_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
     return model
 
 
-def encode_shifted(tower: nn.Module, pixels: Tensor, shifts: Tensor | None) -> tuple[Tensor, Tensor]:
+def encode_shifted(tower: PreTrainedModel, pixels: Tensor, shifts: Tensor | None) -> tuple[Tensor, Tensor]:
     """The tower's forward with the position table rolled per image by ``shifts`` ``(batch, 2)`` (rows, columns).
 
     Returns the selected features ``(batch, tokens, dim)`` (hidden states of layer -2 without CLS) and the pooled CLS
@@ -177,6 +177,7 @@ def encode_shifted(tower: nn.Module, pixels: Tensor, shifts: Tensor | None) -> t
     patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
     batch = patches.shape[0]
     table = embeddings.position_embedding.weight
+
     if shifts is None:
         shifts = torch.zeros(batch, 2, dtype=torch.long, device=pixels.device)
     lines = torch.arange(side, device=pixels.device)

@@ -16,6 +16,7 @@ from PIL import Image
 from nuwa.benchmarks import get_benchmark
 from nuwa.benchmarks.gqa import IMAGES, INSTRUCTIONS
 from nuwa.testbed.questions import Description, Question, draw_question
+from nuwa.testbed.readable import with_features
 from nuwa.testbed.scenes import IMAGE_SIZE, Scene, draw_scene
 
 SPLIT = "test"
@@ -70,6 +71,7 @@ def make_testbed_benchmark(folder: Path, images: int, questions: Mapping[str, in
     ]
     popular = popular_pairs(scenes)
     folder.mkdir(parents=True, exist_ok=True)
+
     for task, count in questions.items():
         rng = np.random.default_rng([seed, *task.encode()])
         asked = [ask(rng, scene, task, count, popular) for scene in scenes]
@@ -77,7 +79,9 @@ def make_testbed_benchmark(folder: Path, images: int, questions: Mapping[str, in
             _write_gqa(folder, encoded, asked)
             continue
         rows = [row for number, mine in enumerate(asked) for row in ROWS[task](number, encoded[number], mine)]
-        pq.write_table(pa.Table.from_pylist(rows, get_benchmark(task).schema), folder / f"{task}.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(rows, with_features(get_benchmark(task).schema)), folder / f"{task}.parquet"
+        )
 
 
 def _grounding_rows(number: int, image: dict[str, Any], asked: list[Question]) -> list[dict[str, Any]]:
@@ -152,8 +156,8 @@ def _write_gqa(folder: Path, encoded: list[dict[str, Any]], asked: list[list[Que
         for order, question in enumerate(mine)
     ]
     images = [{"id": f"{number:05d}", "image": image} for number, image in enumerate(encoded)]
-    pq.write_table(pa.Table.from_pylist(rows, INSTRUCTIONS), folder / "gqa_instructions.parquet")
-    pq.write_table(pa.Table.from_pylist(images, IMAGES), folder / "gqa_images.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, with_features(INSTRUCTIONS)), folder / "gqa_instructions.parquet")
+    pq.write_table(pa.Table.from_pylist(images, with_features(IMAGES)), folder / "gqa_images.parquet")
 
 
 ROWS = {

@@ -156,6 +156,7 @@ def draw_language_batch(
     packed = [pack(tokenizer, questions, roam=rng) for questions in asked]
     labels = patch_labels([scene.objects for scene in scenes])
     columns = collate(packed, tokenizer.pad_token_id)
+
     if progress >= DROPOUT_FROM:
         drop_patches(rng, columns, tokenizer.convert_tokens_to_ids("<image>"))
     return {
@@ -187,6 +188,11 @@ def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class InstructionLearner(nn.Module):
     """The language phase: projector and language model learn, the vision tower is frozen."""
+
+    digit_ids: Tensor
+    color_ids: Tensor
+    coordinate_ids: Tensor
+    structure_ids: Tensor
 
     def __init__(
         self, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, compile_layers: bool = False
@@ -222,7 +228,9 @@ class InstructionLearner(nn.Module):
         language = llava.language_model
         mask = block_mask(batch["blocks"])
         rotary = language.rotary_emb(embeds, position_ids=batch["position_ids"])
-        hidden, inside, entering = embeds, None, {}
+        hidden = inside = embeds
+        entering: dict[int, Tensor] = {}
+
         for depth, layer in enumerate(language.layers, start=1):
             if depth - 1 in (*WORD_LAYERS, *LINK_LAYERS, *ANSWER_LAYERS):
                 entering[depth - 1] = hidden
@@ -381,6 +389,7 @@ def evaluate_language(
         "third_renumbered/": _keep_patches(batch, kept, True, learner.image_id),
     }
     metrics: dict[str, float] = {}
+
     for prefix, variant in variants.items():
         right = _right_answers(learner, variant, questions, device)
         for task in TASK_WEIGHTS:
@@ -408,6 +417,7 @@ def _right_answers(
         batch["labels"] != IGNORE
     ]
     scores, first = [], int(learner.coordinate_ids[0])
+
     for row, asked in enumerate(questions):
         for block, question in enumerate(asked, start=1):
             mine = (block_of == torch.tensor([row, block])).all(-1)

@@ -86,6 +86,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             decoders.Replace(" :", ":"),
         ]
     )
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

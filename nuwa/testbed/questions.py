@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nuwa.testbed.scenes import COLOR_NAMES, SceneObject
+
+Option = TypeVar("Option")
 
 PLACE_MARGIN = 6.0  # pixels by which "on the left" must win
 RELATION_MARGIN = 8.0  # pixels by which "left of" must hold, or fail
@@ -57,7 +60,7 @@ def _unique(objects: Sequence[SceneObject], item: SceneObject) -> list[Descripti
     return [description for description in _descriptions(item) if len(description.matches(objects)) == 1]
 
 
-def _pick(rng: np.random.Generator, options: Sequence):
+def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[int(rng.integers(len(options)))]
 
 
@@ -136,6 +139,7 @@ def pope(
     and digit are both present."""
     category = category or _pick(rng, ("random", "adversarial"))
     evidence: tuple[SceneObject, ...] = ()
+
     if (answer or _pick(rng, ("yes", "no"))) == "yes":
         evidence = (_pick(rng, objects),)
         asked, answer = Description(evidence[0].digit, evidence[0].color), "yes"
@@ -169,6 +173,7 @@ def gqa(rng: np.random.Generator, objects: Sequence[SceneObject]) -> Question | 
     one, other = (objects[i] for i in rng.choice(len(objects), size=2, replace=False))
     words = _pick(rng, tuple(RELATIONS))
     lead = _lead(one, other, RELATIONS[words])
+
     if abs(lead) < RELATION_MARGIN:
         return None
     first, second = (_pick(rng, _unique(objects, item)) for item in (one, other))
@@ -201,7 +206,7 @@ GENERATORS: dict[str, Callable[..., Question | None]] = {
 }
 
 
-def draw_question(rng: np.random.Generator, objects: Sequence[SceneObject], task: str, **options) -> Question:
+def draw_question(rng: np.random.Generator, objects: Sequence[SceneObject], task: str, **options: Any) -> Question:
     """A question of ``task``; draws again until the scene offers one."""
     for _ in range(200):
         question = GENERATORS[task](rng, objects, **options)

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.instruction import InstructionLearner, draw_language_batch, evaluate_language
 from nuwa.testbed.language import build_processor
+from nuwa.testbed.readable import rename_tower
 from nuwa.testbed.vision import VisionLearner, draw_vision_batch, evaluate_vision
 from nuwa.training import Log, PhaseSchedule, train_phase
 
@@ -53,6 +54,7 @@ def train_testbed(
         log=log,
         evaluate=evaluate_vision,
     )
+
     learner = InstructionLearner(model, tokenizer, compile_layers and torch.cuda.device_count() <= 1)
     train_phase(
         "language",
@@ -62,13 +64,14 @@ def train_testbed(
         seed=seed,
         checkpoint=checkpoints / "language",
         log=log,
-        evaluate=lambda trained: evaluate_language(trained, tokenizer),
+        evaluate=functools.partial(evaluate_language, tokenizer=tokenizer),
     )
     if PartialState().is_main_process:
         fresh = output.with_name(output.name + ".tmp")
         shutil.rmtree(fresh, ignore_errors=True)
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
+        rename_tower(fresh)
         shutil.rmtree(output, ignore_errors=True)
         fresh.rename(output)
         shutil.rmtree(checkpoints)  # a finished training has nothing to resume

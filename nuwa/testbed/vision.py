@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nuwa.testbed.architecture import GRID, PATCH_SIZE, encode_shifted
 from nuwa.testbed.scenes import COLOR_NAMES, Scene, SceneObject, draw_scene
@@ -23,8 +24,8 @@ BOX_UNIT = 16.0  # pixels: relative boxes are of order one
 
 def normalize(images: np.ndarray) -> Tensor:
     """``(batch, H, W, 3)`` uint8 → ``(batch, 3, H, W)`` float32, exactly as the saved image processor does it."""
-    pixels = images.astype(np.float32) * np.float32(1 / 255)
-    pixels = (pixels - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+    pixels: np.ndarray = images.astype(np.float32) * np.float32(1 / 255)
+    pixels = (pixels - np.array(PIXEL_MEAN, np.float32)) / np.array(PIXEL_STD, np.float32)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
@@ -110,7 +111,7 @@ def reading_accuracy(heads: VisionHeads, features: Tensor, pooled: Tensor, scene
     """Shares of objects whose patches' summed logits name the digit and the colour, and of right object patches."""
     labels = patch_labels([scene.objects for scene in scenes])
     digit, color, inside, box, _ = (out.cpu() for out in heads(features, pooled))
-    right = {"digit": [], "color": []}
+    right: dict[str, list[float]] = {"digit": [], "color": []}
     for row, scene in enumerate(scenes):
         for item in scene.objects:
             mine = (
@@ -120,6 +121,7 @@ def reading_accuracy(heads: VisionHeads, features: Tensor, pooled: Tensor, scene
             right["color"].append(
                 float(color[row, mine].log_softmax(-1).sum(0).argmax() == COLOR_NAMES.index(item.color))
             )
+
     seen = labels.is_object
     return {
         "object_digit": float(np.mean(right["digit"])),
@@ -133,7 +135,7 @@ def reading_accuracy(heads: VisionHeads, features: Tensor, pooled: Tensor, scene
 class VisionLearner(nn.Module):
     """The vision phase: tower and heads, trained together."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: PreTrainedModel) -> None:
         super().__init__()
         self.tower = tower
         self.heads = VisionHeads(tower.config.hidden_size)

@@ -6,34 +6,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from nuwa.vlm.adapter import Adapter, EncodedImage, EncodedPrompt, view_signals
+from nuwa.image_rules import ImageRules, ImageRulesError
+from nuwa.registry import Registry
+from nuwa.vlm.adapter import Adapter, EncodedImage, EncodedPrompt, PromptError, view_signals
+from nuwa.vlm.checkpoint import CheckpointError
+from nuwa.vlm.folder import check_folder
 from nuwa.vlm.llava import LlavaAdapter
 from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.qwen2_5_vl import Qwen2_5VLAdapter
 
 # By the model_type of a model's configuration.
-ADAPTERS: dict[str, type[Adapter]] = {
-    "llava": LlavaAdapter,
-    "llava_next": LlavaNextAdapter,
-    "qwen2_5_vl": Qwen2_5VLAdapter,
-}
+ADAPTERS: Registry[type[Adapter]] = Registry("model type")
+ADAPTERS.add("llava", LlavaAdapter)
+ADAPTERS.add("llava_next", LlavaNextAdapter)
+ADAPTERS.add("qwen2_5_vl", Qwen2_5VLAdapter)
 
 
 def adapter_class(model_type: str) -> type[Adapter]:
-    """The adapter of a model type; raises ``ValueError`` naming what exists."""
-    if model_type not in ADAPTERS:
-        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(ADAPTERS)}")
-    return ADAPTERS[model_type]
+    """The adapter of a model type; raises ``UnknownName`` listing what exists."""
+    return ADAPTERS.look_up(model_type)
+
+
+def usual_image_processor(config: PretrainedConfig) -> Any:
+    """The image processor of a configuration's family, with the family's defaults, where none was saved."""
+    return adapter_class(config.model_type).usual_image_processor(config)
 
 
 def load_adapter(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> Adapter:
-    """Load a model of any supported family; ``options`` as for :meth:`Adapter.load`."""
+    """Load a model of any supported family; ``options`` as for :meth:`Adapter.load`.
+
+    A folder is looked over first. Raises :class:`nuwa.vlm.checkpoint.CheckpointError`: what is missing or wrong there,
+    in one line; ``UnknownName`` for a model type of no family.
+    """
+    if Path(path).is_dir():
+        check_folder(Path(path), adapter_class)
     return adapter_class(AutoConfig.from_pretrained(path).model_type).load(path, device, dtype, **options)
 
 
-def adapt(model: PreTrainedModel, processor: Any, **framing: str) -> Adapter:
+def adapt(model: PreTrainedModel, processor: Any, **framing: Any) -> Adapter:
     """The adapter around a model that is already loaded; ``framing`` as of :class:`Adapter`."""
     return adapter_class(model.config.model_type)(model, processor, **framing)
 
@@ -41,13 +53,18 @@ def adapt(model: PreTrainedModel, processor: Any, **framing: str) -> Adapter:
 __all__ = [
     "ADAPTERS",
     "Adapter",
+    "CheckpointError",
     "EncodedImage",
     "EncodedPrompt",
+    "ImageRules",
+    "ImageRulesError",
     "LlavaAdapter",
     "LlavaNextAdapter",
+    "PromptError",
     "Qwen2_5VLAdapter",
     "adapt",
     "adapter_class",
     "load_adapter",
+    "usual_image_processor",
     "view_signals",
 ]

@@ -6,11 +6,13 @@ it, so several adapters and plain ``generate`` may share a process and even a mo
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,12 +20,20 @@ from typing import Any, ClassVar, Self
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
+from nuwa.errors import UserError
 from nuwa.grid import PatchGrid
+from nuwa.image_rules import ImageRules
 from nuwa.layout import VisualLayout
 from nuwa.selection import Selection
-from nuwa.signals import SIGNAL_NAMES, VisionSignals
+from nuwa.signals import VIEW_SIGNALS, VisionSignals
+from nuwa.vlm.checkpoint import CheckpointError, module_tensors
+from nuwa.vlm.generation_settings import check_generation
+from nuwa.vlm.language import TEXT_FAMILIES, TextModel
+from nuwa.vlm.processors import load_processor
+from nuwa.vlm.text_tower import TextTower
+from nuwa.vlm.weights import check_report
 
 # The system prompt by name of the conversation; ``template``: what the model's own chat template says.
 CONVERSATIONS = {
@@ -32,8 +42,25 @@ CONVERSATIONS = {
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
+    "llava_v1": (  # what Nüwa's authors ran LLaVA-NeXT with
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    ),
 }
+AS_PUBLISHED = ImageRules()
 ASPECT_RATIOS = ("processor", "pad")  # of images, see Adapter
+# Left, top, width and height of what a view shows, as shares of the image's sides; padding reaches beyond 0 and 1.
+Frame = tuple[float, float, float, float]
+ENDS_THE_PROGRAM = (KeyboardInterrupt, SystemExit, MemoryError)  # says nothing of the file that was read
+WHOLE: Frame = (0.0, 0.0, 1.0, 1.0)
+
+
+class PromptError(UserError, ValueError):
+    """A question that the model cannot be asked; all others can."""
+
+
+class UnavailableSignal(UserError, ValueError):
+    """A signal that an encoder does not give, because it is too shallow or has no such thing."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +75,8 @@ class EncodedPrompt:
 class EncodedImage:
     """What the encoder says of one image: everything that must be cached to answer without its pixels.
 
-    ``signals``: the tensors of ``SIGNAL_NAMES``, each with ``layout.patches`` tokens first, view behind view.
+    ``signals``: the tensors of ``SIGNAL_NAMES``, and of ``OPTIONAL_SIGNALS`` those that were asked for, each with
+    ``layout.patches`` tokens first, view behind view.
     """
 
     layout: VisualLayout
@@ -65,19 +93,28 @@ def view_signals(
     image_ids: Sequence[str],
     resized: Callable[[PatchGrid], Tensor] | None = None,
     encoder: str | None = None,
+    heads: int = 1,
+    project: Callable[[Tensor], Tensor] | None = None,
 ) -> list[VisionSignals]:
-    """Every view of several images of one layout, as stage 1 reads it; ``signals`` ``(images, layout.patches, ...)``."""
+    """Every view of several images of one layout, as stage 1 reads it; ``signals`` ``(images, layout.patches, ...)``.
+
+    ``resized``, ``encoder``, ``heads``: see :class:`nuwa.signals.VisionSignals`.
+    """
     counts = [view.grid.tokens for view in layout.views]
-    parts = {
-        name: signals[name].split(counts, dim=1) if name in signals else [None] * len(counts) for name in SIGNAL_NAMES
+    parts: dict[str, Sequence[Tensor | None]] = {
+        name: signals[name].split(counts, dim=1) if name in signals else [None] * len(counts) for name in VIEW_SIGNALS
     }
-    found = []
+    of_views = []
     for number, view in enumerate(layout.views):
         # What is random must not draw alike in two views of an image.
         ids = tuple(f"{image} view {number}" if number else image for image in image_ids)
-        own = {name: parts[name][number] for name in SIGNAL_NAMES}
-        found.append(VisionSignals(view.grid, **own, image_ids=ids, encoder=encoder, resized=resized))
-    return found
+        own: dict[str, Any] = {name: parts[name][number] for name in VIEW_SIGNALS}
+        of_views.append(
+            VisionSignals(
+                view.grid, **own, image_ids=ids, encoder=encoder, resized=resized, heads=heads, project=project
+            )
+        )
+    return of_views
 
 
 class Adapter(ABC):
@@ -88,10 +125,17 @@ class Adapter(ABC):
     ``resizes``: whether images can be encoded at a smaller size (:meth:`encode_resized`).
     ``dynamic``: whether images differ in layout.
     ``layout``: the layout of every image where all images have the same, else null.
+    ``text``: the language model's layers and what they take (:mod:`nuwa.vlm.language`).
+    ``turn``: one question about one image as the family's published chat template renders it, with the placeholders
+    ``{system}`` and ``{text}`` and the word ``<image>``; ``usual_system``: what stands for ``{system}`` where no message
+    says otherwise. They plan what no processor is at hand for (docs/adding_a_model_family.md).
 
     ``conversation``: a key of ``CONVERSATIONS``. ``image_aspect_ratio``: ``processor`` hands images to the processor as
     they are; ``pad`` first makes them square with bars of the processor's mean colour, as LLaVA-1.5's own code does. The
     processors of its published conversions cut the middle out instead. Only an encoder of square images (``pads``) asks.
+    ``image_rules``: pixel limits and layout, which an adapter puts into a copy of the processor. ``text_tower``: a folder
+    with the CLIP model that the encoder is a half of, for methods that read a question before the language model; only
+    an encoder of CLIP's (``pairs_text``) has one.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -100,7 +144,11 @@ class Adapter(ABC):
     resizes: ClassVar[bool] = False
     dynamic: ClassVar[bool] = True
     pads: ClassVar[bool] = False
+    pairs_text: ClassVar[bool] = False
+    turn: ClassVar[str]
+    usual_system: ClassVar[str] = ""
     layout: VisualLayout | None = None
+    text_tower: TextTower | None = None
 
     def __init__(
         self,
@@ -109,24 +157,26 @@ class Adapter(ABC):
         *,
         conversation: str = "template",
         image_aspect_ratio: str = "processor",
+        image_rules: ImageRules = AS_PUBLISHED,
+        text_tower: str | Path | None = None,
     ) -> None:
         check_framing(type(self), conversation, image_aspect_ratio)
-        window = _sliding_window(model.config.text_config)
-        if window is not None:
-            raise ValueError(
-                f"model.text_config.sliding_window = {window}: sliding-window attention is not supported; "
-                "set it to null where prompt and answer are shorter than the window"
-            )
+        self.text = TextModel(model.model.language_model)
+        check_generation(model.generation_config)
         self.model = model.eval()
-        self.processor = processor
+        self.processor = _framed(processor, image_rules, model.config.model_type)
         self.language = model.model.language_model
         self.image_token = model.config.image_token_id
-        self.end_tokens = _end_tokens(model)
+        self.end_tokens = check_end_tokens(model.generation_config, model.config)
         self.repetition_penalty = float(model.generation_config.repetition_penalty or 1.0)
         self.image_aspect_ratio = image_aspect_ratio
+        if text_tower is not None:
+            self.text_tower = TextTower(text_tower)
         system = CONVERSATIONS[conversation]
         # Messages that stand before the first question.
-        self.opening = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+        self.opening: list[dict[str, Any]] = (
+            [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+        )
 
     @classmethod
     def load(
@@ -137,18 +187,30 @@ class Adapter(ABC):
         *,
         attention: str = "sdpa",
         device_map: str | dict | None = None,
-        **framing: str,
+        **framing: Any,
     ) -> Self:
         """Model and processor from a folder or hub id, with plain ``from_pretrained``.
 
         ``attention``: ``sdpa``, ``eager``, or ``flash_attention_2`` where it is installed. ``device_map`` spreads the
-        layers with Accelerate and replaces ``device``. ``framing``: ``conversation`` and ``image_aspect_ratio``.
+        layers with Accelerate and replaces ``device``. ``framing``: ``conversation``, ``image_aspect_ratio``,
+        ``image_rules`` and ``text_tower``.
+
+        Raises :class:`nuwa.vlm.checkpoint.CheckpointError` where tensors of the model are not the checkpoint's.
         """
-        model = cls.model_class.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, device_map=device_map
-        ).requires_grad_(False)
+        model, report = cls.model_class.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=device_map,
+            ignore_mismatched_sizes=True,  # told by the report, name by name
+            output_loading_info=True,
+        )
+
+        check_report(path, report)
+        model = model.requires_grad_(False)
         model = model if device_map is not None else model.to(device)
-        return cls(model, AutoProcessor.from_pretrained(path), **framing)
+        rules: ImageRules = framing.get("image_rules", AS_PUBLISHED)
+        return cls(model, load_processor(path, rules.backend), **framing)
 
     @property
     def device(self) -> torch.device:
@@ -166,6 +228,11 @@ class Adapter(ABC):
         """Whether the language model's kernels take key lengths instead of masks."""
         return "flash" in self.language.config._attn_implementation
 
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Attention heads of the vision encoder, into which its keys are split."""
+
     @classmethod
     @abstractmethod
     def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
@@ -176,13 +243,37 @@ class Adapter(ABC):
     def signal_widths(cls, config: Any) -> dict[str, int]:
         """How many numbers each signal has a token."""
 
+    @classmethod
+    @abstractmethod
+    def usual_image_processor(cls, config: Any) -> Any:
+        """The family's image processor with its defaults, for a configuration beside which none was saved."""
+
+    @classmethod
+    def seen_size(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height in pixels of the picture on which the model tells boxes, of an image of ``size``."""
+        return size
+
+    @classmethod
+    def view_frames(cls, config: Any, layout: VisualLayout, size: tuple[int, int]) -> tuple[Frame, ...]:
+        """Where each view's grid lies on an image of ``size`` that has ``layout``."""
+        return (WHOLE,) * len(layout.views)
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Refuse a configuration whose mathematics the adapter does not know, with a ``UserError`` that says what."""
+        TEXT_FAMILIES.look_up(config.text_config.model_type)
+
     def layout_of(self, size: tuple[int, int]) -> VisualLayout:
         """The layout of an image of ``size`` (width, height)."""
         return self.layout_for(self.model.config, self.processor.image_processor, size)
 
     @abstractmethod
-    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
-        """Preprocess and encode; images may differ in size and, where the model allows it, in layout."""
+    def encode_images(self, images: Sequence[Image.Image], further: Collection[str] = ()) -> list[EncodedImage]:
+        """Preprocess and encode; images may differ in size and, where the model allows it, in layout.
+
+        ``further``: names of ``OPTIONAL_SIGNALS`` that are wanted beside the usual ones. Raises
+        :class:`UnavailableSignal` for one that this encoder does not give.
+        """
 
     def encode_resized(self, images: Sequence[Image.Image], grid: PatchGrid) -> Tensor:
         """Features of images made smaller so that they have ``grid``, ``(batch, grid.tokens, dim)``."""
@@ -194,30 +285,47 @@ class Adapter(ABC):
 
     def embed_visual(self, selection: Selection, layout: VisualLayout) -> Tensor:
         """Language embeddings of a selection over slots, ``(batch, kept, dim)``."""
+        if selection.projected:
+            return selection.features.to(self.device, self.language.embed_tokens.weight.dtype)
         return self.project(selection.features)
 
-    def rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model's layers take as ``position_embeddings``; ``positions`` ``(axes, batch, tokens)``."""
-        return self.language.rotary_emb(hidden, position_ids=positions[0].to(hidden.device))
+    @torch.inference_mode()
+    def read_questions(self, views: Sequence[VisionSignals], questions: Sequence[Sequence[str]]) -> list[VisionSignals]:
+        """Signals of every view of some images, made a row a question: with its ``relevance`` to each token.
 
-    def head_rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for one attention head, ``(batch, tokens, head_dim)`` each."""
-        return self.rotation(hidden, positions)
+        ``questions``: of each image. What belongs to the image alone is computed once for all of them. Raises
+        :class:`nuwa.vlm.text_tower.TextTowerError` where the text tower is not the encoder's.
+        """
+        if self.text_tower is None:
+            raise ValueError("there is no text tower: name one as text_tower")
+        tower = self.text_tower.loaded(self.encoder_modules["tower"].state_dict(), self.device)
+        owners = [row for row, asked in enumerate(questions) for _ in asked]
+        texts = [text for asked in questions for text in asked]
+        found = []
+        for view in views:
+            relevance = tower.relevance(tower.patches(view.features)[owners], texts)
+            by_question = view.with_derived(("projected",)).at(owners)
+            found.append(dataclasses.replace(by_question, relevance=relevance.to(view.features.device)))
+        return found
 
     def encode_prompt(self, text: str) -> EncodedPrompt:
         """The model's own chat template around ``text`` and one image, split at the image placeholder.
 
-        Raises ``ValueError`` where the template hides the conversation's system prompt.
+        Raises :class:`PromptError` where ``text`` holds a placeholder of its own, ``ValueError`` where the template hides
+        the conversation's system prompt, :class:`nuwa.vlm.checkpoint.CheckpointError` where it shows no image.
         """
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        full = self.processor.apply_chat_template([*self.opening, turn], add_generation_prompt=True, tokenize=False)
+        full = render_question(self.processor, text, self.opening)
         for message in self.opening:
             (system,) = message["content"]
             if system["text"] not in full:
                 raise ValueError("the model's chat template shows no system prompt: use conversation 'template'")
-        ids = self.processor.tokenizer(full).input_ids
+        ids = tokenize_prompt(self.processor.tokenizer, full)
         if ids.count(self.image_token) != 1:
-            raise ValueError(f"the prompt {full!r} must hold exactly one image placeholder")
+            if self.image_token in self.processor.tokenizer(text, add_special_tokens=False).input_ids:
+                raise PromptError(
+                    f"the question {_shortened(text)!r} holds the model's image placeholder; reword it or take it out"
+                )
+            check_template(self.processor, self.image_token)
         at = ids.index(self.image_token)
         return EncodedPrompt(tuple(ids[:at]), tuple(ids[at + 1 :]))
 
@@ -234,14 +342,19 @@ class Adapter(ABC):
     def encoder_settings(self) -> list[Any]:
         """What decides the signals beside weights and preprocessing: layers read and averaged."""
 
-    def encoder_fingerprint(self) -> str:
-        """Digest of what decides the signals: encoder weights, layers read and image preprocessing."""
+    def encoder_fingerprint(self, stored: Mapping[str, Tensor] | None = None) -> str:
+        """Digest of what decides the signals: encoder weights, layers read and image preprocessing.
+
+        It ties weights that were trained on an encoder to that encoder. ``stored``: tensors by canonical name
+        (:class:`nuwa.vlm.checkpoint.StoredTensors`), for an adapter whose model is a shape without weights.
+        """
         preprocessing = self.processor.image_processor.to_dict()
         digest = hashlib.sha256(json.dumps(preprocessing, sort_keys=True, default=str).encode())
         digest.update(json.dumps(self.encoder_settings).encode())
         for name, module in self.encoder_modules.items():
             digest.update(name.encode())
-            _digest_weights(digest, module.state_dict())
+            state = module.state_dict() if stored is None else module_tensors(self.model, module, stored)
+            _digest_weights(digest, state)
         return digest.hexdigest()
 
     @functools.cached_property
@@ -268,6 +381,16 @@ def check_framing(family: type[Adapter], conversation: str, image_aspect_ratio: 
         )
 
 
+def _framed(processor: Any, rules: ImageRules, model_type: str) -> Any:
+    """``processor``, or a copy of it where ``rules`` change how images are prepared."""
+    image_processor = rules.framed(processor.image_processor, model_type)
+    if image_processor is processor.image_processor:
+        return processor
+    framed = copy.copy(processor)
+    framed.image_processor = image_processor
+    return framed
+
+
 def _digest_weights(digest: Any, state: dict[str, Tensor]) -> None:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -275,14 +398,71 @@ def _digest_weights(digest: Any, state: dict[str, Tensor]) -> None:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
-    end = model.generation_config.eos_token_id
-    end = end if end is not None else model.config.text_config.eos_token_id
-    return tuple(end) if isinstance(end, (list, tuple)) else (end,)
+def render_question(processor: Any, text: str, opening: Sequence[dict[str, Any]] = ()) -> str:
+    """The chat template around one image and ``text``, up to where the answer begins; ``opening``: messages before."""
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    return processor.apply_chat_template([*opening, turn], add_generation_prompt=True, tokenize=False)
 
 
-def _sliding_window(config: Any) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return getattr(config, "sliding_window", None)
+def tokenize_prompt(tokenizer: Any, rendered: str) -> list[int]:
+    """Token ids of a rendered chat, as transformers' ``apply_chat_template(tokenize=True)`` makes them: a template that
+    writes the token of the beginning itself gets no second one."""
+    return tokenizer(rendered, add_special_tokens=not writes_beginning(tokenizer, rendered)).input_ids
+
+
+def writes_beginning(tokenizer: Any, rendered: str) -> bool:
+    """Whether a rendered chat starts with the token of the beginning."""
+    beginning = getattr(tokenizer, "bos_token", None)
+    return rendered.startswith(beginning) if beginning else False
+
+
+def check_template(processor: Any, image_token: int) -> None:
+    """Refuse a processor whose chat template does not put one image and the question into a prompt.
+
+    Raises :class:`nuwa.vlm.checkpoint.CheckpointError`: no template, one that fails, or one that shows no image.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise CheckpointError(
+            "the model's processor has no chat template; fetch chat_template.jinja (or chat_template.json) of the "
+            "checkpoint"
+        )
+    question = "what is on the left?"
+    try:
+        rendered = render_question(processor, question)
+    except Exception as error:  # whatever a template raises
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"the model's chat template fails ({reason}); fetch it again") from None
+    try:
+        count = tokenize_prompt(processor.tokenizer, rendered).count(image_token)
+    except BaseException as error:  # a panic of tokenizers', which is written in Rust, is no Exception
+        if isinstance(error, ENDS_THE_PROGRAM):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"the model's tokenizer fails ({reason}); fetch tokenizer.json again") from None
+
+    if count != 1:
+        shown = "no image placeholder" if count == 0 else f"{count} image placeholders"
+        raise CheckpointError(
+            f"the model's chat template puts {shown} (token {image_token} of config.json) into {_shortened(rendered)!r}; "
+            "fetch the template and the tokenizer of the checkpoint"
+        )
+    if question not in rendered:
+        raise CheckpointError("the model's chat template does not show the question; fetch it again")
+
+
+def check_end_tokens(settings: Any, config: Any) -> tuple[int, ...]:
+    """The tokens that end an answer, from generation settings or else the language model's configuration.
+
+    Raises :class:`nuwa.vlm.checkpoint.CheckpointError` where neither names one.
+    """
+    for end in (settings.eos_token_id, config.text_config.eos_token_id):
+        tokens = tuple(end) if isinstance(end, (list, tuple)) else (end,)
+        if end is not None and tokens:
+            return tokens
+    raise CheckpointError(
+        "the model has no token that ends an answer; name it as eos_token_id in generation_config.json"
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"

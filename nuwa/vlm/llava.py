@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.signals import VisionSignals
 from nuwa.vlm.adapter import Adapter, EncodedImage, view_signals
-from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_features, clip_signals, clip_widths
+from nuwa.vlm.clip import (
+    LLAVA_TURN,
+    SIMILARITY_FROM,
+    check_clip_config,
+    clip_features,
+    clip_signals,
+    clip_sizes,
+    clip_widths,
+)
+from nuwa.vlm.shapes import CLIP_L_336, SHAPES, VICUNA_7B, VICUNA_13B
 
 
 class LlavaAdapter(Adapter):
@@ -25,15 +35,21 @@ class LlavaAdapter(Adapter):
     resizes = True
     dynamic = False
     pads = True
+    pairs_text = True
+    turn = LLAVA_TURN
+    layout: VisualLayout
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: Any, **framing: str) -> None:
-        config = model.config
-        check_clip_features(config.vision_feature_select_strategy, config.vision_feature_layer)
+    def __init__(self, model: LlavaForConditionalGeneration, processor: Any, **framing: Any) -> None:
+        self.check_config(model.config)
         super().__init__(model, processor, **framing)
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
         self.layout = self.layout_of((0, 0))
         self.grid = self.layout.views[0].grid
+
+    @property
+    def heads(self) -> int:
+        return self.tower.config.num_attention_heads
 
     @classmethod
     def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
@@ -44,6 +60,15 @@ class LlavaAdapter(Adapter):
     def signal_widths(cls, config: Any) -> dict[str, int]:
         return clip_widths(config)
 
+    @classmethod
+    def usual_image_processor(cls, config: Any) -> CLIPImageProcessorPil:
+        return CLIPImageProcessorPil(**clip_sizes(config))
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        check_clip_config(config, cls.encoder)
+        super().check_config(config)
+
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Preprocessed ``(batch, 3, height, width)``."""
         processor = self.processor.image_processor
@@ -53,11 +78,10 @@ class LlavaAdapter(Adapter):
         return processor(list(images), return_tensors="pt")["pixel_values"]
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+    def encode(self, pixels: Tensor, further: Collection[str] = ()) -> dict[str, Tensor]:
         """The cached signals of a batch of images: see :class:`nuwa.signals.VisionSignals` for names and shapes."""
-        return clip_signals(
-            self.tower, pixels.to(self.device, self.tower.dtype), self.model.config.vision_feature_layer
-        )
+        pixels = pixels.to(self.device, self.tower.dtype)
+        return clip_signals(self.tower, pixels, self.model.config.vision_feature_layer, further)
 
     @torch.inference_mode()
     def encode_resized(self, images: Sequence[Image.Image], grid: PatchGrid) -> Tensor:
@@ -76,11 +100,13 @@ class LlavaAdapter(Adapter):
         resized: Callable[[PatchGrid], Tensor] | None = None,
     ) -> VisionSignals:
         """Signals of :meth:`encode` as stage 1 reads them."""
-        (found,) = view_signals(self.layout, encoded, image_ids, resized, self.encoder_identity)
+        (found,) = view_signals(
+            self.layout, encoded, image_ids, resized, self.encoder_identity, self.heads, self.project
+        )
         return found
 
-    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
-        encoded = self.encode(self.pixels(images))
+    def encode_images(self, images: Sequence[Image.Image], further: Collection[str] = ()) -> list[EncodedImage]:
+        encoded = self.encode(self.pixels(images), further)
         rows = range(len(images))
         return [EncodedImage(self.layout, {name: value[row] for name, value in encoded.items()}) for row in rows]
 
@@ -101,5 +127,15 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """The image in the middle of a square as wide as its longer side; an odd pixel goes right or below."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
-    square.paste(image, tuple((side - length) // 2 for length in image.size))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def _shape(language: dict[str, Any]) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP_L_336), text_config=LlamaConfig(**language), image_token_id=32000
+    )
+
+
+SHAPES.add("llava-hf/llava-1.5-7b-hf", lambda: _shape(VICUNA_7B))
+SHAPES.add("llava-hf/llava-1.5-13b-hf", lambda: _shape(VICUNA_13B))

@@ -6,64 +6,104 @@ learned ``image_newline``. Stage 1 prunes the two grids on their own; the newlin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import LlavaNextForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.selection import Selection
-from nuwa.vlm.adapter import Adapter, EncodedImage
-from nuwa.vlm.clip import SIMILARITY_FROM, check_clip_features, clip_signals, clip_widths
+from nuwa.vlm.adapter import WHOLE, Adapter, EncodedImage, Frame
+from nuwa.vlm.clip import (
+    LLAVA_TURN,
+    SIMILARITY_FROM,
+    check_clip_config,
+    clip_signals,
+    clip_sizes,
+    clip_widths,
+)
+from nuwa.vlm.shapes import CLIP_L_336, SHAPES, VICUNA_7B
 
 
 class LlavaNextAdapter(Adapter):
     model_class = LlavaNextForConditionalGeneration
     encoder = "LLaVA-NeXT's CLIP tower"
     offers_cls = True
+    pairs_text = True
+    turn = LLAVA_TURN
 
-    def __init__(self, model: LlavaNextForConditionalGeneration, processor: Any, **framing: str) -> None:
-        config = model.config
-        check_clip_features(config.vision_feature_select_strategy, config.vision_feature_layer)
+    def __init__(self, model: LlavaNextForConditionalGeneration, processor: Any, **framing: Any) -> None:
+        self.check_config(model.config)
         super().__init__(model, processor, **framing)
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
-        side = config.vision_config.image_size // config.vision_config.patch_size
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         self.crop_grid = PatchGrid(side, side)
 
     def crops_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of local crops of an image of ``size`` (height, width)."""
-        return _crops(self.model.config, size)
+        return _crops(self.model.config, self.processor.image_processor, size)
+
+    @property
+    def heads(self) -> int:
+        return self.tower.config.num_attention_heads
 
     @classmethod
     def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
         width, height = size
         side = config.vision_config.image_size // config.vision_config.patch_size
-        rows, columns = _crops(config, (height, width))
+        rows, columns = _crops(config, image_processor, (height, width))
         whole = torch.empty(1, rows * side, columns * side, device="meta")
         _, shown_rows, shown_columns = unpad_image(whole, (height, width)).shape
-        local = View(PatchGrid(shown_rows, shown_columns), crops=rows * columns, newline=True)
-        return VisualLayout((View(PatchGrid(side, side)), local))
+        base = View(PatchGrid(side, side))
+        if not shown_rows:  # so wide that its local grid is all padding: the stock model sees the base crop alone
+            return VisualLayout((base,))
+        if not shown_columns:
+            raise ValueError("so tall that no column of its local grid is left without the padding, only ends of lines")
+        return VisualLayout((base, View(PatchGrid(shown_rows, shown_columns), crops=rows * columns, newline=True)))
 
     @classmethod
     def signal_widths(cls, config: Any) -> dict[str, int]:
         return clip_widths(config)
 
+    @classmethod
+    def usual_image_processor(cls, config: Any) -> LlavaNextImageProcessorPil:
+        return LlavaNextImageProcessorPil(**clip_sizes(config), image_grid_pinpoints=config.image_grid_pinpoints)
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        check_clip_config(config, cls.encoder)
+        super().check_config(config)
+
+    @classmethod
+    def view_frames(cls, config: Any, layout: VisualLayout, size: tuple[int, int]) -> tuple[Frame, ...]:
+        """The image is fitted into its crops, centred; the local grid is what is left of theirs without padding."""
+        (width, height), local = size, layout.views[1].grid
+        rows, columns = get_anyres_image_grid_shape(
+            (height, width), config.image_grid_pinpoints, config.vision_config.image_size
+        )
+        wide = width / height > columns / rows  # padded above and below, else at the sides
+        cell = width / local.width if wide else height / local.height
+        shares = cell * local.width / width, cell * local.height / height
+        return WHOLE, ((1 - shares[0]) / 2, (1 - shares[1]) / 2, *shares)
+
     @torch.inference_mode()
-    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
+    def encode_images(self, images: Sequence[Image.Image], further: Collection[str] = ()) -> list[EncodedImage]:
         inputs = self.processor.image_processor(list(images), return_tensors="pt")
         sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
         counts = [1 + rows * columns for rows, columns in map(self.crops_of, sizes)]
         # The processor pads every image to the batch's largest number of crops.
         crops = torch.cat([own[:count] for own, count in zip(inputs["pixel_values"], counts, strict=True)])
         crops = crops.to(self.device, self.tower.dtype)
-        encoded = clip_signals(self.tower, crops, self.model.config.vision_feature_layer)
+        encoded = clip_signals(self.tower, crops, self.model.config.vision_feature_layer, further)
         parts = zip(*(value.split(counts) for value in encoded.values()), strict=True)
         return [
             self._image(dict(zip(encoded, part, strict=True)), size) for part, size in zip(parts, sizes, strict=True)
@@ -73,6 +113,8 @@ class LlavaNextAdapter(Adapter):
         base = {name: value[0] for name, value in crops.items()}
         stitched = {name: self._stitch(value[1:], size) for name, value in crops.items()}
         height, width = stitched["cls_attention"].shape
+        if not height:
+            return EncodedImage(VisualLayout((View(self.crop_grid),)), base)
         local = View(PatchGrid(height, width), crops=len(crops["features"]) - 1, newline=True)
         signals = {name: torch.cat([base[name], value.flatten(0, 1)]) for name, value in stitched.items()}
         return EncodedImage(VisualLayout((View(self.crop_grid), local)), signals)
@@ -91,7 +133,7 @@ class LlavaNextAdapter(Adapter):
 
     @torch.inference_mode()
     def embed_visual(self, selection: Selection, layout: VisualLayout) -> Tensor:
-        embedded = self.project(selection.features)
+        embedded = super().embed_visual(selection, layout)
         at_newline = layout.newlines.to(embedded.device)[selection.indices.to(embedded.device)]
         with _loaded(self.model.model):
             newline = self.model.model.image_newline.to(embedded)
@@ -107,9 +149,12 @@ class LlavaNextAdapter(Adapter):
         return [config.vision_feature_layer, SIMILARITY_FROM, config.image_grid_pinpoints]
 
 
-def _crops(config: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of local crops of an image of ``size`` (height, width)."""
-    return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+def _crops(config: Any, image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of local crops of an image of ``size`` (height, width), as the processor cuts them.
+
+    Of grids that fit alike the first counts, so their order decides: see :class:`nuwa.image_rules.ImageRules`.
+    """
+    return get_anyres_image_grid_shape(size, image_processor.image_grid_pinpoints, config.vision_config.image_size)
 
 
 def _loaded(module: nn.Module) -> AbstractContextManager:
@@ -119,3 +164,13 @@ def _loaded(module: nn.Module) -> AbstractContextManager:
     from accelerate.utils import align_module_device  # only a model dispatched by Accelerate has hooks
 
     return align_module_device(module)
+
+
+@functools.partial(SHAPES.add, "llava-hf/llava-v1.6-vicuna-7b-hf")
+def _shape() -> LlavaNextConfig:
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**CLIP_L_336),
+        text_config=LlamaConfig(**VICUNA_7B),
+        image_token_id=32000,
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    )

@@ -8,18 +8,21 @@ stands in the signals as ``cls_attention``. ``similarity`` is the merger's outpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from nuwa.grid import PatchGrid
+from nuwa.image_rules import PUBLISHED
 from nuwa.layout import View, VisualLayout
-from nuwa.vlm.adapter import Adapter, EncodedImage
+from nuwa.vlm.adapter import Adapter, EncodedImage, UnavailableSignal
+from nuwa.vlm.shapes import SHAPES
 
 SIMILARITY_BLOCKS = (7 / 32, 23 / 32)  # first and last, as shares of the encoder's depth
 QUERY_ROWS = 1024  # attention is summed over this many query rows at a time
@@ -29,19 +32,46 @@ class Qwen2_5VLAdapter(Adapter):
     model_class = Qwen2_5_VLForConditionalGeneration
     encoder = "Qwen2.5-VL's vision encoder"
     offers_cls = False
+    turn = (
+        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<|vision_start|><image><|vision_end|>{text}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    usual_system = "You are a helpful assistant."
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Any, **framing: str) -> None:
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Any, **framing: Any) -> None:
         super().__init__(model, processor, **framing)
         self.visual = model.model.visual
         self.merge = self.visual.spatial_merge_size
+
+    @property
+    def heads(self) -> int:
+        return self.visual.config.num_heads
 
     @classmethod
     def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
         width, height = size
         vision, limits = config.vision_config, image_processor.size
         cell = vision.patch_size * vision.spatial_merge_size
+        if first := _first_resize(image_processor, cell, size):
+            width, height = first
         rows, columns = smart_resize(height, width, cell, limits["shortest_edge"], limits["longest_edge"])
         return VisualLayout((View(PatchGrid(rows // cell, columns // cell)),), axes=3)
+
+    @classmethod
+    def usual_image_processor(cls, config: Any) -> Qwen2VLImageProcessorPil:
+        least, most = PUBLISHED  # the class's defaults stop at a million pixels, the family's checkpoints do not
+        return Qwen2VLImageProcessorPil(
+            size={"shortest_edge": least, "longest_edge": most},
+            patch_size=config.vision_config.patch_size,
+            merge_size=config.vision_config.spatial_merge_size,
+        )
+
+    @classmethod
+    def seen_size(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """Images are resized to whole merged patches, and boxes are told on those."""
+        cell = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+        (view,) = cls.layout_for(config, image_processor, size).views
+        return view.grid.width * cell, view.grid.height * cell
 
     @classmethod
     def signal_widths(cls, config: Any) -> dict[str, int]:
@@ -50,26 +80,65 @@ class Qwen2_5VLAdapter(Adapter):
         return {"features": merged, "cls_attention": 1, "keys": vision.hidden_size, "similarity": merged}
 
     @torch.inference_mode()
-    def encode_images(self, images: Sequence[Image.Image]) -> list[EncodedImage]:
-        inputs = self.processor.image_processor(list(images), return_tensors="pt")
+    def encode_images(self, images: Sequence[Image.Image], further: Collection[str] = ()) -> list[EncodedImage]:
+        image_processor = self.processor.image_processor
+        cell = self.visual.patch_size * self.merge
+        images = [
+            image.resize(size) if (size := _first_resize(image_processor, cell, image.size)) else image
+            for image in images
+        ]
+        inputs = image_processor(list(images), return_tensors="pt")
         thw = inputs["image_grid_thw"]
         pixels = inputs["pixel_values"].to(self.device, self.visual.dtype)
         out = self.visual(pixels, grid_thw=thw.to(self.device), output_hidden_states=True)
         states = out.hidden_states  # what enters the first block, then every block's output
+
         depth = len(self.visual.blocks)
         first, last = (round(share * depth) for share in SIMILARITY_BLOCKS)
         similarity = self.visual.merger(torch.stack(states[first + 1 : last + 2]).mean(dim=0))
         grids = [PatchGrid(height // self.merge, width // self.merge) for _, height, width in thw.tolist()]
         counts = [grid.tokens for grid in grids]
-        patches = self.merge**2
-        entering = states[depth - 1].split([count * patches for count in counts])
+        patches = [count * self.merge**2 for count in counts]
+        entering = states[depth - 1].split(patches)
+        read = {name: states[number].split(patches) for name, number in self._further_blocks(further).items()}
         parts = zip(grids, out.pooler_output.split(counts), entering, similarity.split(counts), strict=True)
-        return [self._image(*part) for part in parts]
+        return [
+            self._image(*part, {name: held[number] for name, held in read.items()}, further)
+            for number, part in enumerate(parts)
+        ]
 
-    def _image(self, grid: PatchGrid, features: Tensor, entering: Tensor, similarity: Tensor) -> EncodedImage:
-        """One image; all but ``features`` is in window order, ``entering`` patch by patch."""
+    def _further_blocks(self, further: Collection[str]) -> dict[str, int]:
+        """Which block each earlier signal is read in: the first that attends to the whole image, and the middle one.
+
+        The released codes name blocks 8 and 16 of 32, both of which do. Raises :class:`UnavailableSignal`.
+        """
+        depth, whole = len(self.visual.blocks), self.visual.fullatt_block_indexes
+        middle = min(whole, key=lambda number: (abs(number + 1 - depth / 2), number), default=depth)
+        blocks = {"early_attention": min(whole, default=depth), "received_middle": middle}
+        wanted = {name: number for name, number in blocks.items() if name in further}
+        for name, number in wanted.items():
+            if number >= depth - 1:
+                raise UnavailableSignal(
+                    f"signal {name} is read in a block below the last that attends to the whole image; of {depth} blocks "
+                    f"those that do are {', '.join(str(block + 1) for block in sorted(whole)) or 'none'}"
+                )
+        return wanted
+
+    def _image(
+        self,
+        grid: PatchGrid,
+        features: Tensor,
+        entering: Tensor,
+        similarity: Tensor,
+        earlier: Mapping[str, Tensor],
+        further: Collection[str],
+    ) -> EncodedImage:
+        """One image; all but ``features`` is in window order, ``entering`` and ``earlier`` patch by patch.
+
+        ``earlier``: what enters the blocks that further signals are read in.
+        """
         order, windows = self._windows(grid)
-        received, keys = self._last_block(grid, entering, order, windows)
+        received, keys = self._received(len(self.visual.blocks) - 1, grid, entering, order, windows)
         raster = order.argsort().to(features.device)
         signals = {
             "features": features,
@@ -77,6 +146,12 @@ class Qwen2_5VLAdapter(Adapter):
             "keys": keys[raster],
             "similarity": similarity[raster],
         }
+        blocks = self._further_blocks(earlier)
+        for name, states in earlier.items():
+            signals[name] = self._received(blocks[name], grid, states, order, windows)[0][raster]
+
+        if "received_late" in further:
+            signals["received_late"] = signals["cls_attention"]
         return EncodedImage(VisualLayout((View(grid),), axes=3), signals)
 
     def _windows(self, grid: PatchGrid) -> tuple[Tensor, list[int]]:
@@ -85,11 +160,12 @@ class Qwen2_5VLAdapter(Adapter):
         _, windows = grid.regions(side).unique(return_inverse=True)
         return windows.argsort(stable=True), windows.bincount().tolist()
 
-    def _last_block(
-        self, grid: PatchGrid, entering: Tensor, order: Tensor, windows: list[int]
+    def _received(
+        self, number: int, grid: PatchGrid, entering: Tensor, order: Tensor, windows: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Attention received, ``(tokens,)`` float32, and keys ``(tokens, dim)`` of the merged tokens, in window order."""
-        block, patches = self.visual.blocks[-1], self.merge**2
+        """Attention received in block ``number``, ``(tokens,)`` float32, and its keys ``(tokens, dim)``, of the merged
+        tokens in window order."""
+        block, patches = self.visual.blocks[number], self.merge**2
         attention = block.attn
         heads = attention.num_heads
         projected = attention.qkv(block.norm1(entering)).view(len(entering), 3, heads, -1)
@@ -97,7 +173,7 @@ class Qwen2_5VLAdapter(Adapter):
         keys = key.flatten(1).view(grid.tokens, patches, -1).float().mean(dim=1).to(entering.dtype)
         cos, sin = self._rotation(grid, order.to(query.device))
         query, key = _rotate(query, cos, sin).transpose(0, 1), _rotate(key, cos, sin).transpose(0, 1)
-        whole = len(self.visual.blocks) - 1 in self.visual.fullatt_block_indexes
+        whole = number in self.visual.fullatt_block_indexes
         lengths = [len(entering)] if whole else [count * patches for count in windows]
         received = [
             _received(*part, attention.scaling)
@@ -119,21 +195,6 @@ class Qwen2_5VLAdapter(Adapter):
         """The merger has projected them already."""
         return features.to(self.device, self.language.embed_tokens.weight.dtype)
 
-    def rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.language.rotary_emb(hidden, position_ids=positions.to(hidden.device))
-
-    def head_rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.rotation(hidden, positions)
-        if cos.ndim == 3:
-            return cos, sin
-        # Before transformers 5.20 the three axes are only put together inside the attention.
-        sections = self.language.config.rope_parameters["mrope_section"] * 2
-        cos, sin = (
-            torch.cat([part[at % 3] for at, part in enumerate(table.split(sections, dim=-1))], dim=-1)
-            for table in (cos, sin)
-        )
-        return cos, sin
-
     @property
     def encoder_modules(self) -> dict[str, nn.Module]:
         return {"visual": self.visual}
@@ -154,3 +215,43 @@ def _received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     for rows in query.split(QUERY_ROWS, dim=1):
         total += (rows @ key.transpose(1, 2) * scaling).softmax(dim=-1, dtype=torch.float32).sum(dim=(0, 1))
     return total / (query.shape[0] * query.shape[1])
+
+
+def _first_resize(image_processor: Any, cell: int, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Width and height to which an image of ``size`` is resized before the processor resizes it again; None: it is not.
+
+    See :class:`nuwa.image_rules.Pins`; Pillow's usual filter for that, bicubic, is also ``qwen_vl_utils``'s.
+    """
+    limits = getattr(image_processor, "first_resize", None)
+    if limits is None:
+        return None
+    height, width = smart_resize(size[1], size[0], cell, *limits)
+    return width, height
+
+
+@functools.partial(SHAPES.add, "Qwen/Qwen2.5-VL-7B-Instruct")
+def _shape() -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "patch_size": 14,
+            "out_hidden_size": 3584,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    )

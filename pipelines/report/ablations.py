@@ -55,7 +55,7 @@ class Ablation:
 def ablation(outcomes: Outcomes, grid: str, scores: pd.DataFrame) -> Ablation:
     """``scores``: the published scores, for the unpruned model of the published twin."""
     trials = outcomes.grid(grid)
-    order = list(PARAMETERS)
+    order = [*PARAMETERS, *STAGE2, "stage1_keep"]
     parameters = sorted(varying(trials), key=lambda name: order.index(name) if name in order else len(order))
     trials = sorted(trials, key=lambda trial: [_sortable(trial.setting(name)) for name in parameters])
     twin, source = _published_twin(parameters, scores)
@@ -179,6 +179,7 @@ def _published_twin(parameters: list[str], scores: pd.DataFrame) -> tuple[list[P
         source = f"Nüwa, table 7: {MODEL_NAME}, 64 of {IMAGE_TOKENS} average tokens"
         rows = published_ablations("nuwa table 7", scores)
         panels = []
+
         for family in FAMILIES:
             points = [
                 Point(int(row.setting) / LARGEST_SQUARED_DISTANCE, row.setting, getattr(row, family)) for row in rows

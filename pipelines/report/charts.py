@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -19,13 +20,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pipelines.report.outcomes import Estimate, Outcomes, Trial
 from pipelines.report.style import INK, LINE_STYLES, MUTED, PUBLISHED_GROUND, RULE, method_style, percent
 
-RC = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # shipped with matplotlib: the same text widths on every machine
     "font.size": 7.8,
@@ -51,6 +53,7 @@ SEQUENTIAL = LinearSegmentedColormap.from_list("paper to blue", ["#f4f7fb", "#a9
 HIGHEST = "#D55E00"
 PNG_DPI = 200
 LABEL_SIZE, LABEL_LINE = 7.0, 0.14  # points; inches from one line to the next
+CURVE_TICKS = 0.15  # of the axis, between neighbouring ticks that have a label
 RACE_TICKS = 0.12  # logarithm of the ratio of neighbouring ticks
 RACE_DODGE = 0.03  # of the cost, between trials that stopped at neighbouring rungs
 DODGE = 0.35  # average tokens between neighbouring series of one budget
@@ -89,10 +92,10 @@ def panels_png(panels: Sequence[Panel], columns: int = 2) -> bytes:
     width = sum(max(row[i].width for row in rows if i < len(row)) for i in range(columns))
     heights = [max(panel.height for panel in row) for row in rows]
     with matplotlib.rc_context(RC):
-        figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        figure = Figure(figsize=(width, sum(heights)), layout=layout)
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         for index, ax in enumerate(axes.flat):
             if index < len(panels):
                 _draw(panels[index], ax)
@@ -128,7 +131,7 @@ def budget_curves(outcomes: Outcomes, family: str, position: str, title: str) ->
             trials = sorted(trials, key=lambda trial: trial.average_tokens)
             shift = DODGE * (index - (len(series) - 1) / 2)
             x = np.array([trial.average_tokens for trial in trials]) + shift
-            y = _percent_curve([outcomes.retention(trial, family) for trial in trials])
+            y = _percent_curve([known for trial in trials if (known := outcomes.retention(trial, family))])
             method = trials[0].method
             _curve(ax, x, y, method, position, hollow=trials[0].preset != presets[method])
             ends.append((float(x[-1]), float(y[0, -1]), name, method_style(method).color))
@@ -165,7 +168,15 @@ def _curve_axes(ax: Axes, outcomes: Outcomes) -> None:
     total = outcomes.unpruned.image_tokens
     ax.axhline(100, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=2)
     ax.text(0.008, 100.3, "unpruned", color=MUTED, fontsize=6.5, transform=ax.get_yaxis_transform(), va="bottom")
-    ax.set_xticks(budgets, [f"{budget:g}\n{100 * budget / total:.0f} %" for budget in budgets])
+    apart = CURVE_TICKS * (budgets[-1] - budgets[0])
+    marked: list[float] = []
+
+    # Where labels would touch, the budget of more trials has one.
+    for budget in sorted(budgets, key=lambda budget: -len(outcomes.at_budget(budget))):
+        if all(abs(budget - other) >= apart for other in marked):
+            marked.append(budget)
+    ax.set_xticks(marked, [f"{budget:g}\n{100 * budget / total:.0f} %" for budget in marked])
+    ax.set_xticks(budgets, minor=True)
     ax.set_xlabel("average tokens, and their share of the image’s")
     ax.set_ylabel("retention, %")
     lowest = ax.get_ylim()[0]
@@ -180,7 +191,8 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     ends = sorted(ends, key=lambda end: end[1])
     low, high = ax.get_ylim()
     left, right = ax.get_xlim()
-    height = ax.figure.get_figheight() / ax.get_subplotspec().get_gridspec().nrows
+    figure, place = cast(Figure, ax.figure), ax.get_subplotspec()
+    height = figure.get_figheight() / (place.get_gridspec().nrows if place else 1)
     gap = (high - low) * LABEL_LINE / (height - 0.95)
     heights = spread([end[1] for end in ends], gap, low, high)
     start = right + 0.03 * (right - left)
@@ -224,8 +236,9 @@ def heatmap(
         low, high = (float(shown.min()), float(shown.max())) if shown.count() else (0.0, 1.0)
         middle = low + 0.55 * (high - low)
         edges = [np.arange(size + 1) - 0.5 for size in values.shape[::-1]]
-        colors = {"cmap": SEQUENTIAL, "vmin": low, "vmax": max(high, low + 0.1)}
+        colors: dict[str, Any] = {"cmap": SEQUENTIAL, "vmin": low, "vmax": max(high, low + 0.1)}
         ax.pcolormesh(*edges, shown, **colors, edgecolors="white", linewidth=1.5)
+
         for (row, column), value in np.ndenumerate(values):
             text = percent(float(value))
             color = "white" if np.isfinite(value) and 100 * value > middle else INK
@@ -321,8 +334,8 @@ def race_plane(title: str, points: Sequence[RacePoint], rungs: int, cost: str) -
     def draw(ax: Axes) -> None:
         lane = {rung: (1 + RACE_DODGE) ** (rung - (rungs + 1) / 2) for rung in range(1, rungs + 1)}
         for rung in range(1, rungs + 1):
-            mine = [point for point in points if point.rung == rung]
-            x, y = [point.cost * lane[rung] for point in mine], [100 * point.value for point in mine]
+            of_rung = [point for point in points if point.rung == rung]
+            x, y = [point.cost * lane[rung] for point in of_rung], [100 * point.value for point in of_rung]
             color = SEQUENTIAL(0.25 + 0.75 * rung / rungs)
             ax.plot(
                 x, y, "o", color=color, markersize=3.4, markeredgecolor="white", markeredgewidth=0.3, zorder=2 + rung
@@ -333,6 +346,7 @@ def race_plane(title: str, points: Sequence[RacePoint], rungs: int, cost: str) -
         ax.plot(x, y, "o", color=HIGHEST, markersize=6.5, markerfacecolor="none", markeredgewidth=1.2, zorder=20)
         ax.set_xscale("log")
         marked: list[float] = []
+
         for at, _ in Counter(point.cost for point in points).most_common():  # where labels would touch, the fuller one
             if all(abs(math.log(at / other)) > RACE_TICKS for other in marked):
                 marked.append(at)

@@ -23,13 +23,13 @@ def finding(outcomes: Outcomes, budget: float) -> list[str]:
     LearnPruner's learned choice beats a random one."""
     trials = outcomes.at_budget(budget)
     nuwa = _first(trials, "nuwa", ("pesp", "rpme", "perc"))
-    if nuwa is None or outcomes.retention(nuwa, "grounding") is None:
+    ours = outcomes.retention(nuwa, "grounding") if nuwa is not None else None
+    if nuwa is None or ours is None:
         return [_without_nuwa(outcomes, trials, budget), *_undefined(outcomes)]
-    rivals = [trial for trial in trials if trial.method != "nuwa" and outcomes.retention(trial, "grounding")]
-    sentences = [_kept(outcomes, nuwa, _first(rivals, "visionzip", ("perc", "pesp", "rpme")), budget)]
+    sentences = [_kept(outcomes, nuwa, ours, budget) + _beside(outcomes, trials)]
+    rivals = _grounded(outcomes, [trial for trial in trials if trial.method != "nuwa"])
     if rivals:
-        best = max(rivals, key=lambda trial: outcomes.retention(trial, "grounding").value)
-        sentences.append(_verdict(outcomes, nuwa, best))
+        sentences.append(_verdict(outcomes, nuwa, ours, max(rivals, key=_value)))
     further = [text for text in (_positions(outcomes, trials), _learned(outcomes, trials)) if text]
     return sentences + further + _undefined(outcomes)
 
@@ -42,55 +42,68 @@ def share_of_tokens(outcomes: Outcomes, budget: float) -> str:
 
 def _first(trials: list[Trial], method: str, positions: tuple[str, ...]) -> Trial | None:
     """The method's trial with the first of ``positions``; presets in their order, ``released`` before others."""
-    found = [trial for trial in trials if trial.method == method]
-    return min(found, key=lambda trial: positions.index(trial.position), default=None)
+    candidates = [trial for trial in trials if trial.method == method]
+    return min(candidates, key=lambda trial: positions.index(trial.position), default=None)
 
 
 def _ids(trial: Trial) -> str:
     return f"{position_name(trial.position)} position ids"
 
 
-def _kept(outcomes: Outcomes, nuwa: Trial, visionzip: Trial | None, budget: float) -> str:
-    text = (
-        f"At {share_of_tokens(outcomes, budget)}, {outcomes.name(nuwa)} keeps "
-        f"{describe(outcomes.retention(nuwa, 'grounding'))} of grounding accuracy"
-    )
+def _grounded(outcomes: Outcomes, trials: list[Trial]) -> list[tuple[Trial, Estimate]]:
+    """Those of ``trials`` that have a grounding result, each with it."""
+    return [(trial, known) for trial in trials if (known := outcomes.retention(trial, "grounding"))]
+
+
+def _value(one: tuple[Trial, Estimate]) -> float:
+    return one[1].value
+
+
+def _kept(outcomes: Outcomes, nuwa: Trial, ours: Estimate, budget: float) -> str:
+    text = f"At {share_of_tokens(outcomes, budget)}, {outcomes.name(nuwa)} keeps {describe(ours)} of grounding accuracy"
     vqa = outcomes.retention(nuwa, "vqa")
-    if vqa is not None:
-        text += f" and {describe(vqa)} of visual question answering"
-    if visionzip is None:
-        return text + "."
-    grounding = describe(outcomes.retention(visionzip, "grounding"))
-    text += f"; VisionZip with {_ids(visionzip)} keeps {grounding} of the former"
+    return text + (f" and {describe(vqa)} of visual question answering" if vqa is not None else "")
+
+
+def _beside(outcomes: Outcomes, trials: list[Trial]) -> str:
+    """The end of that sentence: what VisionZip keeps, where it has a result."""
+    grounded = [trial for trial, _ in _grounded(outcomes, trials)]
+    visionzip = _first(grounded, "visionzip", ("perc", "pesp", "rpme"))
+    grounding = outcomes.retention(visionzip, "grounding") if visionzip is not None else None
+    if visionzip is None or grounding is None:
+        return "."
+    text = f"; VisionZip with {_ids(visionzip)} keeps {describe(grounding)} of the former"
     vqa = outcomes.retention(visionzip, "vqa")
     return text + (f" and {describe(vqa)} of the latter." if vqa is not None else ".")
 
 
-def _verdict(outcomes: Outcomes, nuwa: Trial, best: Trial) -> str:
-    ours, other = outcomes.retention(nuwa, "grounding"), outcomes.retention(best, "grounding")
-    name, rival = outcomes.name(nuwa), f"{outcomes.name(best)} with {_ids(best)}"
+def _verdict(outcomes: Outcomes, nuwa: Trial, ours: Estimate, rival: tuple[Trial, Estimate]) -> str:
+    best, other = rival
+    name, rival_name = outcomes.name(nuwa), f"{outcomes.name(best)} with {_ids(best)}"
     if ours.low > other.high:
         return (
             f"The paper’s claim holds here: no other method keeps as much grounding, "
-            f"the next being {rival} at {describe(other)}."
+            f"the next being {rival_name} at {describe(other)}."
         )
     if other.low > ours.high:
         return (
-            f"On these data the paper’s claim does not hold: {rival} keeps more grounding than {name}, {describe(other)}, "
+            f"On these data the paper’s claim does not hold: {rival_name} keeps more grounding than {name}, {describe(other)}, "
             f"and the intervals do not overlap."
         )
     order = "ahead of" if ours.value > other.value else "level with" if ours.value == other.value else "behind"
     return (
-        f"These data neither confirm nor refute the paper’s claim: {name} is {order} {rival}, {describe(other)}, "
+        f"These data neither confirm nor refute the paper’s claim: {name} is {order} {rival_name}, {describe(other)}, "
         f"but their intervals overlap."
     )
 
 
 def _positions(outcomes: Outcomes, trials: list[Trial]) -> str | None:
     """Finding 3 of the paper: other position ids with the same VisionZip tokens."""
-    found = {trial.position: outcomes.retention(trial, "grounding") for trial in trials if trial.method == "visionzip"}
-    compressed = found.pop("perc", None)
-    others = [(position, estimate) for position, estimate in sorted(found.items()) if estimate is not None]
+    by_position = {
+        trial.position: outcomes.retention(trial, "grounding") for trial in trials if trial.method == "visionzip"
+    }
+    compressed = by_position.pop("perc", None)
+    others = [(position, estimate) for position, estimate in sorted(by_position.items()) if estimate is not None]
     if compressed is None or not others:
         return None
     parts = " and ".join(f"{describe(estimate)} with {position_name(position)} ids" for position, estimate in others)
@@ -120,6 +133,7 @@ def _learned(outcomes: Outcomes, trials: list[Trial]) -> str | None:
     if not controls:
         return None
     parts = []
+
     for family, name in FAMILY_WORDS.items():
         ours, other = outcomes.retention(learned, family), outcomes.retention(controls[0], family)
         if ours is not None and other is not None:
@@ -154,11 +168,11 @@ def _is_undefined(outcomes: Outcomes, family: str) -> bool:
 
 def _without_nuwa(outcomes: Outcomes, trials: list[Trial], budget: float) -> str:
     start = f"At {share_of_tokens(outcomes, budget)} this run has no grounding result of Nüwa"
-    known = [trial for trial in trials if outcomes.retention(trial, "grounding")]
+    known = _grounded(outcomes, trials)
     if not known:
         return f"{start}, and none of any other method."
-    best = max(known, key=lambda trial: outcomes.retention(trial, "grounding").value)
+    best, grounding = max(known, key=_value)
     return (
         f"{start}, so it says nothing on the paper’s claim; {outcomes.name(best)} with {_ids(best)} keeps most, "
-        f"{describe(outcomes.retention(best, 'grounding'))}."
+        f"{describe(grounding)}."
     )

@@ -19,9 +19,10 @@ import pandas as pd
 import pyarrow.dataset as ds
 from PIL import Image, ImageDraw
 
-from nuwa.benchmarks.boxes import parse_box
+from nuwa.benchmarks.boxes import parse_box, unpad_box
 from nuwa.grid import PatchGrid
-from pipelines.datasets import parse_name
+from nuwa.images import read_image
+from pipelines.data.datasets import parse_name
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes, Trial
 from pipelines.report.places import Places, Size
@@ -33,7 +34,6 @@ SHOWN = (
 )  # fmt: skip
 MOST_TRIALS = 5
 BOX_CASES, ANSWER_CASES = 2, 2
-RIGHT = ("acc@0.5", "accuracy", "correct")  # an answer is right when the first its benchmark knows is at least a half
 SIDE = 288  # pixels of a picture's longer side, about
 SMALL, GAP = 0.5, 6  # scale of the other views, and pixels around them
 FINE = 12  # pixels of a patch, below which outlines are thin
@@ -100,8 +100,10 @@ def _on_one_grid(grid: str) -> Callable[[Size], Places] | None:
 def _shown_trials(outcomes: Outcomes, budget: float) -> list[Trial]:
     """The first trials of ``SHOWN`` at this budget, in that order; a method's first preset."""
     at_budget = outcomes.at_budget(budget)
-    found = [next((trial for trial in at_budget if (trial.method, trial.position) == wanted), None) for wanted in SHOWN]
-    return [trial for trial in found if trial is not None][:MOST_TRIALS]
+    choices = [
+        next((trial for trial in at_budget if (trial.method, trial.position) == wanted), None) for wanted in SHOWN
+    ]
+    return [trial for trial in choices if trial is not None][:MOST_TRIALS]
 
 
 def _rows(dataset: ds.Dataset, column: str, values: set[str]) -> pd.DataFrame:
@@ -129,10 +131,15 @@ def _choose(answers: _Answers) -> list[str]:
     }
     overlaps = {name: [score["iou"] for score in found] for name, found in scores.items()}
     lead = {name: ious[0] - float(np.mean(ious[1:] or [0.0])) for name, ious in overlaps.items()}
-    won = [name for name, found in scores.items() if _is_right(found[0]) and not all(map(_is_right, found))]
-    lost = [name for name, found in scores.items() if not _is_right(found[0]) and any(map(_is_right, found))]
+    right = {
+        name: [_is_right(answers.examples.at[name, "benchmark"], score) for score in found]
+        for name, found in scores.items()
+    }
+    won = [name for name, marks in right.items() if marks[0] and not all(marks)]
+    lost = [name for name, marks in right.items() if not marks[0] and any(marks)]
     questions = answers.examples.index[answers.examples["family"] == "vqa"]
     variety = {name: len({text.strip().lower() for text in answers.texts.loc[name]}) for name in questions}
+
     rankings = (
         (sorted(won, key=lambda name: (-lead[name], name)), BOX_CASES),
         (sorted(lost, key=lambda name: (lead[name], name)), BOX_CASES),
@@ -151,11 +158,14 @@ def _choose(answers: _Answers) -> list[str]:
 
 
 def _score(benchmark: str, text: str, truth: str) -> dict[str, float]:
-    return parse_name(benchmark).score(text, json.loads(truth))
+    rules, told = parse_name(benchmark), json.loads(truth)
+    if rules.graded is not None and rules.graded(text, told):
+        return {}  # a judge's word stands in no table
+    return rules.score(text, told)
 
 
-def _is_right(score: dict[str, float]) -> bool:
-    return next(score[metric] for metric in RIGHT if metric in score) >= 0.5
+def _is_right(benchmark: str, score: dict[str, float]) -> bool:
+    return score.get(parse_name(benchmark).right, 0) >= 0.5  # a benchmark without a judge knows no right answer
 
 
 def _true_box(truth: str) -> list[float]:
@@ -163,9 +173,12 @@ def _true_box(truth: str) -> list[float]:
 
 
 def _predicted_box(text: str, truth: str) -> list[float] | None:
-    """As the benchmark reads it: in pixels where the truth carries a size, else in shares of the image."""
-    size = json.loads(truth).get("size")
-    return parse_box(text, "pixels" if size else "normalized", tuple(size) if size else None)
+    """As the benchmark reads it: in pixels where the truth carries a size, else in shares of the image or of the square
+    it is padded to."""
+    told = json.loads(truth)
+    size = told.get("size")
+    box = parse_box(text, "pixels" if size else "normalized", tuple(size) if size else None)
+    return unpad_box(box, tuple(told["padded"])) if box and "padded" in told else box
 
 
 def _accepted(truth: str) -> list[str]:
@@ -191,16 +204,18 @@ def _case(
     places: Callable[[Size], Places],
 ) -> Case:
     example = answers.examples.loc[name]
-    pixels = Image.open(io.BytesIO(encoded[example["image"]])).convert("RGB")
+    pixels = read_image(encoded[example["image"]])
     there = places(pixels.size)
     is_box = example["family"] == "grounding"
     truth = _true_box(example["truth"]) if is_box else None
     said = "box in white" if is_box else _accepted(example["truth"])[0]
     plain = _with_boxes(_enlarge(pixels, _extent(there.size)), truth, None)
     pictures = [Picture("Image", "", "", False, _png(plain), plain.size)]
+
     for trial in answers.trials:
         text = answers.texts.at[name, trial.trial_id]
-        tokens = _Tokens.of(there, kept.get((trial.trial_id, example["image"])), answers.last.at[name, trial.trial_id])
+        row = kept.get((trial.trial_id, example["image"]))
+        tokens = _Tokens.of(there, row, answers.last.at[name, trial.trial_id], trial.stage1_keep < trial.image_tokens)
         drawn = _drawn(pixels, there, tokens, truth, _predicted_box(text, example["truth"]) if is_box else None)
         answer, right = _judged(text, example)
         stage1, last = len(tokens.kept), len(tokens.last)
@@ -214,9 +229,10 @@ def _case(
 def _judged(text: str, example: pd.Series) -> tuple[str, bool]:
     """What stands under a picture, and whether it is right by the benchmark's own score."""
     score = _score(example["benchmark"], text, example["truth"])
+    right = _is_right(example["benchmark"], score)
     if example["family"] != "grounding":
-        return text, _is_right(score)
-    return f"no box: {text}" if score["parse_failure"] else f"IoU {score['iou']:.2f}", _is_right(score)
+        return text, right
+    return f"no box: {text}" if score["parse_failure"] else f"IoU {score['iou']:.2f}", right
 
 
 @dataclass(frozen=True)
@@ -227,10 +243,12 @@ class _Tokens:
     last: frozenset[int]
 
     @classmethod
-    def of(cls, places: Places, row: dict[str, Any] | None, last: Sequence[int]) -> _Tokens:
-        """``row``: of ``kept.parquet``; null where stage 1 keeps everything."""
+    def of(cls, places: Places, row: dict[str, Any] | None, last: Sequence[int], by_question: bool) -> _Tokens:
+        """``row``: of ``kept.parquet``; null where stage 1 keeps everything, or (``by_question``) what a question asks for,
+        of which the answer tells what was left in the end."""
         if row is None:
-            return cls(dict.fromkeys(range(places.layout.tokens), True), frozenset(map(int, last)))
+            whole = last if by_question else range(places.layout.tokens)
+            return cls(dict.fromkeys(map(int, whole), True), frozenset(map(int, last)))
         return cls(dict(zip(map(int, row["indices"]), row["pillar"], strict=True)), frozenset(map(int, last)))
 
     @property
@@ -283,6 +301,7 @@ def _with_patches(pixels: Image.Image, extent: Size, places: Places, view: int, 
     canvas = Image.fromarray(image.round().astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
     visible = {slot: cell for slot, cell in kept.items() if cell[0] < cell[2] and cell[1] < cell[3]}
+
     if tokens.merges:
         for slot in sorted(visible, key=lambda slot: tokens.kept[slot]):
             left, top, right, bottom = visible[slot]

@@ -12,15 +12,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from nuwa.errors import UserError
+from pipelines.axes import COLUMNS as TRIAL_COLUMNS
+from pipelines.data.datasets import read_notes
 from pipelines.report.places import Places, Size
 
 REMEDY = "run `dvc repro evaluate` to make it"
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "trials": (
-        "trial_id", "label", "grids", "method", "preset", "position", "budget", "budgets", "average_tokens",
-        "image_tokens", "image_grid", "stage1_keep", "stage2_layer", "stage2_keep", "stage2_cuts", "stage2_scorer",
-        "stage2_recycling", "seed", "params", "flops", "flops_convention",
-    ),
+    "trials": tuple(TRIAL_COLUMNS),
     "scores": (
         "trial_id", "benchmark", "family", "metric", "score", "low", "high", "n", "headline",
         "retention", "retention_low", "retention_high",
@@ -42,6 +41,10 @@ SWARM_COLUMNS = ("number", "state", "trial_id", "point", "objective", "rung", "i
 SUMMARY_KEYS = ("confidence", "cost", "rungs", "answers", "full_answers")
 
 
+class UnusableRecord(UserError, ValueError):
+    """A file of the run's record is damaged, or of another run; the line names the stage that makes it again."""
+
+
 @dataclass(frozen=True)
 class SearchRecord:
     """The files of ``data/search``; ``swarm`` is ``None`` where only a race was run."""
@@ -58,7 +61,7 @@ class SearchRecord:
         summary = json.loads((folder / "search.json").read_text())
         missing = [key for key in SUMMARY_KEYS if key not in summary]
         if missing:
-            raise ValueError(f"{folder / 'search.json'} lacks {', '.join(missing)}; {SEARCH_REMEDY}")
+            raise UnusableRecord(f"{folder / 'search.json'} lacks {', '.join(missing)}; {SEARCH_REMEDY}")
         trials = _table(folder / "trials.csv", RACE_COLUMNS)
         swarm = _table(folder / "swarm.csv", SWARM_COLUMNS) if "swarm" in summary else None
         return cls(trials, swarm, summary)
@@ -68,7 +71,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; {SEARCH_REMEDY}")
+        raise UnusableRecord(f"{path} lacks {', '.join(missing)}; {SEARCH_REMEDY}")
     return table
 
 
@@ -94,6 +97,7 @@ class ReportInputs:
     profile: pd.DataFrame | None = None
     search: SearchRecord | None = None
     places: Callable[[Size], Places] | None = None
+    notes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # questions not shown whole, by benchmark
     about: str = ""  # a sentence on what was measured, where names alone would mislead
 
     @property
@@ -123,8 +127,9 @@ class ReportInputs:
             name: datasets[name].to_table(columns=list(COLUMNS[name])).to_pandas()
             for name in ("trials", "scores", "examples")
         }
+
         if not (tables["trials"]["method"] == "unpruned").any():
-            raise ValueError(
+            raise UnusableRecord(
                 f"{Path(data_dir) / 'trials.parquet'} has no trial of method 'unpruned', which every retention is "
                 "measured against; add it to a grid in params.yaml and run `dvc repro evaluate`"
             )
@@ -135,6 +140,7 @@ class ReportInputs:
             predictions=datasets["predictions"],
             kept=datasets["kept"],
             images=datasets["images"],
+            notes=read_notes(Path(data_dir) / "examples.parquet"),
             provenance=dict(provenance or {}),
             profile=_profile(Path(data_dir) / "profile.csv"),
             search=SearchRecord.load(Path(data_dir) / "search"),
@@ -149,7 +155,7 @@ def _profile(path: Path) -> pd.DataFrame | None:
     table = pd.read_csv(path)
     missing = [column for column in PROFILE_COLUMNS if column not in table.columns]
     if missing or not (table["method"] == "unpruned").any():
-        raise ValueError(f"{path} lacks {', '.join(missing) or 'its unpruned rows'}; run `make profile` to make it")
+        raise UnusableRecord(f"{path} lacks {', '.join(missing) or 'its unpruned rows'}; run `make profile` to make it")
     return table
 
 
@@ -160,10 +166,10 @@ def _open(path: Path, columns: tuple[str, ...]) -> ds.Dataset:
         dataset = ds.dataset(path, format="parquet")
         rows = dataset.count_rows()
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file; {REMEDY}") from error
+        raise UnusableRecord(f"{path} is not a Parquet file; {REMEDY}") from error
     missing = [column for column in columns if column not in dataset.schema.names]
     if missing:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; {REMEDY}")
+        raise UnusableRecord(f"{path} lacks the columns {', '.join(missing)}; {REMEDY}")
     if rows == 0:
-        raise ValueError(f"{path} has no rows; {REMEDY}")
+        raise UnusableRecord(f"{path} has no rows; {REMEDY}")
     return dataset

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from nuwa.methods import RECIPES
-from nuwa.stage1 import get_method
+from nuwa.methods import RECIPES, preset_values
+from pipelines.addresses import BenchmarkName
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.style import (
     benchmark_rank,
@@ -72,14 +72,18 @@ class Trial:
     def pruned(self) -> bool:
         return self.method != "unpruned"
 
+    @property
+    def own(self) -> bool:
+        """Whether kept tokens have the position ids that the method's authors give them (``position: own``)."""
+        return self.method in RECIPES and RECIPES[self.method].position == self.position
+
     def setting(self, name: str) -> Any:
         """The value of a column, or of a hyper-parameter: the trial's own, else its preset's, else ``"preset"``."""
         if name in (*COMPARED, *STAGE2, *DERIVED):
             return getattr(self, name)
         if name in self.params or self.method not in RECIPES:
             return self.params.get(name, "preset")
-        method = get_method(RECIPES[self.method].stage1)
-        return getattr(method.configure(self.preset), name, "preset")
+        return preset_values(self.method, self.preset).get(name, "preset")
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ class Outcomes:
         return sorted({budget for trial in self.main for budget in trial.budgets})
 
     def at_budget(self, budget: float) -> list[Trial]:
-        return [trial for trial in self.main if budget in trial.budgets]
+        """Those whose position ids are their authors' own first."""
+        return sorted((trial for trial in self.main if budget in trial.budgets), key=lambda trial: not trial.own)
 
     def name(self, trial: Trial) -> str:
         """``Nüwa``, with whatever else tells the trial from the run's other main trials of that position and budget."""
@@ -161,14 +166,19 @@ def varying(trials: Iterable[Trial]) -> list[str]:
     """
     trials = list(trials)
     keys = sorted({key for trial in trials for key in trial.params} - {*COMPARED, *STAGE2, *DERIVED})
-    found: list[str] = []
+    names: list[str] = []
     for name in (*COMPARED, *STAGE2, *keys, *DERIVED):
         groups: dict[tuple, set[str]] = {}
         for trial in trials:
-            groups.setdefault(tuple(str(trial.setting(other)) for other in found), set()).add(str(trial.setting(name)))
+            groups.setdefault(tuple(str(trial.setting(other)) for other in names), set()).add(str(trial.setting(name)))
         if any(len(values) > 1 for values in groups.values()):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
+
+
+def _cut(text: str) -> tuple[int, int]:
+    layer, keep = text.split(":")
+    return int(layer), int(keep)
 
 
 def _trial(row: dict[str, Any]) -> Trial:
@@ -190,7 +200,7 @@ def _trial(row: dict[str, Any]) -> Trial:
         stage1_keep=int(row["stage1_keep"]),
         stage2_layer=number("stage2_layer", int),
         stage2_keep=number("stage2_keep", int),
-        cuts=tuple(tuple(map(int, cut.split(":"))) for cut in (number("stage2_cuts", str) or "").split()),
+        cuts=tuple(map(_cut, (number("stage2_cuts", str) or "").split())),
         stage2_scorer=number("stage2_scorer", str),
         stage2_recycling=bool(row["stage2_recycling"]),
         flops=float(row["flops"]),
@@ -212,7 +222,7 @@ def _headlines(scores: pd.DataFrame) -> pd.DataFrame:
 def _columns(scores: pd.DataFrame) -> list[BenchmarkColumn]:
     columns = []
     for benchmark, rows in _headlines(scores).groupby("benchmark"):
-        scale = 100 if rows["score"].max() <= 1 else 1
+        scale = 1 if BenchmarkName.parse(benchmark).benchmark().points else 100
         first = rows.iloc[0]
         columns.append(BenchmarkColumn(benchmark, first["family"], first["metric"], scale, int(rows["n"].max())))
     return sorted(columns, key=lambda column: (FAMILIES.index(column.family), benchmark_rank(column.benchmark)))

@@ -18,12 +18,15 @@ from typing import Any
 import jinja2
 import pyarrow.dataset as ds
 
+from nuwa.benchmarks import PROTOCOLS
+from pipelines.data.datasets import parse_name
+from pipelines.files.atomic import atomic_folder
 from pipelines.report.ablations import Ablation, ablation
 from pipelines.report.charts import Panel, budget_curves, panel_svg, panels_png
 from pipelines.report.efficiency import efficiency_tables, published_efficiency
 from pipelines.report.finding import finding
 from pipelines.report.gallery import gallery
-from pipelines.report.inputs import ReportInputs
+from pipelines.report.inputs import ReportInputs, UnusableRecord
 from pipelines.report.outcomes import FAMILIES, Outcomes
 from pipelines.report.published import published_model, published_retention, published_scores
 from pipelines.report.search import search_section
@@ -46,7 +49,7 @@ class Chart:
 
 
 def build_report(inputs: ReportInputs, output: Path, headline_budget: float) -> None:
-    """Write ``index.html``, ``report.md`` and ``figures/*.png`` into ``output``.
+    """Write ``index.html``, ``report.md`` and ``figures/*.png`` into ``output``, whole or not at all.
 
     Args:
         inputs: the record of the run.
@@ -54,23 +57,24 @@ def build_report(inputs: ReportInputs, output: Path, headline_budget: float) -> 
         headline_budget: average tokens of the headline table, the finding and the gallery.
 
     Raises:
-        ValueError: the run has no main trial at ``headline_budget``.
+        UnusableRecord: the run has no main trial at ``headline_budget``.
     """
     outcomes = Outcomes(inputs)
     if outcomes.main and headline_budget not in outcomes.budgets():
-        raise ValueError(
+        raise UnusableRecord(
             f"headline_budget {plain_number(headline_budget)} has no trial; set report.headline_budget in params.yaml "
             f"to one of this run's budgets: {', '.join(map(plain_number, outcomes.budgets()))}"
         )
     context = _context(inputs, outcomes, headline_budget)
-    figures = Path(output) / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    for name, png in _pictures(context):
-        (figures / f"{name}.png").write_bytes(png)
     environment = _environment()
-    for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
-        text = environment.get_template(template).render(context)
-        (Path(output) / name).write_text(text.strip() + "\n", encoding="utf-8", newline="\n")
+
+    with atomic_folder(Path(output)) as fresh:
+        (fresh / "figures").mkdir()
+        for name, png in _pictures(context):
+            (fresh / "figures" / f"{name}.png").write_bytes(png)
+        for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
+            text = environment.get_template(template).render(context)
+            (fresh / name).write_text(text.strip() + "\n", encoding="utf-8", newline="\n")
 
 
 def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -> dict[str, Any]:
@@ -81,6 +85,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
     search = search_section(inputs.search_of_this_model, outcomes)
     stale_search = inputs.search is not None and inputs.search_of_this_model is None
     cases = gallery(inputs, outcomes, headline_budget)
+
     return {
         "model": inputs.provenance.get("model path", "model not named"),
         "about": inputs.about,
@@ -106,6 +111,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "efficiency": efficiency_tables(inputs.profile),
         "published_efficiency": published_efficiency(),
         "failures": failure_table(outcomes, inputs.scores),
+        "limits": failure_table(outcomes, inputs.scores, "limit_reached"),
         "provenance": dict(sorted(inputs.provenance.items())),
         "questions": {family: sum(c.n for c in outcomes.columns if c.family == family) for family in FAMILIES},
     }
@@ -136,7 +142,24 @@ def _facts(inputs: ReportInputs, outcomes: Outcomes) -> list[tuple[str, str]]:
         ("Answers", f"{inputs.predictions.count_rows():,}"),
         ("Budgets", f"{budgets} of {outcomes.unpruned.image_tokens} tokens" if budgets else "none"),
         ("Benchmarks", ", ".join(benchmarks)),
-    ]
+        *_protocols(outcomes),
+        *((f"{benchmark_name(name)}: {note}", f"{count:,}") for name, notes in inputs.notes.items()
+          for note, count in notes.items()),
+    ]  # fmt: skip
+
+
+def _protocols(outcomes: Outcomes) -> list[tuple[str, str]]:
+    """How the benchmarks were asked and scored: each protocol, whose it is and what it calls the headline metrics."""
+    metrics: dict[str, list[str]] = {}
+    for column in outcomes.columns:
+        benchmark = parse_name(column.benchmark)
+        called = [f"{benchmark_name(column.benchmark)} {benchmark.metric}"] if benchmark.metric else []
+        metrics.setdefault(benchmark.protocol, []).extend(called)
+    return [
+        (f"Protocol {name}", "; ".join(part for part in (PROTOCOLS[name].source, PROTOCOLS[name].note,
+                                                          ", ".join(called)) if part))
+        for name, called in metrics.items()
+    ]  # fmt: skip
 
 
 def _chart(name: str, panels: list[Panel]) -> Chart | None:

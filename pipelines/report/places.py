@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from transformers import AutoImageProcessor, PretrainedConfig
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
@@ -76,19 +75,5 @@ def _model(path: str) -> tuple[PretrainedConfig, Any]:
 
 def places_of(layout: VisualLayout, config: PretrainedConfig, size: Size) -> Places:
     """``layout``: that of an image of ``size`` (width, height) under the model of ``config``."""
-    if len(layout.views) == 1:
-        return Places(layout, (Frame(),), size)
-    _, local = layout.views
-    return Places(layout, (Frame(), _local_frame(local.grid, config, size)), size)
-
-
-def _local_frame(grid: PatchGrid, config: PretrainedConfig, size: Size) -> Frame:
-    """LLaVA-NeXT fits the image into its crops, centred; ``grid`` is what is left of theirs without padding."""
-    width, height = size
-    rows, columns = get_anyres_image_grid_shape(
-        (height, width), config.image_grid_pinpoints, config.vision_config.image_size
-    )
-    wide = width / height > columns / rows  # padded above and below, else at the sides
-    cell = width / grid.width if wide else height / grid.height
-    shares = cell * grid.width / width, cell * grid.height / height
-    return Frame((1 - shares[0]) / 2, (1 - shares[1]) / 2, *shares)
+    frames = adapter_class(config.model_type).view_frames(config, layout, size)
+    return Places(layout, tuple(Frame(*frame) for frame in frames), size)

@@ -37,7 +37,7 @@ MODELS = (
         "llava-next-7b",
         "LLaVA-NeXT-7B",
         ("llava-v1.6", "llava-next"),
-        "table 11",
+        "tables 11, 12",
         "160, 320 and 640 of 2880 tokens",
         2880,
     ),

@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 
 from nuwa import UNPRUNED
-from pipelines.pareto import pareto_front
 from pipelines.report.charts import Panel, RacePoint, race_plane
 from pipelines.report.inputs import SearchRecord
 from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes
 from pipelines.report.style import FAMILIES as FAMILY_NAMES
 from pipelines.report.style import method_style, parameter_name, percent, plain_number, position_name, setting_text
 from pipelines.report.tables import DASH, Cell, retention_cell
+from pipelines.scores.front import pareto_front
 
 COSTS = {"average_tokens": "average tokens", "flops": "FLOP of a prefill"}
 SHOWN = 5  # best points of the swarm search
@@ -86,8 +86,8 @@ def search_section(record: SearchRecord | None, outcomes: Outcomes) -> SearchSec
 
 
 def _sentence(record: SearchRecord, outcomes: Outcomes, families: list[str]) -> str:
-    asked, whole = record.summary["answers"], record.summary["full_answers"]
-    start = f"The search asked {asked:,} of {whole:,} answers ({100 * asked / whole:.1f} %)"
+    answers, whole = record.summary["answers"], record.summary["full_answers"]
+    start = f"The search asked {answers:,} of {whole:,} answers ({100 * answers / whole:.1f} %)"
     missed = missed_front(record, outcomes, families)
     if missed is None:
         return f"{start}; it is of other trials or answers than this run, so the fronts are not compared."
@@ -176,6 +176,7 @@ def _swarm(table: pd.DataFrame, summary: Mapping[str, Any], families: list[str])
         )
         for row, point in zip(shown, points, strict=True)
     ]
+
     objective = summary["objective"]
     goal = "mean retention over all families" if objective == "mean" else f"{FAMILY_NAMES[objective]} retention"
     sentence = (

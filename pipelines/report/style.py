@@ -9,7 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.tables import BenchmarkName
+from nuwa.benchmarks import BENCHMARKS as KNOWN
+from nuwa.benchmarks import TESTBED, get_benchmark
+from pipelines.addresses import BenchmarkName
+from pipelines.axes import heading
 
 INK = "#1d1d1f"
 MUTED = "#6b6b70"
@@ -32,11 +35,23 @@ METHODS: dict[str, MethodStyle] = {
     "learnpruner": MethodStyle("LearnPruner", "#882255", "s"),
     "visionzip": MethodStyle("VisionZip", "#0072B2", "^"),
     "vispruner": MethodStyle("VisPruner", "#56B4E9", "v"),
+    "fastervlm": MethodStyle("FasterVLM", "#77AADD", "1"),
+    "hiprune": MethodStyle("HiPrune", "#225588", "2"),
+    "holov": MethodStyle("HoloV", "#BB4433", "3"),
+    "scope": MethodStyle("SCOPE", "#228833", "4"),
+    "vscan": MethodStyle("VScan", "#AA3377", "8"),
+    "cdpruner": MethodStyle("CDPruner", "#66A61E", "H"),
     "divprune": MethodStyle("DivPrune", "#009E73", "D"),
     "prumerge": MethodStyle("PruMerge+", "#999933", "P"),
     "sparsevlm": MethodStyle("SparseVLM", "#332288", "X"),
     "pyramiddrop": MethodStyle("PyramidDrop", "#44AA99", "<"),
     "fastv": MethodStyle("FastV", "#CC79A7", ">"),
+    "sparsevlm_v2": MethodStyle("SparseVLM v2", "#6655AA", "x"),
+    "dart": MethodStyle("DART", "#B8860B", "|"),
+    "feather": MethodStyle("FEATHER", "#1B7F8C", "+"),
+    "fastv_without_rope": MethodStyle("FastV without RoPE", "#DD99BB", "$r$"),
+    "ivc_prune": MethodStyle("IVC-Prune", "#4477AA", "$i$"),
+    "vtw": MethodStyle("VTW", "#A05030", "$v$"),
     "pooling": MethodStyle("Pooling", "#E69F00", "h"),
     "downsample": MethodStyle("Downsample", "#8C6D31", "p"),
     "uniform": MethodStyle("Uniform grid", "#5F6B7A", "d"),
@@ -48,20 +63,15 @@ OTHER = ("#117733", "#AA4499", "#6699CC", "#661100")
 POSITIONS = {"pesp": "original", "perc": "compressed", "rpme": "extended"}
 LINE_STYLES = {"pesp": "-", "perc": (0, (1.2, 1.6)), "rpme": (0, (5, 2))}
 
-BENCHMARKS = {  # in the order of columns
-    "refcoco": "RefCOCO", "refcocoplus": "RefCOCO+", "refcocog": "RefCOCOg", "pope": "POPE", "gqa": "GQA",
-    "textvqa": "TextVQA", "scienceqa": "ScienceQA", "vqav2": "VQAv2", "mme": "MME", "mmbench": "MMBench",
-    "seedbench": "SEED-Bench", "mmmu": "MMMU", "mmvet": "MM-Vet",
-}  # fmt: skip
+BENCHMARKS = (  # the first columns; others follow in alphabetical order
+    "refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa", "scienceqa", "vqav2", "mme", "mmbench",
+    "mmbench_cn", "seedbench", "mmmu", "mmvet", "mmstar", "ai2d", "realworldqa", "hallusionbench", "vizwiz", "ocrbench",
+    "chartqa", "docvqa", "infovqa",
+)  # fmt: skip
 PARAMETERS = {  # in the order in which a grid's parameters are read; others follow
     "separation": "regions",
     "pillars": "pillars",
     "distance_threshold": "distance threshold (share of the largest squared distance)",
-    "stage2_layer": "stage-2 layer",
-    "stage2_scorer": "stage-2 scorer",
-    "stage2_ratio": "stage-2 ratio",
-    "stage2_recycling": "recycling",
-    "stage1_keep": "K1",
 }
 FAMILIES = {"grounding": "Grounding", "vqa": "VQA"}
 
@@ -93,17 +103,20 @@ def position_name(position: str) -> str:
 def benchmark_name(benchmark: str) -> str:
     """``refcocoplus`` → ``RefCOCO+``, ``refcoco/testA`` → ``RefCOCO testA``, ``pope:first_sentence`` → ``POPE (first sentence)``."""
     parsed = BenchmarkName.parse(benchmark)
-    name = " ".join([BENCHMARKS.get(parsed.name, parsed.name), parsed.split or ""]).strip()
-    return f"{name} ({parsed.variant.replace('_', ' ')})" if parsed.variant else name
+    title = get_benchmark(parsed.name).title if parsed.name in KNOWN else parsed.name
+    name = " ".join([title, parsed.split or ""]).strip()
+    rules = [part.replace("_", " ") for part in (parsed.variant,) if part]
+    rules += [parsed.protocol] if parsed.protocol != TESTBED else []
+    return f"{name} ({', '.join(rules)})" if rules else name
 
 
 def benchmark_rank(benchmark: str) -> tuple[int, str]:
-    order, base = list(BENCHMARKS), BenchmarkName.parse(benchmark).name
-    return (order.index(base) if base in BENCHMARKS else len(order), benchmark)
+    base = BenchmarkName.parse(benchmark).name
+    return (BENCHMARKS.index(base) if base in BENCHMARKS else len(BENCHMARKS), benchmark)
 
 
 def parameter_name(name: str) -> str:
-    return PARAMETERS.get(name, name.replace("_", " "))
+    return PARAMETERS.get(name) or heading(name) or name.replace("_", " ")
 
 
 def setting_text(name: str, value: Any) -> str:

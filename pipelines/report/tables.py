@@ -37,7 +37,7 @@ class Row:
     trial_id: str
     name: str
     color: str
-    position: str  # PERC, PESP or RPME
+    position: str  # PERC, PESP or RPME, and whether the method's authors give these ids
     strategy: str  # the same in a word
     retention: dict[str, Cell]
     scores: dict[str, Cell]
@@ -99,7 +99,7 @@ def _row(outcomes: Outcomes, trial: Trial, best: dict[str, float]) -> Row:
         trial_id=trial.trial_id,
         name=outcomes.name(trial),
         color=method_style(trial.method).color,
-        position=trial.position.upper() if trial.pruned else "all tokens",
+        position=f"{trial.position.upper()}{' own' if trial.own else ''}" if trial.pruned else "all tokens",
         strategy=POSITIONS.get(trial.position, "") if trial.pruned else "",
         retention={
             family: retention_cell(estimate, is_best(family, estimate))
@@ -141,16 +141,17 @@ def _absent(outcomes: Outcomes, trials: list[Trial]) -> list[str]:
 
 @dataclass(frozen=True)
 class FailureTable:
-    """Share of answers that could not be read, in per cent. ``worst`` is a sentence, empty where nothing failed."""
+    """Share of answers that could not be read, or that ran into their limit, in per cent. ``worst`` is a sentence, empty
+    where there is none."""
 
     benchmarks: list[str]
     rows: list[tuple[str, list[str]]]
     worst: str
 
 
-def failure_table(outcomes: Outcomes, scores: pd.DataFrame) -> FailureTable | None:
-    """All trials by all benchmarks that report ``parse_failure``; ``None`` where none does."""
-    failures = scores[scores["metric"] == "parse_failure"]
+def failure_table(outcomes: Outcomes, scores: pd.DataFrame, metric: str = "parse_failure") -> FailureTable | None:
+    """All trials by all benchmarks that report ``metric``; ``None`` where none does."""
+    failures = scores[scores["metric"] == metric]
     if failures.empty:
         return None
     rates = {(row.trial_id, row.benchmark): row.score for row in failures.itertuples()}
@@ -162,7 +163,8 @@ def failure_table(outcomes: Outcomes, scores: pd.DataFrame) -> FailureTable | No
     labels = {trial.trial_id: trial.label for trial in (outcomes.unpruned, *outcomes.trials)}
     # max keeps the first of equals: iterate in the order of rows
     trial_id, benchmark = max(
-        ((trial_id, name) for trial_id in labels for name in benchmarks if (trial_id, name) in rates), key=rates.get
+        ((trial_id, name) for trial_id in labels for name in benchmarks if (trial_id, name) in rates),
+        key=lambda place: rates[place],
     )
     highest = rates[trial_id, benchmark]
     worst = f"{percent(highest)} % on {benchmark_name(benchmark)}, {labels[trial_id]}" if highest > 0 else ""
@@ -203,6 +205,7 @@ def side_by_side(
         for budget in outcomes.budgets()
         if abs(budget / total - share) < 0.01
     ]
+
     if not pairs:
         return None
     return SideBySide(
@@ -214,14 +217,14 @@ def side_by_side(
 
 
 def _published_side(published: list[PublishedRow], shares: list[float]) -> list[SideRow]:
-    found = {(row.method, row.position, row.family, row.share): row for row in published}
+    by_place = {(row.method, row.position, row.family, row.share): row for row in published}
     series = sorted(
         {(row.method, row.position) for row in published if row.share in shares},
         key=lambda item: (method_rank(item[0]), item[1]),
     )
     rows = []
     for method, position in series:
-        cells = [found.get((method, position, family, share)) for family in FAMILIES for share in shares]
+        cells = [by_place.get((method, position, family, share)) for family in FAMILIES for share in shares]
         rows.append(
             SideRow(
                 method_style(method).name,
@@ -233,7 +236,7 @@ def _published_side(published: list[PublishedRow], shares: list[float]) -> list[
 
 
 def _our_side(outcomes: Outcomes, budgets: list[float]) -> list[SideRow]:
-    found = {
+    by_place = {
         (outcomes.name(trial), trial.position, budget): trial for trial in outcomes.main for budget in trial.budgets
     }
     series = dict.fromkeys(
@@ -243,7 +246,7 @@ def _our_side(outcomes: Outcomes, budgets: list[float]) -> list[SideRow]:
     )
     rows = []
     for name, position, *_ in series:
-        trials = [found.get((name, position, budget)) for budget in budgets]
+        trials = [by_place.get((name, position, budget)) for budget in budgets]
         estimates = [
             None if trial is None else outcomes.retention(trial, family) for family in FAMILIES for trial in trials
         ]

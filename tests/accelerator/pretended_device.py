@@ -6,12 +6,11 @@ such a device; operations whose tensors stand on different devices raise :class:
 allows (zero-dimensional CPU tensors, CPU indices, copies).
 
 ``SYNCS`` counts, by line of this project, where the host waits for the device: values, shapes that depend on values,
-and copies to the host.
+and copies to the host. ``UPLOADS`` counts copies to the device in the same way: from pageable memory they wait too.
 
 What it cannot notice: whatever kernels decide (precision, missing dtypes, order of parallel sums, races, streams),
-memory, branches on ``device.type == "cuda"``, device-to-device copies that are slow, and waits inside kernels. Copies
-to the device are not counted, though those from pageable memory wait too. ``torch.inference_mode`` is ``no_grad`` here:
-its tensors cannot be wrapped.
+memory, branches on ``device.type == "cuda"``, device-to-device copies that are slow, and waits inside kernels.
+``torch.inference_mode`` is ``no_grad`` here: its tensors cannot be wrapped.
 
 It leans on internals of the torch pinned in requirements.txt: the private-use backend in Python, wrapper subclasses,
 and which operators reach a dispatch mode.
@@ -34,6 +33,7 @@ NAME, DEVICES = "pretended", 2
 CPU = torch.device("cpu")
 PROJECT = tuple(str(Path(__file__).parents[2] / package) for package in ("nuwa", "pipelines"))
 SYNCS: collections.Counter[str] = collections.Counter()
+UPLOADS: collections.Counter[str] = collections.Counter()
 
 ATEN = torch.ops.aten
 COPIES = {ATEN._to_copy.default, ATEN.copy_.default, ATEN.lift_fresh.default}
@@ -131,7 +131,7 @@ class Placed(torch.Tensor):
         return _run(operator, args, kwargs or {})
 
     def tolist(self) -> Any:
-        _count_sync()
+        _count(SYNCS)
         return self.inner.tolist()
 
     def numpy(self, **_options: Any) -> Any:
@@ -171,13 +171,17 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     waits = device != CPU and operator in WAITING
     if operator is ATEN.copy_.default:
         waits = device == CPU and tensors[-1].device != CPU
+        if device != CPU and tensors[-1].device == CPU:
+            _count(UPLOADS)
     if kwargs.get("device") is not None:
         asked = torch.device(kwargs["device"])
         asked = torch.device(NAME, asked.index or 0) if asked.type == NAME else asked
         waits |= bool(tensors) and asked == CPU != device
         device, leaves = asked, [CPU if isinstance(leaf, torch.device) else leaf for leaf in leaves]
+        if tensors and device.type == NAME and tensors[0].device == CPU:
+            _count(UPLOADS)
     if waits:
-        _count_sync()
+        _count(SYNCS)
     args, kwargs = tree_unflatten([_inner(leaf) for leaf in leaves], structure)
     given = {id(_inner(one)): one for one in tensors}  # operations in place return what they were given
 
@@ -194,7 +198,7 @@ def _common_device(operator: Any, args: tuple, tensors: list[torch.Tensor]) -> t
     if operator in INDEXING:
         indexed, indices, values = args[0], [one for one in args[1] if one is not None], args[2:3]
         if indexed.device != CPU and any(one.dtype == torch.bool for one in indices):
-            _count_sync()
+            _count(SYNCS)
         tensors = [indexed, *values, *(one for one in indices if one.device != CPU)]
     found = {one.device for one in tensors if one.ndim or one.device != CPU}
     if len(found) > 1:
@@ -207,8 +211,8 @@ def _inner(value: Any) -> Any:
     return value.inner if isinstance(value, Placed) else value
 
 
-def _count_sync() -> None:
+def _count(counter: collections.Counter[str]) -> None:
     frame = sys._getframe()
     while frame is not None and not frame.f_code.co_filename.startswith(PROJECT):
         frame = frame.f_back
-    SYNCS["elsewhere" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"] += 1
+    counter["elsewhere" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"] += 1

@@ -14,23 +14,31 @@ from transformers import PreTrainedModel
 from nuwa.generation import generate
 from nuwa.methods import RECIPES, specify
 from nuwa.positions import STRATEGIES
+from nuwa.stage1 import get_method
 from nuwa.stage1.learnpruner import Lpm, save_lpm
 from nuwa.stage2 import SCORERS
 from nuwa.vlm import Adapter, adapt
-from pipelines.features import FeatureStore
-from pipelines.grid import Layouts, expand
-from pipelines.plan import Example, WorkUnit
+from pipelines.features.store import FeatureStore
 from pipelines.profiling import Bench, Workload
 from pipelines.settings import SweepSettings
-from pipelines.sweep import Words, answer_unit, read_encoded
+from pipelines.sweep.answers import Words, answer_unit, read_encoded
+from pipelines.sweep.trials import Layouts, expand
+from pipelines.sweep.units import Example, WorkUnit
 
 FAMILIES = ["tiny_vlm", "tiny_next", "tiny_qwen"]
-NEEDS_RESIZING, NEEDS_CLS = {"downsample"}, {"prumerge", "visionzip", "vispruner"}
-REFUSED = {"tiny_vlm": set(), "tiny_next": NEEDS_RESIZING, "tiny_qwen": NEEDS_RESIZING | NEEDS_CLS}
+NEEDS_RESIZING = {"downsample"}
+NEEDS_CLS = {name for name in RECIPES if get_method(RECIPES[name].stage1).reads_cls}
+NEEDS_TEXT_TOWER = {"cdpruner"}
+REFUSED = {
+    "tiny_vlm": NEEDS_TEXT_TOWER,
+    "tiny_next": NEEDS_TEXT_TOWER | NEEDS_RESIZING,
+    "tiny_qwen": NEEDS_TEXT_TOWER | NEEDS_RESIZING | NEEDS_CLS,
+}
 EVERYWHERE = [(family, method) for family in FAMILIES for method in sorted(RECIPES.keys() - REFUSED[family])]
 QUESTIONS = [["what is on the left ?", "what is red"], ["where is the cat ?"]]
 NEW_TOKENS = 3
-DEPTHS = {"sparsevlm": {"layer": [1, 3, 5]}}  # the published ones ask for more layers than tiny models have
+# The published ones ask for more layers than tiny models have.
+DEPTHS = {name: {"layer": [1, 3, 5]} for name in ("sparsevlm", "sparsevlm_v2")}
 
 
 def answers(vlm: Adapter, model: PreTrainedModel, photos, method: str, **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pretended_device import SYNCS, Accelerator, Mismatch
+from pretended_device import SYNCS, UPLOADS, Accelerator, Mismatch
 
 FIRST, SECOND = "pretended:0", "pretended:1"
 
@@ -67,3 +67,20 @@ def test_waiting_for_the_device_is_counted(waits, times):
     SYNCS.clear()
     waits(here)
     assert SYNCS.total() == times
+
+
+@pytest.mark.parametrize(
+    ("copies", "times"),
+    [
+        (lambda here: torch.ones(3).to(FIRST), 1),
+        (lambda here: here.copy_(torch.ones(3)), 1),
+        (lambda here: here.to(SECOND), 0),
+        (lambda here: torch.zeros(3, device=FIRST), 0),
+        (lambda here: here.cpu(), 0),
+    ],
+)
+def test_copies_to_the_device_are_counted(copies, times):
+    here = torch.arange(3.0, device=FIRST)
+    UPLOADS.clear()
+    copies(here)
+    assert UPLOADS.total() == times

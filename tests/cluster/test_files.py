@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from pipelines.files.secrets import is_secret
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -65,8 +69,11 @@ def test_the_rayjob_is_what_kuberay_reads():
         *("ttlSecondsAfterFinished", "activeDeadlineSeconds", "submitterPodTemplate", "rayClusterSpec"),
     }
     assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
-    assert set(yaml.safe_load(spec["runtimeEnvYAML"])) == {"working_dir", "env_vars"}
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])
+    assert set(environment) == {"working_dir", "env_vars"}
+    assert not [name for name, value in environment["env_vars"].items() if is_secret(name, value)]
     cluster = spec["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == pinned("ray[default]")
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for group in groups:
@@ -77,6 +84,8 @@ def test_the_rayjob_is_what_kuberay_reads():
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
         assert "persistentVolumeClaim" in mounts["/shared"]
+        (file,) = [variable["value"] for variable in container["env"] if variable["name"] == "NUWA_SECRETS"]
+        assert mounts[str(Path(file).parent)]["secret"]["defaultMode"] == 0o400  # what is read refuses a looser one
         assert container["resources"]["requests"] == container["resources"]["limits"]
     for worker in cluster["workerGroupSpecs"]:
         assert 0 <= worker["minReplicas"] <= worker["replicas"] <= worker["maxReplicas"]
@@ -91,8 +100,11 @@ def test_the_rayjob_runs_the_job_module_with_arguments_it_takes():
 
 @pytest.mark.parametrize("script", ["slurm.sh", "submit"])
 def test_shell_scripts_pass_shellcheck(script):
-    shellcheck = shutil.which("shellcheck") or pytest.skip("shellcheck is not on PATH")
-    done = subprocess.run([shellcheck, "--exclude=SC1091", CLUSTER / script], capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", "--exclude=SC1091", CLUSTER / script],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -109,28 +121,91 @@ def test_slurm_starts_one_ray_task_a_node_and_runs_the_pipeline():
     assert "--num-cpus" in curate_and_validate_ray_start_args(arguments)
 
 
-def test_slurm_script_runs_from_allocation_to_pipeline(tmp_path):
-    """The script itself, with scontrol and srun that say what they were given."""
+@pytest.fixture
+def allocation(tmp_path):
+    """A Slurm allocation whose scontrol and srun note what they were given; srun waits where ``HOLD`` is set."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
+    hold = (
+        'if [ -n "${HOLD-}" ]; then trap "echo step ended; exit 0" TERM; echo started; while :; do sleep 0.05; done; fi'
+    )
     for name, body in {
-        "scontrol": 'printf "node7\\nnode8\\n"',
-        "srun": 'printf "%s\\n" "${RAY_ADDRESS-unset}" "$RAY_AUTH_MODE" "${#RAY_AUTH_TOKEN}" "$@"',
+        "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "scontrol $*"; fi',
+        "srun": 'printf "%s\\n" "${RAY_ADDRESS-unset}" "$RAY_AUTH_MODE" "${RAY_AUTH_TOKEN-unset}" '
+        f'"$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" "$(wc -c <"$RAY_AUTH_TOKEN_PATH")" "$@"\n{hold}',
     }.items():
         (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (bin_folder / name).chmod(0o755)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("")
-    allocation = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2"}
-    allocation |= {"SLURM_JOB_ID": "4242", "SLURM_CPUS_PER_TASK": "32", "PATH": f"{bin_folder}:/usr/bin:/bin"}
+    variables = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2"}
+    return variables | {"SLURM_JOB_ID": "4242", "SLURM_CPUS_PER_TASK": "32", "PATH": f"{bin_folder}:/usr/bin:/bin"}
+
+
+def test_slurm_script_runs_from_allocation_to_pipeline(allocation, tmp_path):
+    """The script itself, with scontrol and srun that say what they were given."""
     done = subprocess.run(["bash", CLUSTER / "slurm.sh"], env=allocation, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    address, mode, token_length, *command = done.stdout.splitlines()
+    address, mode, in_environment, permissions, token_length, *command = done.stdout.splitlines()
     assert (address, mode) == ("unset", "token")  # Ray's own commands are not to see the address, the pipeline is
+    assert (in_environment, permissions) == ("unset", "600")
     assert int(token_length) > 40
     assert command[-4:] == ["env", "RAY_ADDRESS=node7:24242", "dvc", "repro"]
     assert command[command.index("--min-nodes") + 1] == "2"
     assert command[command.index("--address") + 1] == "node7:24242"
+    assert not list(tmp_path.glob(".ray-token*")), "the token goes with the job"
+
+
+@pytest.mark.parametrize(("what", "code", "requeued"), [(signal.SIGUSR1, 0, True), (signal.SIGTERM, 143, False)])
+def test_a_slurm_job_that_must_go_ends_its_step_first(allocation, tmp_path, what, code, requeued):
+    """USR1: its time is nearly up, so it queues itself again. TERM: Slurm, which preempts or cancels, decides."""
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE))
+    assert options["signal"] == "B:USR1@300" and "requeue" in options and options["open-mode"] == "append"
+    job = subprocess.Popen(
+        ["bash", CLUSTER / "slurm.sh"], env=allocation | {"HOLD": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    lines = iter(job.stdout.readline, "")
+    assert "started\n" in lines
+    job.send_signal(what)
+    rest = job.stdout.read().splitlines()
+    assert job.wait(30) == code
+    assert rest == ["step ended"] + ["scontrol requeue 4242"] * requeued
+    assert not list(tmp_path.glob(".ray-token*"))
+
+
+GPU_GB = {"g6e.2xlarge": 48, "g2-standard-8": 24}  # of the vendors' pages
+LARGEST_MODEL_GB = 15.5  # LLaVA-NeXT and Qwen2.5-VL 7B in 16 bits: 7.1 and 8.3 * 10^9 numbers less what is tied
+BESIDE_IT_GB = 6  # activations, caches and the context of CUDA
+
+
+@pytest.mark.parametrize(("name", "key"), [("aws", "InstanceType"), ("gcp", "machineType")])
+def test_a_launchers_gpu_holds_what_the_presets_put_on_it(name, key):
+    node = load(f"{name}.yaml")["available_node_types"]["gpu"]
+    presets = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "experiments").glob("*.yaml"))]
+    clusters = [preset["cluster"] for preset in presets if "cluster" in preset]
+    assert clusters
+    for cluster in clusters:
+        workers_a_gpu = 1 / cluster["gpus"]
+        assert workers_a_gpu * (LARGEST_MODEL_GB + BESIDE_IT_GB) <= GPU_GB[node["node_config"][key]]
+        assert workers_a_gpu * cluster["cpus"] <= node["resources"]["CPU"]
+
+
+COMMANDS = [*CLUSTER.glob("*.yaml"), CLUSTER / "slurm.sh", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+
+
+def test_every_launcher_and_documented_command_starts_ray_with_a_token():
+    starts = [
+        (path.name, line)
+        for path in COMMANDS
+        for line in path.read_text().splitlines()
+        if re.search(r"ray start (--head|--address)", line)
+    ]
+    assert len(starts) >= 8
+    for name, line in starts:
+        assert "RAY_AUTH_MODE=token" in line, (name, line)
+        if "--head" in line:
+            assert re.search(r"--dashboard-host[= ]127\.0\.0\.1", line), (name, line)
+    assert "RAY_AUTH_MODE=token" in (CLUSTER / "slurm.sh").read_text()
 
 
 def test_compose_is_what_docker_compose_reads():

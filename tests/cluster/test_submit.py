@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,11 +22,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from cluster.submit import SubmissionFailed, choose_authentication, connect
+from cluster.submit import SubmissionFailed, choose_authentication, connect, passed_on
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 DEADLINE_S = 420
+TOKEN = "5" * 40  # of the test's cluster
+SECRETS = {"HF_TOKEN": "hf_topsecret1", "MLFLOW_TRACKING_TOKEN": "topsecret2", "AWS_SECRET_ACCESS_KEY": "topsecret3"}
 GRIDS = [{"name": "methods", "method": ["nuwa", "random"], "position": ["perc", "pesp"]}]
 
 
@@ -59,8 +62,9 @@ def answers(url: str) -> bool:
 
 
 def alive_nodes(dashboard: str) -> int:
+    question = urllib.request.Request(f"{dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {TOKEN}"})
     try:
-        with urllib.request.urlopen(f"{dashboard}/nodes?view=summary", timeout=5) as response:
+        with urllib.request.urlopen(question, timeout=5) as response:
             nodes = json.load(response)["data"]["summary"]
     except (urllib.error.URLError, OSError):
         return 0
@@ -135,7 +139,10 @@ def mlflow_on_postgres(servers, monkeypatch) -> str:
 @pytest.fixture
 def cluster_address(servers, monkeypatch) -> str:
     """A head without a processor for work and two raylets with one each, so that what runs, runs on the raylets."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    token = servers.folder / "token"
+    token.write_text(TOKEN)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setenv("RAY_agent_register_timeout_ms", str(1000 * DEADLINE_S))  # a busy machine is not a broken one
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     port, dashboard = free_port(), free_port()
@@ -176,6 +183,7 @@ def repository(tmp_path, model_folder) -> Path:
     who = ["-c", "user.name=user", "-c", "user.email=user@localhost"]
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "a sweep"]):
         subprocess.run(["git", *command], cwd=top, check=True)
+    run(top, "-m", "stages.inputs")
     run(top, "-m", "stages.prepare")
     return top
 
@@ -188,10 +196,33 @@ def run(top: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(cluster_address, mlflow_on_postgres, repository, tmp_path):
+LIST_JOBS = """
+import dataclasses, json, sys
+from ray.job_submission import JobSubmissionClient
+print(json.dumps([job.dict() for job in JobSubmissionClient(sys.argv[1]).list_jobs()], default=str))
+"""
+
+
+def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
+    cluster_address, mlflow_on_postgres, repository, tmp_path, monkeypatch
+):
     storage = tmp_path / "shared"
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     printed = run(repository, "-m", "cluster.submit", "--address", cluster_address, "--storage", storage)
     assert "results are in data/ and dvc.lock; `dvc repro` scores them and makes the report" in printed
+
+    megabytes = float(re.search(r"^code: ([\d.]+) MB$", printed, re.MULTILINE)[1])
+    assert 0.2 < megabytes <= 5
+    # Nothing that a cluster's API or a process list shows holds a secret, and nobody without the token is answered.
+    jobs = run(repository, "-c", LIST_JOBS, cluster_address)
+    assert "cluster.job" in jobs and "MLFLOW_TRACKING_URI" in jobs
+    processes = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    for secret in (*SECRETS.values(), TOKEN):
+        assert secret not in jobs and secret not in processes
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{cluster_address}/api/jobs/", timeout=30)
+    assert refused.value.code in (401, 403)
 
     trials = pd.read_parquet(repository / "data" / "trials.parquet")
     examples = pd.read_parquet(repository / "data" / "examples.parquet")
@@ -223,18 +254,40 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(cluster_address, mlflow_
 @pytest.mark.parametrize(
     ("environment", "file", "mode"),
     [
-        ({"RAY_AUTH_MODE": "token"}, False, "token"),
+        ({"RAY_AUTH_MODE": "token"}, True, "token"),
         ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "t"}, True, "disabled"),
+        ({"RAY_AUTH_MODE": "disabled"}, False, "disabled"),
         ({"RAY_AUTH_TOKEN": "t"}, False, "token"),
         ({"RAY_AUTH_TOKEN_PATH": "/t"}, False, "token"),
         ({}, True, "token"),
-        ({}, False, "disabled"),
     ],
 )
-def test_authentication_follows_the_environment_then_the_token(environment, file, mode, tmp_path):
+def test_authentication_is_by_token_unless_it_is_said_otherwise(environment, file, mode, tmp_path):
     if file:
         (tmp_path / "token").write_text("t")
     assert choose_authentication(environment, tmp_path / "token") == mode
+
+
+def test_no_token_is_no_reason_to_go_without(tmp_path):
+    with pytest.raises(SubmissionFailed, match=r"no token for the cluster: put the one it was started with into"):
+        choose_authentication({}, tmp_path / "token")
+
+
+def test_variables_that_hold_secrets_stay_at_home(capsys):
+    environment = SECRETS | {"HF_HOME": "/shared/hf", "MLFLOW_TRACKING_URI": "postgresql://mlflow:pw@db/mlflow"}
+    assert passed_on(environment) == {"HF_HOME": "/shared/hf"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("not sent, because the cluster's job list would show it: HF_TOKEN, MLFLOW_TRACKING_TOKEN, ")
+    assert "MLFLOW_TRACKING_URI" in line and "~/.nuwa/secrets.env" in line
+
+
+@pytest.mark.parametrize("storage", ["s3://key:secret@bucket/x", "s3://bucket/x?access_key=a&secret_key=b"])
+def test_a_storage_uri_with_credentials_is_refused(storage):
+    command = [sys.executable, "-m", "cluster.submit", "--work", "/shared", "--storage", storage]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert "holds credentials, which the cluster's job list would show" in line and "secret@" not in line
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):

@@ -19,6 +19,7 @@ from nuwa.schedule import UnreachableBudget
 from nuwa.schedule import shares as shares_of
 from nuwa.selection import Selection
 from nuwa.vlm import EncodedImage, view_signals
+from nuwa.vlm.adapter import UnavailableSignal
 
 NAMES = ("features", "cls_attention", "keys", "similarity")
 
@@ -242,3 +243,84 @@ def test_the_fingerprint_knows_weights_preprocessing_and_layers(request, name, m
     assert vlm.encoder_fingerprint() != base
     monkeypatch.undo()
     assert json.dumps(vlm.encoder_settings)
+
+
+def test_adapters_say_into_how_many_heads_keys_are_split(tiny_vlm, tiny_next, tiny_qwen):
+    for vlm, config in (
+        (tiny_vlm, tiny_vlm.model.config.vision_config),
+        (tiny_next, tiny_next.model.config.vision_config),
+    ):
+        assert vlm.heads == config.num_attention_heads > 1
+    assert tiny_qwen.heads == tiny_qwen.model.config.vision_config.num_heads > 1
+    (image,) = tiny_next.encode_images([Image.new("RGB", (50, 40))])
+    batch = {name: value[None] for name, value in image.signals.items()}
+    assert {view.heads for view in view_signals(image.layout, batch, ("image",), heads=tiny_next.heads)} == {
+        tiny_next.heads
+    }
+
+
+# --- signals of further layers, given only where they are asked for
+
+FURTHER = ("early_attention", "received_middle", "received_late")
+
+
+def summed(attention: torch.Tensor) -> list[float]:
+    """Attention ``(heads, queries, keys)`` received by every key but the first, query by query."""
+    heads, queries, keys = attention.shape
+    total = [0.0] * (keys - 1)
+    for head in attention.tolist():
+        for row in head:
+            for key in range(1, keys):
+                total[key - 1] += row[key] / (heads * queries)
+    return total
+
+
+def test_further_layers_of_a_clip_tower_are_those_of_the_stock_model(tiny_next, photos):
+    """Layers 6 and 9 of 24 are layers 2 and 2 of six; the features are those of the fifth."""
+    inputs = tiny_next.processor.image_processor([photos[2]], return_tensors="pt")
+    tower = eager_copy(tiny_next.model).model.vision_tower
+    with torch.inference_mode():
+        attentions = tower(inputs["pixel_values"][0], output_attentions=True).attentions
+    (found,) = tiny_next.encode_images([photos[2]], FURTHER)
+    base = {name: found.signals[name][:36] for name in FURTHER}
+    assert torch.allclose(base["early_attention"], attentions[1][0].mean(dim=0)[0, 1:], atol=1e-6)
+    for name, layer in (("received_middle", 1), ("received_late", 4)):
+        assert base[name].tolist() == pytest.approx(summed(attentions[layer][0]), abs=1e-6)
+        assert base[name].dtype == torch.float32 and base[name].std() > 1e-5
+    assert found.signals["received_late"].shape == (found.layout.patches,)
+
+
+def test_further_signals_are_given_only_where_they_are_asked_for(family, photos, scenes):
+    picture = photos[2] if family.layout is None else Image.fromarray(scenes[0].image)
+    usual, further = (family.encode_images([picture], names)[0].signals for names in ((), FURTHER))
+    assert tuple(usual) == NAMES and set(further) == {*NAMES, *FURTHER}
+    assert all(torch.equal(usual[name], further[name]) for name in NAMES)
+
+
+def test_an_encoder_too_shallow_for_a_signal_is_refused_by_name(tiny_next, tiny_qwen, photos, monkeypatch):
+    monkeypatch.setattr(tiny_next.model.config, "vision_feature_layer", 2)
+    with pytest.raises(UnavailableSignal) as caught:
+        tiny_next.encode_images([photos[2]], ("early_attention",))
+    assert str(caught.value) == (
+        "signal early_attention is read at 0.25 of the encoder's layers; of 6 that is layer 2, which must lie below "
+        "layer 2, where the features come from"
+    )
+    monkeypatch.setattr(tiny_qwen.visual, "fullatt_block_indexes", [4])
+    with pytest.raises(UnavailableSignal) as caught:
+        tiny_qwen.encode_images([photos[2]], ("received_middle",))
+    assert str(caught.value) == (
+        "signal received_middle is read in a block below the last that attends to the whole image; of 5 blocks those "
+        "that do are 5"
+    )
+
+
+def test_qwens_further_signals_are_received_in_its_full_blocks(tiny_qwen, photos, monkeypatch):
+    """The block named last is read as ``cls_attention``: one after the other, every block stands for itself."""
+    (found,) = tiny_qwen.encode_images([photos[2]], FURTHER)
+    assert torch.equal(found.signals["received_late"], found.signals["cls_attention"])
+    visual = tiny_qwen.visual
+    monkeypatch.setitem(visual._modules, "blocks", visual.blocks[:3])  # block 3 of five attends to the whole image
+    monkeypatch.setattr(visual, "fullatt_block_indexes", [2])
+    (cut,) = tiny_qwen.encode_images([photos[2]])
+    for name in ("early_attention", "received_middle"):
+        assert torch.allclose(found.signals[name], cut.signals["cls_attention"], atol=1e-6)

@@ -211,3 +211,26 @@ def test_a_batch_of_many_shapes_answers_as_each_image_alone(family, pictures):
         (alone,) = nuwa.generate(family.model, family.processor, [picture], [asked[row]], **options)
         for one, other in itertools.zip_longest(alone, together[row]):
             assert (one.tokens, one.kept, one.kept_last) == (other.tokens, other.kept, other.kept_last)
+
+
+@pytest.mark.parametrize("size", [(240, 4), (241, 5), (400, 3)])
+def test_a_picture_so_wide_that_only_the_base_crop_is_left_is_answered_as_stock_does(tiny_next, size):
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    layout = tiny_next.layout_of(picture.size)
+    assert [view.grid.tokens for view in layout.views] == [36]
+    asked = questions_for(tiny_next)[:1]
+    found = nuwa.generate(
+        tiny_next.model, tiny_next.processor, [picture], asked, method="unpruned", max_new_tokens=MAX_NEW
+    )
+    assert [tuple(one.tokens) for one in found] == stock_answers(tiny_next, tiny_next.model, [picture], asked)
+    (pruned,) = nuwa.generate(
+        tiny_next.model, tiny_next.processor, [picture], asked, method="nuwa", retention=0.5, max_new_tokens=4
+    )
+    assert pruned.tokens
+
+
+def test_a_picture_so_tall_that_only_ends_of_lines_are_left_is_refused_for_that(tiny_next):
+    with pytest.raises(
+        ValueError, match=r"^so tall that no column of its local grid is left without the padding, only"
+    ):
+        tiny_next.layout_of((4, 240))

@@ -29,6 +29,12 @@ VICUNA_V1 = (
 )
 
 
+LLAVA_V1 = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the human's questions. USER: <image>\n" + ASKED + " ASSISTANT:"
+)
+
+
 def published(vlm):
     processor = copy.copy(vlm.processor)
     processor.chat_template = PUBLISHED
@@ -42,6 +48,14 @@ def stock_answer(vlm, processor, image, conversation) -> tuple[int, ...]:
     made = out[0, inputs["input_ids"].shape[1] :].tolist()
     end = vlm.model.generation_config.eos_token_id
     return tuple(made[: made.index(end)] if end in made else made)
+
+
+def test_llava_v1_is_llavas_conversation_word_for_word(tiny_next):
+    processor = published(tiny_next)
+    vlm = adapt(tiny_next.model, processor, conversation="llava_v1")
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ASKED}]}
+    text = processor.apply_chat_template([*vlm.opening, turn], add_generation_prompt=True, tokenize=False)
+    assert text == LLAVA_V1
 
 
 def test_vicuna_v1_is_llavas_conversation_word_for_word(tiny_next, photos):
@@ -139,7 +153,7 @@ def test_framing_is_part_of_the_identities(cropping):
 @pytest.mark.parametrize(
     ("framing", "message"),
     [
-        ({"conversation": "vicuna"}, "conversation 'vicuna' is unknown; allowed: template, vicuna_v1"),
+        ({"conversation": "vicuna"}, "conversation 'vicuna' is unknown; allowed: template, vicuna_v1, llava_v1"),
         (
             {"image_aspect_ratio": "pad"},
             "image_aspect_ratio 'pad' is not for LLaVA-NeXT's CLIP tower; allowed: processor",

@@ -158,7 +158,7 @@ def test_a_method_that_reads_cls_is_refused_by_name_where_there_is_none(tiny_qwe
             {"method": "unpruned"},
             "method 'unpruned' takes neither average_tokens nor retention; leave them out",
         ),
-        ({"position": "sparse"}, "position 'sparse' is unknown; allowed: perc, pesp, rpme"),
+        ({"position": "sparse"}, "position 'sparse' is unknown; allowed: own, perc, pesp, rpme, gap"),
     ],
 )
 def test_bad_arguments_are_named(tiny_qwen, photos, options, message):
@@ -195,14 +195,19 @@ def test_an_unsupported_model_type_is_named(tiny_next, monkeypatch):
     monkeypatch.setattr(type(tiny_next.model.config), "model_type", "blip")
     with pytest.raises(ValueError) as caught:
         adapt(tiny_next.model, tiny_next.processor)
-    assert str(caught.value) == "model type 'blip' is not supported; supported: llava, llava_next, qwen2_5_vl"
+    assert str(caught.value) == "model type 'blip' is unknown; allowed: llava, llava_next, qwen2_5_vl"
 
 
-def test_sliding_windows_are_refused(tiny_next, monkeypatch):
-    monkeypatch.setattr(tiny_next.model.config.text_config, "sliding_window", 4096, raising=False)
+def test_sliding_windows_with_several_position_ids_are_refused(tiny_qwen, monkeypatch):
+    config = tiny_qwen.model.model.language_model.config
+    monkeypatch.setattr(config, "sliding_window", 4096, raising=False)
+    monkeypatch.setattr(config, "layer_types", ["sliding_attention"] * tiny_qwen.layers)
     with pytest.raises(ValueError) as caught:
-        adapt(tiny_next.model, tiny_next.processor)
-    assert str(caught.value).startswith("model.text_config.sliding_window = 4096: sliding-window attention is not")
+        adapt(tiny_qwen.model, tiny_qwen.processor)
+    assert str(caught.value) == (
+        "text_config.model_type = qwen2_5_vl_text with text_config.sliding_window = 4096: sliding-window attention is not "
+        "supported with several position ids a token; set it to null where prompt and answer are shorter than the window"
+    )
 
 
 # --- cached features

@@ -14,6 +14,7 @@ from oracles import schedule as oracle
 from nuwa.grid import PatchGrid
 from nuwa.methods import RECIPES, specify
 from nuwa.schedule import Decay, TokenSchedule, UnreachableBudget, solve_schedule
+from nuwa.stage2.scorers import SCORERS
 
 CLIP = PatchGrid(24, 24)
 SEVENTH, THIRD = 1 / 7, 1 / 3
@@ -142,13 +143,18 @@ def test_so_it_is_when_stage_2_keeps_next_to_nothing(problem):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(problem=problems(smallest_ratio=0.1))
+@example(problem=(1.0, 2, 3, 1, 0.25))  # K1 would be 2, but K2 cannot be a half
 def test_the_asked_ratio_is_kept_where_rounding_and_the_image_allow(problem):
     average, tokens, layers, cut, ratio = problem
     assume(ratio is not None and 1 <= average <= tokens)
     schedule = solve_schedule(average, tokens, layers, [cut], Decay(ratio))
     first, ((_, second),) = schedule.stage1_keep, schedule.cuts
     ideal = average * layers / (cut + (layers - cut) * ratio)
-    if ideal >= tokens:
+    beside_one = (average * layers - (layers - cut)) / cut  # K1 where K2 is one token
+    if beside_one <= tokens and beside_one * ratio < 1:
+        assert abs(first - beside_one) <= 1, "K2 stays at one token and K1 takes the rest"
+        assert abs(second - 1) <= cut / (layers - cut) + 1
+    elif ideal >= tokens:
         assert first == tokens, "K1 stays at the image's tokens and K2 takes the rest"
     else:
         assert abs(first - ideal) <= 1
@@ -283,19 +289,17 @@ def test_a_fastv_that_would_prune_before_the_model_is_refused_before_any_work(ar
         ),
         (
             {"method": "nuwa", "budget": 64, "position": "compact"},
-            "position 'compact' is unknown; allowed: perc, pesp, rpme",
+            "position 'compact' is unknown; allowed: own, perc, pesp, rpme, gap",
         ),
         ({"method": "nuwa"}, "nuwa needs a budget of average tokens"),
         ({"method": "unpruned", "budget": 64}, "unpruned takes no budget, not 64; leave it out"),
         (
             {"method": "nuwa", "budget": 64, "stage2": {"scorer": "mean"}},
-            "stage-2 scorer 'mean' is unknown; allowed: "
-            "attention_last_token, attention_last_three, attention_all_text, attention_last_token_next_layer, attention_raters, "
-            "cosine_mean_text, random",
+            "stage-2 scorer 'mean' is unknown; allowed: " + ", ".join(sorted(SCORERS)),
         ),
         (
             {"method": "nuwa", "budget": 64, "preset": "papers"},
-            "nuwa has no preset 'papers'; allowed: released, released_next, released_qwen, paper",
+            "nuwa has no preset 'papers'; allowed: released, released_next, released_qwen, paper, paper_next",
         ),
         (
             {"method": "random", "budget": 64, "parameters": {"seeds": 1}},
@@ -307,3 +311,21 @@ def test_methods_refuse_what_does_not_exist(arguments, message):
     with pytest.raises(ValueError) as caught:
         specify(**arguments)
     assert str(caught.value) == message
+
+
+RENUMBERED = "visionzip prumerge divprune vispruner sparsevlm pyramiddrop random uniform pooling downsample"
+OWN_POSITIONS = {  # as the authors' code gives them; of the last four, and of LearnPruner, as stated
+    "pesp": ["fastv", "nuwa", "learnpruner", "unpruned"],
+    "perc": RENUMBERED.split(),
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method"), [(kind, name) for kind, names in OWN_POSITIONS.items() for name in names]
+)
+def test_own_positions_are_those_of_the_released_code(strategy, method):
+    budget = None if method == "unpruned" else 64
+    own = specify(method, position="own", budget=budget)
+    assert own.position == strategy
+    assert own == specify(method, position=strategy, budget=budget), "a name, never another configuration"
+    assert specify(method, position="gap", budget=budget).position == "pesp"

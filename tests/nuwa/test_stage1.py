@@ -6,6 +6,7 @@ one unit in the last place of the stored type).
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -31,8 +32,11 @@ from oracles.random import contract_breach
 from oracles.uniform import unevenness
 
 from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout
+from nuwa.methods import specify
+from nuwa.schedule import ByBudget, Decay
 from nuwa.stage1 import METHODS, get_method, register
-from nuwa.stage1.nuwa import PRESETS, Nuwa, aggregation_weights, candidates_needed, rank_in_region
+from nuwa.stage1.nuwa import PRESETS, Nuwa, aggregation_weights, candidates_needed, rank_in_region, reach
 from nuwa.stage1.pooling import pooled_shape
 from nuwa.stage1.uniform import even_indices
 from nuwa.stage1.visionzip import VisionZip
@@ -51,8 +55,22 @@ def test_nuwa_presets_match_the_equations(preset, kind, shape):
     config = get_method("nuwa").configure(preset)
     picture = draw_picture(1, *shape, kind)
     for keep in keeps(picture.tokens):
-        expected = nuwa_oracle.select(picture, keep, **asdict(config))
+        expected = nuwa_oracle.select(picture, keep, **_numbers(config, keep / picture.tokens))
         assert_same_outcome(select("nuwa", picture, keep, config), expected, picture)
+
+
+# n per region as the authors' code has it, by the share of the tokens that stage 1 keeps: the bounds lie half-way between
+# 290, 582 and 1162 of 2880 tokens, and between 35, 60 and 85 %.
+CANDIDATES = {"released_next": [(436 / 2880, 2), (1, 3)], "released_qwen": [(0.725, 3), (1, 4)]}
+
+
+def _numbers(config: Nuwa, share: float) -> dict:
+    """A configuration with the table by budget read at ``share``."""
+    numbers = {field.name: getattr(config, field.name) for field in fields(config)}
+    for preset, rows in CANDIDATES.items():
+        if config == get_method("nuwa").configure(preset):
+            numbers["candidates_per_region"] = next(n for bound, n in rows if share <= bound)
+    return numbers
 
 
 configs = st.builds(
@@ -66,7 +84,7 @@ configs = st.builds(
     pillar_quantile=st.sampled_from([0.0, 0.1, 0.3, 1 / 3, 0.55, 0.7, 0.75, 0.9, 1.0]),
     aggregation=st.booleans(),
     distance_threshold=st.sampled_from([0.001, 0.017, 280 / 1058, 0.5, 0.8, 1.0]),
-    distance_convention=st.sampled_from(["squared", "plain"]),
+    distance_convention=st.sampled_from(["squared", "plain", "plain_even", "patches"]),
     reset_self_weight=st.booleans(),
 )
 
@@ -120,6 +138,135 @@ def test_the_two_presets_differ_in_exactly_what_paper_and_code_differ_in():
         assert config.region_side == 2 and config.reset_self_weight and config.separation and config.pillars
         assert (config.distance_threshold * 1058, config.distance_convention) == (pytest.approx(280), "squared")
     assert get_method("nuwa").default_preset == "released"
+
+
+def test_presets_hold_what_the_released_code_and_table_10_set():
+    """Values read off the authors' code; the stage-2 ratios and layers stand in the recipes."""
+    following, qwen, paper, paper_next = (
+        get_method("nuwa").configure(preset) for preset in ("released_next", "released_qwen", "paper", "paper_next")
+    )
+    assert following == replace(
+        Nuwa(),
+        candidates_per_region=following.candidates_per_region,
+        pillar_quantile=0.5,
+        distance_threshold=280**0.5,
+        distance_convention="patches",
+    )
+    assert qwen == replace(
+        Nuwa(),
+        candidates_per_region=qwen.candidates_per_region,
+        pillar_quantile=0.1,
+        distance_threshold=0.8,
+        distance_convention="plain_even",
+        reset_self_weight=False,
+    )
+    assert paper_next == paper
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "budgets", "candidates", "ratios"),
+    [
+        ("released_next", 2880, [160, 320, 640], [2, 3, 3], [0.1, 0.1, 0.1]),
+        ("released_next", 700, [160, 320, 640], [2, 3, 3], [0.1, 0.1, 0.1]),  # by tokens, whatever the image has
+        ("released_next", 2880, [1, 240, 240.5, 2880], [2, 2, 3, 3], [0.1] * 4),
+        ("released_qwen", 400, [100, 200, 300], [3, 3, 4], [0.42, 0.66, 0.70]),
+        ("released_qwen", 1000, [10, 375, 625, 626, 900], [3, 3, 3, 4, 4], [0.42, 0.54, 0.68, 0.68016, 0.70]),
+        ("paper_next", 2880, [100, 144, 259.2, 518.4, 900], [None] * 5, [1 / 9, 1 / 9, 1 / 8, 1 / 8, 1 / 8]),
+    ],
+)
+def test_what_presets_set_by_budget(preset, tokens, budgets, candidates, ratios):
+    layers = 28 if preset == "released_qwen" else 32
+    for budget, n, ratio in zip(budgets, candidates, ratios, strict=True):
+        spec = specify("nuwa", preset=preset, budget=budget)
+        assert spec.resolved(tokens).config.candidates_per_region == n
+        assert spec.stage2.keep.at(budget, tokens).ratio == pytest.approx(ratio, abs=1e-12)
+        schedule = spec.schedule(PatchGrid(1, tokens), layers)
+        assert abs(schedule.average_tokens - budget) <= 0.5
+
+
+def test_published_schedules_of_the_presets():
+    """Tokens that stage 1 and stage 2 keep: of 2880 on LLaVA-NeXT, in the code and in table 10."""
+    grid = PatchGrid(48, 60)
+
+    def kept(preset: str, budget: float) -> tuple[int, int]:
+        schedule = specify("nuwa", preset=preset, budget=budget).schedule(grid, 32)
+        return schedule.stage1_keep, schedule.cuts[0][1]
+
+    # The code keeps 290, 582 and 1162, and a tenth of them: averages of 159.5, 320 and 639.
+    assert [kept("released_next", budget) for budget in (160, 320, 640)] == [(290, 30), (581, 59), (1163, 117)]
+    shares = [tuple(round(100 * part / 2880) for part in kept("paper_next", budget)) for budget in (144, 259.2, 518.4)]
+    assert shares == [(9, 1), (16, 2), (32, 4)]
+
+
+def test_a_plan_holds_the_values_of_its_images_and_not_the_table():
+    spec = specify("nuwa", preset="released_qwen", budget=75)
+    plans = [spec.on(VisualLayout((View(grid),)), 28) for grid in (PatchGrid(10, 10), PatchGrid(15, 20))]
+    assert [plan.spec.config.candidates_per_region for plan in plans] == [4, 3]  # 75 and 25 % of the tokens
+    assert specify("nuwa", preset="released_qwen", budget=75, parameters={"candidates_per_region": 1}).resolved(
+        100
+    ).config == replace(spec.config, candidates_per_region=1)
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "patches"),
+    [
+        ("released", (24, 24), 280**0.5),
+        ("released", (12, 12), (280 / 1058 * 242) ** 0.5),
+        ("released_next", (24, 24), 280**0.5),
+        ("released_next", (36, 48), 280**0.5),
+        ("released_next", (1, 1), 280**0.5),
+        ("released_qwen", (3, 3), 0.8 * 18**0.5),
+        ("released_qwen", (4, 7), 0.8 * 58**0.5),
+        ("released_qwen", (1, 1), 0.8 * 2**0.5),
+    ],
+)
+def test_reach_of_the_aggregation_in_patches(preset, shape, patches):
+    assert reach(PatchGrid(*shape), get_method("nuwa").configure(preset)) == pytest.approx(patches, rel=1e-12)
+
+
+def test_corner_to_corner_on_an_odd_grid_weighs_what_the_even_grid_leaves_it():
+    picture = replace(draw_picture(1, 3, 3), similarity=np.ones((9, 4), np.float32))
+    config = get_method("nuwa").configure("released_qwen")
+    row = aggregation_weights(signals_of(picture), torch.tensor([[0]]), config)[0, 0]
+    across = 1 - 8**0.5 / (0.8 * 18**0.5)
+    rows = [[1 - (down**2 + along**2) ** 0.5 / (0.8 * 18**0.5) for along in range(3)] for down in range(3)]
+    assert row[8] == pytest.approx(across / sum(map(sum, rows)), rel=1e-6)
+
+
+def test_tables_by_budget_are_refused_where_they_are_none():
+    for arguments, message in [
+        (((1, 2), (3,)), "1 values by 2 budgets: give one value a budget"),
+        (((2, 1), (3, 4)), "budgets 2, 1 must ascend"),
+        (((1, 2), (3, 4), "tokens", "cubic"), "a table by 'tokens' and 'cubic' is unknown; see ByBudget"),
+        (((1, 2), (3, 4), "tokens", "nearest", (0.5,)), "1 stage-1 shares by 2 budgets: give one each"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            ByBudget(*arguments)
+        assert str(caught.value) == message
+    with pytest.raises(ValueError) as caught:
+        ByBudget((1,), (2,)).at_stage1(0.5)
+    assert str(caught.value) == "this table is by budget: name one, or set the parameter to a number"
+    with pytest.raises(ValueError) as caught:
+        Decay(ByBudget((1, 2), (0.5, 1.5)))
+    assert str(caught.value) == "stage-2 ratio K2/K1 1.5 must lie in (0, 1]"
+    with pytest.raises(ValueError) as caught:
+        Nuwa(candidates_per_region=ByBudget((1, 2), (1, 0)))
+    assert str(caught.value) == "nuwa.candidates_per_region 0 must be null or at least 1"
+    with pytest.raises(ValueError) as caught:
+        Nuwa(distance_convention="patches", distance_threshold=0)
+    assert str(caught.value) == "nuwa.distance_threshold 0 must be above 0 patches"
+
+
+def test_a_table_by_budget_is_part_of_a_configurations_identity():
+    method = get_method("nuwa")
+    identities = [
+        json.dumps(method.identity(method.configure("released_next", **parameters)), sort_keys=True)
+        for parameters in ({}, {"candidates_per_region": None}, {"candidates_per_region": 2})
+    ]
+    assert len(set(identities)) == 3
+    with pytest.raises(ValueError) as caught:
+        method.configure("released_next", candidates_per_region="2")
+    assert str(caught.value) == "nuwa.candidates_per_region '2' is of the wrong type; allowed: int or NoneType"
 
 
 def test_clips_grid_at_the_published_budgets():
@@ -260,7 +407,10 @@ def test_a_dark_region_keeps_its_first_token_only_when_it_must():
     [
         ({"salience": "keys"}, "nuwa.salience 'keys' is unknown; allowed: cls_attention_key_norm, cls_attention"),
         ({"pillar_signal": "k"}, "nuwa.pillar_signal 'k' is unknown; allowed: key_norm, salience, feature_norm"),
-        ({"distance_convention": "l1"}, "nuwa.distance_convention 'l1' is unknown; allowed: squared, plain"),
+        (
+            {"distance_convention": "l1"},
+            "nuwa.distance_convention 'l1' is unknown; allowed: squared, plain, plain_even, patches",
+        ),
         ({"pillar_quantile": 1.01}, "nuwa.pillar_quantile 1.01 must lie in [0, 1]"),
         ({"pillar_quantile": -0.1}, "nuwa.pillar_quantile -0.1 must lie in [0, 1]"),
         ({"distance_threshold": 0}, "nuwa.distance_threshold 0 must lie in (0, 1]"),
@@ -452,7 +602,7 @@ def test_a_selection_is_what_it_says(case, name):
     assert indices == sorted(set(indices)) and indices[0] >= 0 and indices[-1] < picture.tokens
     assert selection.features.shape == (1, len(indices), picture.features.shape[1])
     assert torch.isfinite(selection.features).all()
-    untouched = torch.from_numpy(picture.features[indices])
+    untouched = torch.from_numpy((picture.projected if selection.projected else picture.features)[indices])
     flags = selection.pillars[0]
     assert torch.equal(selection.features[0][flags], untouched[flags])
 
@@ -490,4 +640,29 @@ def test_unknown_parameters_and_presets_are_named_with_what_exists():
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError) as caught:
         register("nuwa", Nuwa)(lambda *_: None)
-    assert str(caught.value) == "stage-1 method 'nuwa' is registered twice"
+    assert str(caught.value) == "stage-1 method 'nuwa' is registered twice; choose another name for the second"
+
+
+# --- VisionZip's keys
+
+
+@pytest.mark.parametrize("heads", [2, 3, 6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_visionzip_compares_keys_averaged_over_heads(kind, heads):
+    picture = draw_picture(8, 5, 7, kind)
+    signals = replace(signals_of(picture), heads=heads)
+    for keep in keeps(picture.tokens):
+        assert_same_outcome(
+            select("visionzip", signals, keep), visionzip_oracle.select(picture, keep, heads=heads), picture
+        )
+
+
+def test_visionzips_head_mean_joins_another_target_than_full_width_keys():
+    picture = draw_picture(8, 6, 6)
+    signals = signals_of(picture)
+    full, mean = (select("visionzip", replace(signals, heads=heads), 20) for heads in (1, 3))
+    assert torch.equal(full.indices, mean.indices) and not torch.equal(full.features, mean.features)
+    assert replace(signals, heads=3)[:1].heads == 3
+    with pytest.raises(ValueError) as caught:
+        replace(signals, heads=4)
+    assert str(caught.value) == "signals.heads 4 does not divide keys of width 6"

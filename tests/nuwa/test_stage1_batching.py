@@ -4,7 +4,7 @@ Which part of a result is the same bit for bit, per method:
 
 * indices and pillars, and the features of tokens that merge nothing: always, for all methods;
 * merged features of ``pooling``: always, as a cell is summed by itself;
-* merged features of ``nuwa``, ``prumerge`` and ``visionzip`` come out of matrix products, whose kernels may sum in another
+* merged features of ``nuwa``, ``prumerge``, ``visionzip`` and ``vscan`` come out of matrix products, whose kernels may sum in another
   order for another batch: within 1e-6 of the largest feature (half precision: one unit in the last place).
 """
 
@@ -14,16 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.agreement import PRUNING, SIGNALS, select, signals_of
+from oracles.agreement import PRUNING, select, signals_of
 from oracles.pictures import KINDS, SHAPES, draw_picture
 
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection
-from nuwa.signals import VisionSignals
+from nuwa.signals import VIEW_SIGNALS, VisionSignals
 from nuwa.stage1 import get_method
 
 torch.set_num_threads(1)
-PRODUCTS = {"nuwa", "prumerge", "visionzip"}
+PRODUCTS = {"nuwa", "prumerge", "visionzip", "vscan"}
+WIDE = ("features", "keys", "similarity", "projected")  # a vector a token, not a number
 CONFIGURED = [*PRUNING, "nuwa paper"]
 
 
@@ -82,8 +83,10 @@ def test_permuting_images_permutes_results(data, name):
 def without_content(grid: PatchGrid, batch: int, dtype: torch.dtype = torch.float32) -> VisionSignals:
     """Signals on PyTorch's meta device: they have a shape and a dtype, and no values."""
     shape = (batch, grid.tokens, 32)
-    parts = {name: torch.empty(shape, device="meta", dtype=dtype) for name in SIGNALS}
-    parts["cls_attention"] = torch.empty(shape[:2], device="meta", dtype=dtype)
+    wide = {name: torch.empty(shape, device="meta", dtype=dtype) for name in WIDE}
+    parts = wide | {
+        name: torch.empty(shape[:2], device="meta", dtype=dtype) for name in VIEW_SIGNALS if name not in wide
+    }
     return VisionSignals(grid, **parts, image_ids=tuple(f"image {row}" for row in range(batch)))
 
 
@@ -124,7 +127,7 @@ def test_waiting_for_the_device_would_be_noticed(wait):
 def test_the_accelerator_keeps_the_same_tokens(name):
     method, config = configured(name)
     album = signals_of(*[draw_picture(seed, 12, 12, dim=48, key_dim=40) for seed in range(8)])
-    there = VisionSignals(album.grid, *(getattr(album, part).cuda() for part in SIGNALS), album.image_ids)
+    there = album.to(torch.device("cuda"))
     here, found = select(method, album, 21, config), select(method, there, 21, config)
     assert torch.equal(here.indices, found.indices.cpu()) and torch.equal(here.pillars, found.pillars.cpu())
     assert torch.allclose(here.features, found.features.cpu(), atol=1e-5)

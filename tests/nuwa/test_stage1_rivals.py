@@ -17,7 +17,8 @@ from oracles.agreement import assert_same_outcome, keeps, pictures, pictures_and
 from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
 
 from nuwa.grid import PatchGrid
-from nuwa.signals import VisionSignals
+from nuwa.signals import VisionSignals, directions
+from nuwa.stage1.divprune import first_token
 from nuwa.stage1.prumerge import PruMerge, merge_weights, outliers, spaced
 from nuwa.stage1.vispruner import VisPruner
 
@@ -266,9 +267,23 @@ def test_dense_forms_give_the_same_on_ordinary_pictures(name):
     grid = PatchGrid(24, 24)
     parts = [torch.randn(1, 576, 64, generator=generator) for _ in range(3)]
     attention = (2 * torch.randn(1, 576, generator=generator)).softmax(dim=-1)
-    signals = VisionSignals(grid, parts[0], attention, parts[1], parts[2], ("one",))
-    for keep in (64, 112):
+    early = (2 * torch.randn(1, 576, generator=generator)).softmax(dim=-1)
+    relevance, projected = torch.rand(1, 576, generator=generator), torch.randn(1, 576, 80, generator=generator)
+    further = {"early_attention": early, "relevance": relevance, "projected": projected}
+    signals = VisionSignals(grid, parts[0], attention, parts[1], parts[2], ("one",), **further)
+    # A kernel's rank is the width of what is projected: no more tokens have a gain.
+    for keep in (32, 64) if name == "cdpruner" else (64, 112):
         ours = select(name, signals, keep)
         indices, features = getattr(dense, name)(signals, keep)
         assert torch.equal(ours.indices, indices)
         assert torch.allclose(ours.features, features, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_divprunes_first_token_by_rough_products_is_the_one_by_exact_products(kind, monkeypatch):
+    """Also of tokens whose nearest neighbours differ by less than float32 tells apart."""
+    pictures = [draw_picture(seed, 5, 7, kind, dim=64) for seed in range(4)]
+    unit = directions(signals_of(*pictures).features)
+    rough = first_token(unit, 8)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert torch.equal(rough, first_token(unit, 8))

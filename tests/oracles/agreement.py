@@ -18,6 +18,13 @@ from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
 # LearnPruner needs weights trained on its encoder and downsampling the images; their own tests show the same of them.
 PRUNING = sorted(set(METHODS) - {"unpruned", "learnpruner", "downsample"})
 SIGNALS = ("features", "cls_attention", "keys", "similarity")
+FURTHER = {
+    "early_attention": "early",
+    "received_middle": "middle",
+    "received_late": "late",
+    "relevance": "relevance",
+    "projected": "projected",
+}
 
 
 def signals_of(*pictures: Picture) -> VisionSignals:
@@ -33,6 +40,7 @@ def signals_of(*pictures: Picture) -> VisionSignals:
         keys=stack("keys"),
         similarity=stack("similarity"),
         image_ids=tuple(picture.name for picture in pictures),
+        **{name: stack(field) for name, field in FURTHER.items()},
     )
 
 
@@ -43,17 +51,21 @@ def select(name: str, picture: Picture | VisionSignals, keep: int, config: Any =
 
 
 def assert_same_outcome(selection: Selection, expected: Outcome, picture: Picture) -> None:
-    """Indices and pillars exactly, pillars' features bit for bit, merged ones within rounding of their dtype."""
+    """Indices and pillars exactly, pillars' features bit for bit, merged ones within rounding of their dtype.
+
+    What a method merges behind the projector is compared with what the projector made.
+    """
+    untouched = picture.projected if selection.projected else picture.features
     assert selection.indices.dtype == torch.int64 and selection.pillars.dtype == torch.bool
     assert selection.indices[0].tolist() == expected.kept
     assert selection.pillars[0].tolist() == expected.pillars
     found = selection.features[0].numpy()
-    assert found.dtype == picture.features.dtype, "features leave in the dtype they came in"
+    assert found.dtype == untouched.dtype, "features leave in the dtype they came in"
     tolerance = 2e-3 if found.dtype == np.float16 else 1e-5
     np.testing.assert_allclose(found.astype(np.float64), expected.features, rtol=tolerance, atol=tolerance)
     for at, token in enumerate(expected.kept):
         if expected.pillars[at]:
-            assert np.array_equal(found[at], picture.features[token]), "pillars are bit-identical to their input"
+            assert np.array_equal(found[at], untouched[token]), "pillars are bit-identical to their input"
 
 
 def keeps(tokens: int) -> list[int]:

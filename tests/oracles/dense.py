@@ -126,11 +126,73 @@ def pooling(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
     return torch.tensor([indices], device=features.device), torch.stack(cells)[None]
 
 
+def fastervlm(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image."""
+    indices = signals.cls_attention[0].topk(keep).indices.sort().values
+    return indices[None], signals.features[:1, indices]
+
+
+def scope(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image."""
+    unit = F.normalize(signals.features[0], dim=-1)
+    similarity, attention = unit @ unit.T, signals.cls_attention[0]
+    covered, chosen = torch.zeros_like(attention), []
+    for _ in range(keep):
+        gain = (similarity - covered[:, None]).clamp(min=0).sum(dim=0) * attention
+        gain[chosen] = -torch.inf
+        chosen.append(int(gain.argmax()))
+        covered = torch.maximum(covered, similarity[:, chosen[-1]])
+    indices = torch.tensor(chosen, device=attention.device).sort().values
+    return indices[None], signals.features[:1, indices]
+
+
+def cdpruner(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image: the kernel, then greedy inference in it."""
+    relevance = -signals.relevance[0]
+    relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+    unit = F.normalize(signals.projected[0], dim=-1)
+    kernel = relevance[:, None] * (unit @ unit.T) * relevance
+    gain, rows, chosen = kernel.diagonal().clone(), [], []
+    for _ in range(keep):
+        best = int(gain.argmax())
+        row = kernel[best]
+        if rows:
+            known = torch.stack(rows)
+            row = row - known[:, best] @ known
+        rows.append(row / gain[best].sqrt())
+        gain = gain - rows[-1].square()
+        gain[best] = -torch.inf
+        chosen.append(best)
+    indices = torch.tensor(chosen, device=gain.device).sort().values
+    return indices[None], signals.features[:1, indices]
+
+
+def vscan(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image of 24x24 tokens, 16 windows; or of 60x48, 20."""
+    early, late, features = signals.early_attention[0], signals.cls_attention[0], signals.projected[0]
+    grid, side = signals.grid, min(signals.grid.height, signals.grid.width) // 4
+    blocks = torch.arange(grid.tokens, device=early.device).view(grid.height // side, side, grid.width // side, side)
+    blocks = blocks.transpose(1, 2).reshape(-1, side**2)
+    local = blocks.gather(1, early[blocks].topk(keep // 2 // len(blocks), dim=1).indices).flatten()
+    others = late.clone()
+    others[local] = -torch.inf
+    indices = torch.cat([local, others.topk(keep - len(local)).indices]).sort().values
+    unit = F.normalize(features, dim=-1)
+    joined = (unit @ unit.T)[:, indices].argmax(dim=1)
+    joined[indices] = torch.arange(keep, device=early.device)
+    members = F.one_hot(joined, keep).to(features)
+    return indices[None], (members.T @ features / members.sum(dim=0)[:, None])[None]
+
+
 # Every one takes one image at a time but Nüwa's, which is measured as a batch.
 PER_IMAGE = {
+    "cdpruner": cdpruner,
     "divprune": divprune,
+    "fastervlm": fastervlm,
     "pooling": pooling,
     "prumerge": prumerge,
+    "scope": scope,
     "visionzip": visionzip,
     "vispruner": vispruner,
+    "vscan": vscan,
 }

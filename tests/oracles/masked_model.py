@@ -75,12 +75,23 @@ class MaskedModel:
         return embedded
 
     def mask(self, layer: int, length: int) -> Tensor:
-        """Additive ``(1, 1, n, n)``: causal, and -inf towards dropped patches from all but themselves."""
+        """Additive ``(1, 1, n, n)``: causal, within the layer's window, and -inf towards dropped patches from all others."""
         dropped = [self.visual[patch] for patch in set(range(len(self.visual))).difference(self.alive[layer])]
         mask = torch.full((length, length), -torch.inf).triu(1)
+        window = self.window(layer)
+        if window is not None:
+            mask += torch.full((length, length), -torch.inf).tril(-window)
         mask[:, dropped] = -torch.inf
         mask.fill_diagonal_(0)
         return mask[None, None]
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens, itself included, a token of this layer sees; stock attention modules say so themselves."""
+        config = self.language.config
+        kinds = getattr(config, "layer_types", None)
+        if config.model_type in ("mistral", "phi3"):
+            return config.sliding_window
+        return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
 
     def positions(self, layer: int, length: int) -> list[list[int]]:
         """Position ids of every axis; dropped tokens, whom nobody sees, get zeros."""
@@ -95,7 +106,7 @@ class MaskedModel:
                 ids[self.visual[token]] = start + position
             axes.append(ids)
             visual += renewed if self.strategy == "perc" else original
-        after = start + max(visual) + 1
+        after = start + max(visual, default=-1) + 1  # nothing may be left
         for ids in axes:
             ids[self.visual[-1] + 1 :] = range(after, after + length - self.visual[-1] - 1)
         return axes

@@ -69,10 +69,19 @@ def pillar_flags(picture: Picture, scores: list[float], kept: list[int], signal:
     return [value >= threshold for value in found]
 
 
+def reach_in_patches(height: int, width: int, threshold: float, convention: str) -> float:
+    """``d_thresh``: in patches, or a share of the largest distance, of its square, or of that on an even grid."""
+    if convention == "patches":
+        return threshold
+    if convention == "plain_even":
+        height, width = -(-height // 2) * 2, -(-width // 2) * 2
+    squared = (height - 1) ** 2 + (width - 1) ** 2
+    return (threshold * squared) ** 0.5 if convention == "squared" else threshold * squared**0.5
+
+
 def weight_row(picture: Picture, token: int, threshold: float, convention: str, reset: bool) -> list[float]:
     """Equations 5-7: one collector's weights over all tokens, ``ReLU(cos) · (1 - min(1, d / d_thresh))``."""
-    squared = (picture.height - 1) ** 2 + (picture.width - 1) ** 2
-    reach = (threshold * squared) ** 0.5 if convention == "squared" else threshold * squared**0.5
+    reach = reach_in_patches(picture.height, picture.width, threshold, convention)
     row, column = picture.place(token)
     weights = []
     for other in range(picture.tokens):

@@ -14,7 +14,12 @@ SHAPES = ((6, 6), (5, 7), (1, 9), (9, 1), (4, 10), (3, 3), (1, 1))
 
 @dataclass(frozen=True)
 class Picture:
-    """One image. ``features`` (N, D), ``attention`` (N,), ``keys`` (N, C) and ``similarity`` (N, D)."""
+    """One image. ``features`` (N, D), ``attention`` (N,), ``keys`` (N, C) and ``similarity`` (N, D).
+
+    Further ones are made of these and of the name, by default as adversarial as they: ``early`` (attention of an early
+    layer), ``middle`` and ``late`` (attention received), ``relevance`` (cosine with a question), each (N,), and
+    ``projected`` (N, D).
+    """
 
     name: str
     height: int
@@ -23,6 +28,25 @@ class Picture:
     attention: np.ndarray
     keys: np.ndarray
     similarity: np.ndarray
+    early: np.ndarray = None
+    middle: np.ndarray = None
+    late: np.ndarray = None
+    relevance: np.ndarray = None
+    projected: np.ndarray = None
+
+    def __post_init__(self) -> None:
+        """An order of the tokens of its own for every further signal, so that none stands in for another."""
+        turned = np.roll(np.arange(self.tokens), 1)
+        made = {
+            "early": self.attention[turned],
+            "middle": self.attention[turned[::-1]],
+            "late": self.attention[::-1],
+            "relevance": self.similarity[:, 0].clip(-1, 1),
+            "projected": np.roll(self.features, 2, axis=0)[:, ::-1],
+        }
+        for name, signal in made.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.ascontiguousarray(signal))
 
     @property
     def tokens(self) -> int:

@@ -13,17 +13,24 @@ def contextual_count(keep: int, tokens: int, share: float) -> int:
     return 0 if keep == tokens else round(keep * share)
 
 
-def select(picture: Picture, keep: int, share: float = 10 / 64) -> Outcome:
+def head_mean(key: np.ndarray, heads: int) -> np.ndarray:
+    """Entry ``d`` is the mean of the heads' entries ``d``; heads stand side by side."""
+    width = len(key) // heads
+    return np.array([sum(float(key[head * width + d]) for head in range(heads)) / heads for d in range(width)])
+
+
+def select(picture: Picture, keep: int, share: float = 10 / 64, heads: int = 1) -> Outcome:
     """Raster order. A contextual token is its target plus the mean of what joined it; nobody joining adds nothing."""
     contextual = contextual_count(keep, picture.tokens, share)
     dominant = best_first([float(value) for value in picture.attention])[: keep - contextual]
     rest = [token for token in range(picture.tokens) if token not in dominant]
     targets = [rest[number * (len(rest) // contextual)] for number in range(contextual)]
+    keys = [head_mean(key, heads) for key in picture.keys]
     joined: dict[int, list[int]] = {target: [] for target in targets}
     for token in rest:
         if token in joined or not targets:
             continue
-        likeness = [similarity(picture.keys[token], picture.keys[target]) for target in targets]
+        likeness = [similarity(keys[token], keys[target]) for target in targets]
         joined[targets[likeness.index(max(likeness))]].append(token)  # the first of equally similar targets
     kept = sorted([*dominant, *targets])
     features = []

@@ -10,10 +10,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.collection import collect
-from pipelines.plan import Costs, plan_units, read_examples
-from pipelines.results import PARTS, ResultStore
-from pipelines.sweep import SweepOutcome, SweepSpec, run_sweep
+from pipelines.sweep.answers import SweepOutcome, SweepSpec, run_sweep
+from pipelines.sweep.collection import collect
+from pipelines.sweep.costs import Costs
+from pipelines.sweep.results import PARTS, ResultStore
+from pipelines.sweep.units import plan_units, read_examples
 
 BENCHMARKS = ["refcoco", "pope", "gqa"]
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,10 @@ class Logged:
     spec: SweepSpec
     log: str
     results: str
+
+    @property
+    def reuse(self):
+        return self.spec.reuse
 
     def build(self):
         return LoggedWorker(self.spec.build(), self.log)

@@ -12,13 +12,16 @@ from pyarrow import fs
 
 from nuwa.testbed.benchmark import make_testbed_benchmark
 from nuwa.vlm import LlavaAdapter
-from pipelines.datasets import choose_questions, write_examples
-from pipelines.features import encode_missing
-from pipelines.grid import Layouts, expand
-from pipelines.plan import sweep_costs
+from pipelines.data.datasets import choose_questions, write_examples
+from pipelines.features.encoding import encode_missing
+from pipelines.features.identity import ModelIdentity
+from pipelines.features.loading import Loading
 from pipelines.settings import ClusterSettings, FeatureSettings, SweepSettings
-from pipelines.sweep import answer_context
+from pipelines.sweep.costs import sweep_costs
+from pipelines.sweep.identity import answer_context
+from pipelines.sweep.trials import Layouts, expand
 
+FEATURES = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
 QUESTIONS = {"refcoco": 1, "refcocoplus": 1, "pope": 2, "gqa": 1, "textvqa": 1}
 
 
@@ -84,7 +87,7 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
         str(model_folder),
         prepared / "images.parquet",
         root,
-        FeatureSettings(dtype="float32", shard_images=5, batch_size=3),
+        FEATURES,
         ClusterSettings(address=None, workers=1, cpus=1, gpus=0),
         in_process=True,
     )
@@ -101,7 +104,7 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
         prepared / "images.parquet",
         expand(plan, Layouts.fixed(vlm.grid), vlm.layers),
         questions,
-        answer_context(vlm.fingerprint(), store.identity),
+        answer_context(ModelIdentity.of(str(model_folder), Loading(), vlm), vlm, FEATURES).digest,
         sweep_costs(vlm, questions.examples),
     )
 

@@ -85,6 +85,7 @@ class Chaos:
         while not condition():
             assert time.monotonic() < deadline, (self.folder / "driver.log").read_text()[-3000:]
             if self.driver.poll() is not None:
+                assert self.driver.returncode == 0, (self.folder / "driver.log").read_text()[-3000:]
                 return False
             time.sleep(0.02)
         return True

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import collection
-from pipelines.collection import collect
-from pipelines.plan import Example
-from pipelines.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
+from pipelines.sweep import collection
+from pipelines.sweep.collection import collect
+from pipelines.sweep.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
+from pipelines.sweep.units import Example
 
 TRIALS = ["t3", "t0", "t4", "t1", "t2"]
 EXAMPLES = [Example(f"d{n}", f"e{n}", f"i{n // 2}", "", 8) for n in (3, 0, 5, 1, 4, 2)]
@@ -26,6 +26,7 @@ def prediction(trial: str, example: Example) -> dict:
         "example_id": example.example_id,
         "prediction": f"{trial} says {example.digest}",
         "kept_final": [len(trial), int(example.digest[1:])],
+        "limit_reached": int(example.digest[1:]) % 2 == 1,
     }
 
 

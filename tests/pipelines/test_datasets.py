@@ -18,7 +18,7 @@ from bench import ROOT
 from PIL import Image
 
 from nuwa.benchmarks import RecordError, get_benchmark
-from pipelines.datasets import choose_questions, write_examples
+from pipelines.data.datasets import choose_questions, image_line, write_examples
 from pipelines.settings import SettingsError
 
 
@@ -61,6 +61,31 @@ def test_subsets_are_seeded_whole_images(examples):
     assert isinstance(first, pd.DataFrame) and set(first["image"]) == {one.images[0]}
 
 
+def test_subsets_are_nested(examples):
+    """A larger number keeps what a smaller one had, of every benchmark and whatever other images there are."""
+    names = ["pope", "gqa", "textvqa"]
+    before: set[str] = set()
+    for images in range(1, 13):
+        chosen = set(choose_questions(examples, names, images, seed=1).examples["example_id"])
+        assert before < chosen
+        before = chosen
+    assert before == set(choose_questions(examples, names, None, seed=1).examples["example_id"])
+
+    half = examples[examples["image"].isin(sorted(set(examples["image"]))[::2])]
+    of_half, of_all = (image_line(table["image"], 1) for table in (half, examples))
+    assert of_half == [image for image in of_all if image in set(half["image"])]
+
+
+def test_images_are_counted_by_benchmark(examples):
+    chosen = choose_questions(examples, ["pope", "gqa", "textvqa"], {"pope": 2, "gqa": 5}, seed=1).examples
+    assert chosen.groupby("benchmark")["image"].nunique().to_dict() == {"gqa": 5, "pope": 2, "textvqa": 12}
+    few, more = (set(chosen.loc[chosen["benchmark"] == name, "image"]) for name in ("pope", "gqa"))
+    assert few < more, "benchmarks on the same images share them, so that features and prefixes are shared too"
+    with pytest.raises(SettingsError) as raised:
+        choose_questions(examples, ["pope", "gqa"], {"gqa": 13}, 0)
+    assert str(raised.value) == "sweep.images.gqa = 13: the prepared data has 12 images of it"
+
+
 def test_faults_are_named(examples):
     with pytest.raises(SettingsError) as raised:
         choose_questions(examples, ["mme"], None, 0)
@@ -69,7 +94,7 @@ def test_faults_are_named(examples):
     )
     with pytest.raises(SettingsError) as raised:
         choose_questions(examples, ["pope"], 13, 0)
-    assert str(raised.value) == "sweep.images = 13: the prepared data has 12 images"
+    assert str(raised.value) == "sweep.images = 13: no benchmark of the prepared data has more than 12 images"
 
 
 def pope_table(path, contents: list[bytes]) -> None:
@@ -172,7 +197,7 @@ def test_a_killed_prepare_leaves_what_was_there(many, tmp_path):
     good = written(tmp_path, area)[0]
     before = (tmp_path / "i.parquet").read_bytes()
     script = (
-        "import os, signal, sys; from pathlib import Path; from pipelines.datasets import write_examples\n"
+        "import os, signal, sys; from pathlib import Path; from pipelines.data.datasets import write_examples\n"
         "folder, seen = Path(sys.argv[1]), []\n"
         "def order(size):\n"
         "    seen.append(size)\n"

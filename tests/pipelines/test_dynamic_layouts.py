@@ -17,17 +17,22 @@ from bench import Swept, same
 from PIL import Image
 
 from nuwa.benchmarks import get_benchmark
+from nuwa.budget import budget_on
 from nuwa.generation import answer_encoded
 from nuwa.layout import layout_order
 from nuwa.methods import specify
-from pipelines.datasets import IMAGES, write_examples
-from pipelines.features import ImpossibleImage, encode_missing, layouts_of
-from pipelines.grid import Layouts, budget_on, expand
-from pipelines.plan import forecast, image_layouts, plan_units, read_examples, sweep_costs
-from pipelines.results import ResultStore
-from pipelines.search import race_cost
+from pipelines.data.datasets import IMAGES, write_examples
+from pipelines.features.encoding import encode_missing
+from pipelines.features.faults import ImpossibleImage
+from pipelines.features.identity import ModelIdentity
+from pipelines.features.layouts import image_layouts, layouts_of
+from pipelines.search.run import race_cost
 from pipelines.settings import ClusterSettings, FeatureSettings, SettingsError, SweepSettings
-from pipelines.sweep import SweepSpec, answer_context, branch, run_sweep
+from pipelines.sweep.answers import SweepSpec, branch, run_sweep
+from pipelines.sweep.costs import forecast, sweep_costs
+from pipelines.sweep.results import ResultStore
+from pipelines.sweep.trials import Layouts, expand
+from pipelines.sweep.units import plan_units, read_examples
 
 ONE = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
 ASKED = ["what is on the left ?", "how many red cat near the sign ?", "where is the dog ?"]
@@ -56,13 +61,19 @@ GRIDS = [
 SHARES = [0.7, 0.9]
 
 
+def in_memory(vlm) -> dict:
+    """A model without files: encoded in this process, known by its encoder."""
+    known = ModelIdentity({"encoder": vlm.encoder_identity}, {}, vlm.encoder_identity)
+    return {"vlm": vlm, "known": known, "in_process": True}
+
+
 class Dynamic:
     """Photos of many sizes, three questions each, encoded and planned."""
 
     def __init__(self, vlm, photos, root, monkeypatch):
-        for module in ("pipelines.features", "pipelines.sweep"):
+        for module in ("pipelines.features.encoding", "pipelines.sweep.answers"):
             monkeypatch.setattr(f"{module}.load_model", lambda path, device, loading: vlm)
-        monkeypatch.setattr("pipelines.features.load_adapter", lambda path, **_: vlm)
+        monkeypatch.setattr("pipelines.features.loading.load_adapter", lambda path, **_: vlm)
         self.vlm, self.root = vlm, root
         content = []
         for photo in photos:
@@ -91,12 +102,12 @@ class Dynamic:
         )
         settings = FeatureSettings(dtype="float32", shard_images=2, batch_size=2)
         self.store, self.encoded = encode_missing(
-            "model", root / "images.parquet", root / "features", settings, ONE, in_process=True
+            "model", root / "images.parquet", root / "features", settings, ONE, **in_memory(vlm)
         )
         self.layouts = image_layouts(vlm, self.table)
         self.counts = Layouts.of(self.layouts.values(), dynamic=True)
         self.costs = sweep_costs(vlm, self.table)
-        self.examples = read_examples(self.table, answer_context(vlm.fingerprint(), self.store.identity), self.layouts)
+        self.examples = read_examples(self.table, self.store.identity, self.layouts)
 
     def expand(self, unit, budgets, *entries):
         return expand(sweep_settings(unit, budgets, *entries), self.counts, self.vlm.layers)
@@ -138,9 +149,9 @@ def test_a_shard_holds_images_of_one_layout_and_says_which(dynamic):
 
 def test_encoding_reads_every_row_group_of_prepared_images_once(tiny_qwen, tmp_path, monkeypatch):
     """Images of seven sizes in mixed order, written as ``prepare`` does and as they come: the same store, read less."""
-    monkeypatch.setattr("pipelines.features.load_model", lambda path, device, loading: tiny_qwen)
-    monkeypatch.setattr("pipelines.features.load_adapter", lambda path, **_: tiny_qwen)
-    monkeypatch.setattr("pipelines.datasets.IMAGES_PER_ROW_GROUP", 8)
+    monkeypatch.setattr("pipelines.features.encoding.load_model", lambda path, device, loading: tiny_qwen)
+    monkeypatch.setattr("pipelines.features.loading.load_adapter", lambda path, **_: tiny_qwen)
+    monkeypatch.setattr("pipelines.data.datasets.IMAGES_PER_ROW_GROUP", 8)
     sizes = [(60, 40), (30, 70), (48, 48), (100, 30), (41, 57), (73, 65), (24, 90)]
     rng = np.random.default_rng(3)
     rows = []
@@ -165,7 +176,7 @@ def test_encoding_reads_every_row_group_of_prepared_images_once(tiny_qwen, tmp_p
     for name, by in (("sorted", order), ("mixed", lambda size: ())):
         images = tmp_path / f"{name}.parquet"
         write_examples({"pope": tmp_path}, "testbed", tmp_path / "e.parquet", images, order=by)
-        store, encoded = encode_missing("m", images, tmp_path / name, settings, ONE, in_process=True)
+        store, encoded = encode_missing("m", images, tmp_path / name, settings, ONE, **in_memory(tiny_qwen))
         assert encoded == 100
         stores.append({path.name: path.read_bytes() for path in store.folder.iterdir()})
         counts.append((sorted(read), pq.ParquetFile(images).num_row_groups))
@@ -320,7 +331,7 @@ def test_trials_alike_on_a_layout_run_once(dynamic, tmp_path, monkeypatch):
     trials = dynamic.expand("tokens", [largest + 1.0, largest + 2.0], entry)
     assert len(trials) == 5
     branches = []
-    monkeypatch.setattr("pipelines.sweep.branch", lambda *args: branches.append(1) or branch(*args))
+    monkeypatch.setattr("pipelines.sweep.answers.branch", lambda *args: branches.append(1) or branch(*args))
     outcome = dynamic.run(trials, tmp_path / "results", unit_images=1)
     answers = outcome.predictions.to_pandas().pivot(index="example_id", columns="trial_id", values="prediction")
     assert answers.nunique(axis=1).eq(1).all() and answers.shape == (len(dynamic.table), 5)

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from nuwa.benchmarks import BENCHMARKS
-from pipelines.datasets import parse_name
-from pipelines.evidence import IncompleteTrials, evaluate
+from pipelines.data.datasets import parse_name
+from pipelines.scores.evidence import IncompleteTrials, evaluate
 
 
 def world(images=6):
@@ -156,8 +156,8 @@ def test_ratio_metrics_bootstrap_as_if_every_resample_were_scored_again(name):
 def test_blocks_of_trials_and_images_change_nothing(monkeypatch):
     trials, examples, predictions = world()
     one = evaluate(trials, examples, predictions, 100, 0)
-    monkeypatch.setattr("pipelines.evidence.BLOCK_BYTES", 1)
-    monkeypatch.setattr("pipelines.evidence.IMAGE_BLOCK", 2)
+    monkeypatch.setattr("pipelines.scores.evidence.BLOCK_BYTES", 1)
+    monkeypatch.setattr("pipelines.scores.evidence.IMAGE_BLOCK", 2)
     pd.testing.assert_frame_equal(one, evaluate(trials, examples, predictions, 100, 0), rtol=1e-14)
 
 
@@ -181,7 +181,7 @@ def test_each_distinct_answer_is_scored_once(monkeypatch):
             return score(prediction, truth)
 
         known = dataclasses.replace(benchmark, score=counting)
-        monkeypatch.setitem(BENCHMARKS, name, (known, *BENCHMARKS[name][1:]))
+        monkeypatch.setitem(BENCHMARKS._entries, name, (known, *BENCHMARKS[name][1:]))
     evaluate(trials, examples, predictions, 100, 0)
     assert len(asked) == len(predictions.drop_duplicates(["example_id", "prediction"]))
     assert len(asked) < len(predictions)

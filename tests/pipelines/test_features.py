@@ -19,19 +19,14 @@ from PIL import Image
 
 from nuwa.benchmarks import image_size
 from nuwa.vlm import LlavaAdapter
-from pipelines.datasets import write_examples
-from pipelines.features import (
-    BrokenImages,
-    FeatureStore,
-    Loading,
-    MissingFeatures,
-    NoRoom,
-    NotFinite,
-    encode_missing,
-    read_images,
-    signal_bytes,
-    store_identity,
-)
+from pipelines.data.datasets import write_examples
+from pipelines.features.encoding import encode_missing, features_identity
+from pipelines.features.faults import BrokenImages, MissingFeatures, NoRoom, NotFinite
+from pipelines.features.identity import ModelIdentity
+from pipelines.features.images import read_images
+from pipelines.features.loading import Loading
+from pipelines.features.signals import signal_bytes
+from pipelines.features.store import FeatureStore
 from pipelines.settings import FeatureSettings
 
 SETTINGS = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
@@ -144,7 +139,10 @@ def test_identity_follows_weights_preprocessing_and_dtype(model_folder):
     vlm = LlavaAdapter.load(str(model_folder))
     base = vlm.encoder_fingerprint()
     assert LlavaAdapter.load(str(model_folder)).encoder_fingerprint() == base
-    assert store_identity(base, "float16") != store_identity(base, "float32")
+    known = ModelIdentity.of(str(model_folder), Loading(), vlm)
+    assert known.fingerprint == base, "from the files as from the loaded model"
+    half, full = (features_identity(known, vlm, dtype).digest for dtype in ("float16", "float32"))
+    assert half != full
     vlm.processor.image_processor.image_mean = [0.5, 0.5, 0.5]
     assert vlm.encoder_fingerprint() != base
     fresh = LlavaAdapter.load(str(model_folder))
@@ -356,3 +354,18 @@ def test_a_broken_image_without_its_questions_is_named_by_digest(prepared, tmp_p
         read_images(tmp_path / "images.parquet", [digest])
     assert str(raised.value).startswith(f"image {digest[:12]} cannot be decoded (OSError: ")
     assert f"; its questions have image = {digest}: fetch the published file again" in str(raised.value)
+
+
+def test_features_are_of_the_picture_as_people_see_it(model_folder, tmp_path):
+    """A photo with an orientation tag: what is encoded is the turned picture, whose size the table has."""
+    photo = Image.effect_noise((60, 40), 90).convert("RGB")
+    tags = Image.Exif()
+    tags[274] = 6
+    buffer = io.BytesIO()
+    photo.save(buffer, "PNG", exif=tags)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    row = {"image": digest, "width": 40, "height": 60, "bytes": buffer.getvalue()}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "images.parquet")
+    seen = read_images(tmp_path / "images.parquet", [digest])[digest]
+    assert seen.size == (40, 60)
+    assert (np.asarray(seen) == np.rot90(np.asarray(photo), -1)).all()

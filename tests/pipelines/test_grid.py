@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout
 from nuwa.methods import select_views
 from nuwa.signals import VisionSignals
-from pipelines.grid import Layouts, expand
 from pipelines.settings import SweepSettings
+from pipelines.sweep.trials import Layouts, expand
 
 GRID, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
 
@@ -133,3 +134,102 @@ def test_what_a_trial_records_is_what_its_stage_1_keeps(method, budget):
     )
     (layout,) = GRID.counts
     assert select_views(trial.plan, layout, [signals]).kept == trial.schedule.stage1_keep <= budget
+
+
+def test_values_by_budget_are_read_before_identity_where_images_are_alike():
+    """released_qwen's n is 3 up to 62.5 % of the tokens, then 4; a trial is the same whichever way it came to it."""
+    below, above = 89, 92  # of 144: 61.8 and 63.9 %
+    table = trials_of({"name": "preset", "method": "nuwa", "preset": "released_qwen"}, budgets=(below, above))[1:]
+    numbers = trials_of(
+        *(
+            {
+                "name": "numbers",
+                "method": "nuwa",
+                "preset": "released_qwen",
+                "budget": budget,
+                "parameters": {"candidates_per_region": n},
+            }
+            for budget, n in [(below, 3), (above, 4)]
+        )
+    )[1:]
+    assert [trial.spec.config.candidates_per_region for trial in table] == [3, 4]
+    assert [trial.trial_id for trial in table] == [trial.trial_id for trial in numbers]
+
+
+def test_values_by_budget_are_read_layout_by_layout_where_images_differ():
+    views = [VisualLayout((View(PatchGrid(side, side)),), axes=3) for side in (4, 12, 20)]
+    layouts = Layouts.of([views[0], views[1], views[1], views[2]], dynamic=True)
+    entries = [
+        {"name": "preset", "method": "nuwa", "preset": "released_qwen"},
+        {"name": "none", "method": "nuwa", "preset": "released_qwen", "parameters": {"candidates_per_region": 1}},
+    ]
+    sweep = SweepSettings(
+        benchmarks=["gqa"],
+        images=1,
+        subset_seed=0,
+        unit_images=1,
+        budget_unit="share",
+        budgets=[0.25, 0.75],
+        grids=entries,
+    )
+    quarter, most, *others = expand(sweep, layouts, 28)[1:]
+    assert [quarter.on(layout).spec.config.candidates_per_region for layout in views] == [3, 3, 3]
+    assert [most.on(layout).spec.config.candidates_per_region for layout in views] == [4, 4, 4]
+    assert len({trial.trial_id for trial in (quarter, most, *others)}) == 4
+
+
+def test_own_is_a_name_and_never_a_second_trial():
+    methods = ["nuwa", "visionzip", "sparsevlm"]
+    block = {"name": "methods", "method": methods, "budget": 48}
+    three = trials_of({**block, "position": ["perc", "pesp", "rpme"]})
+    named = trials_of({**block, "position": ["own", "gap", "perc", "pesp", "rpme"]})
+    assert {trial.trial_id for trial in named} == {trial.trial_id for trial in three}
+    own = trials_of({**block, "position": "own"})[1:]
+    assert [(trial.spec.method, trial.spec.position) for trial in own] == [
+        ("nuwa", "pesp"),
+        ("visionzip", "perc"),
+        ("sparsevlm", "perc"),
+    ]
+
+
+NEWER = ["dart", "feather", "fastv_without_rope", "ivc_prune", "vtw", "sparsevlm_v2"]
+
+
+def test_newer_methods_are_trials_with_ids_of_their_own():
+    """Also those that differ in hyper-parameters of a scorer, or in what they keep beside it."""
+    trials = trials_of(
+        {"name": "a", "method": NEWER, "budget": 90},
+        {"name": "b", "method": "dart", "budget": 90, "preset": "released"},
+        {"name": "c", "method": "dart", "budget": 90, "parameters": {"pivot_norm": ["l1", "l2"]}},
+        {"name": "d", "method": "fastv", "budget": 90, "parameters": {"coordinates": [0.05, 0.1]}},
+        {"name": "e", "method": "feather", "budget": 90, "parameters": {"stride": [2, 3]}},
+    )[1:]
+    assert len({trial.trial_id for trial in trials}) == len(trials) == len(NEWER) + 1 + 1 + 2 + 1
+    said = {trial.spec.method: trial for trial in trials if trial.grids == ("a",)}
+    assert {trial.row(GRID, no_costs)["method"] for trial in trials} == {*NEWER, "fastv"}
+    assert said["vtw"].row(GRID, no_costs)["stage2_keep"] == 0
+    assert said["vtw"].row(GRID, no_costs)["average_tokens"] == 90
+    labels = [trial.label for trial in trials]
+    assert "dart · 90 · pesp · pivot_norm=l2" in labels and "fastv · 90 · pesp · coordinates=0.05" in labels
+    assert "dart (released) · 90 · pesp" in labels
+
+
+def test_budgets_that_only_some_methods_reach_are_left_out_by_name():
+    told = []
+    sweep = SweepSettings(
+        benchmarks=["pope"],
+        images=None,
+        subset_seed=0,
+        unit_images=4,
+        budgets=[16, 32, 48],
+        grids=[{"name": "newer", "method": NEWER, "where_reachable": True}],
+    )
+    found = expand(sweep, GRID, LAYERS, told.append)
+    reached = {(trial.spec.method, budget) for trial in found for budget in trial.budgets}
+    assert {method for method, _ in reached} == set(NEWER) - {"ivc_prune"}
+    assert {budget for method, budget in reached if method == "feather"} == {48}
+    assert "feather at 16, 32" in told[0] and "ivc_prune at 16, 32, 48" in told[0]
+    realised = {
+        trial.spec.method: trial.row(GRID, no_costs)["average_tokens"] for trial in found if trial.budgets == (16,)
+    }
+    assert realised["vtw"] == 18, "the nearest layer; the average that comes of it is what is reported"

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuwa.grid import PatchGrid
-from pipelines.grid import Layouts, expand
-from pipelines.plan import Costs, Example, Load, ModelCost, WorkUnit, forecast, plan_units, work_tree
 from pipelines.settings import SweepSettings
+from pipelines.sweep.costs import Costs, Load, ModelCost, forecast
+from pipelines.sweep.tree import work_tree
+from pipelines.sweep.trials import Layouts, expand
+from pipelines.sweep.units import Example, WorkUnit, plan_units
 
 GRID, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
 MODEL = ModelCost(layers=LAYERS, token=1000.0, pair=7.0, head=50.0, projector=30.0, system=2)

@@ -15,9 +15,9 @@ SWEEP = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from pipelines.plan import WorkUnit
-from pipelines.progress import SweepProgress
-from pipelines.sweep import UnitReport
+from pipelines.sweep.units import WorkUnit
+from pipelines.sweep.progress import SweepProgress
+from pipelines.sweep.answers import UnitReport
 
 now, folder = 100.0, Path(sys.argv[1])
 trials = tuple(SimpleNamespace(trial_id=name) for name in "ab")

@@ -14,15 +14,16 @@ import pytest
 import yaml
 from PIL import Image
 
-from nuwa.benchmarks import get_benchmark
+from nuwa.benchmarks import BENCHMARKS, get_benchmark
 from nuwa.benchmarks.gqa import IMAGES, INSTRUCTIONS
-from pipelines.datasets import write_examples
-from pipelines.plan import forecast
+from nuwa.vlm.shapes import model_shape
+from pipelines.addresses import BenchmarkName
+from pipelines.data.datasets import write_examples
+from pipelines.data.published_sizes import expected_examples, published_size
 from pipelines.presets import compose
-from pipelines.progress import usual_speed
-from pipelines.published_sizes import SIZES, expected_examples
 from pipelines.settings import Settings, parse_settings
-from pipelines.tables import BenchmarkName
+from pipelines.sweep.costs import forecast
+from pipelines.sweep.progress import usual_speed
 from stages.entry import run_stage
 from stages.plan import Outlook, expected, plan, plan_experiment
 from stages.prepare import prepare
@@ -83,7 +84,8 @@ def published_tables(tmp_path_factory) -> dict[str, Path]:
     folder, dice = tmp_path_factory.mktemp("published"), random.Random(4)
     found = {}
     for name in ("gqa/testdev", "mme/test"):
-        size, table = SIZES[name], BenchmarkName.parse(name)
+        table = BenchmarkName.parse(name)
+        size = published_size(table)
         width, height = size.photo
         photos = [
             photo(number, (round(width * dice.uniform(0.85, 1.15)), round(height * dice.uniform(0.85, 1.15))))
@@ -119,17 +121,21 @@ def published_tables(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    "overlay, images", [("nuwa_table5", None), ("nuwa_table5", 300), ("nuwa_table10", None), ("nuwa_table14", None)]
+    "overlay, images", [("nuwa_table5", None), ("nuwa_table5", 300), ("nuwa_table12", None), ("nuwa_table14", None)]
 )
 def test_an_estimate_is_the_exact_plan_on_data_of_the_published_size(published_tables, overlay, images, tmp_path):
     """On LLaVA-1.5, LLaVA-NeXT and Qwen2.5-VL; the last two give photos of many sizes layouts of their own."""
-    write_examples(published_tables, "llava_v1", tmp_path / "examples.parquet", tmp_path / "images.parquet")
     settings = settings_of(overlay, benchmarks=list(published_tables), images=images)
+    tables = dict(zip(settings.sweep.benchmarks, published_tables.values(), strict=True))  # with their protocol
+    model_type = model_shape(settings.model.path.removeprefix("models/")).model_type
+    write_examples(
+        tables, "llava_v1", tmp_path / "examples.parquet", tmp_path / "images.parquet", model_type=model_type
+    )
     exact = Outlook.of(settings, pd.read_parquet(tmp_path / "examples.parquet"), exact=True)
     table, remarks = expected(settings)
     guessed = Outlook.of(settings, table, exact=False)
-    everything = sum(SIZES[name].images for name in published_tables)
-    assert len(exact.layouts) == len(guessed.layouts) == (images or everything)
+    sizes = [published_size(BenchmarkName.parse(name)).images for name in published_tables]
+    assert len(exact.layouts) == len(guessed.layouts) == sum(min(images or size, size) for size in sizes)
     # An odd size can put a small budget out of reach, which no typical size does.
     names = {trial.trial_id for trial in exact.trials}
     shared = [trial for trial in guessed.trials if trial.trial_id in names]
@@ -159,22 +165,21 @@ def test_every_experiment_has_an_estimate_without_weights_or_tables(overlay):
 
 
 def test_half_the_images_are_half_the_work():
-    parts = []
-    for images in (None, 4000):
-        settings = settings_of("nuwa_table6", images=images)
-        table, _ = expected(settings)
-        parts.append(Outlook.of(settings, table, exact=False))
-    whole, part = parts
-    share = 4000 / len(whole.layouts)
-    assert len(part.layouts) == 4000
-    assert part.feature_bytes == pytest.approx(share * whole.feature_bytes)
-    assert part.forecast.shared_flops == pytest.approx(share * whole.forecast.shared_flops, rel=0.05)
+    settings = settings_of("nuwa_table6")
+    table, _ = expected(settings)
+    halves = {name: images // 2 for name, images in table.groupby("benchmark")["image"].nunique().items()}
+    whole = Outlook.of(settings, table, exact=False)
+    half = Outlook.of(settings_of("nuwa_table6", images=halves), table, exact=False)
+    share = len(half.layouts) / len(whole.layouts)
+    assert share == pytest.approx(0.5, abs=0.001)
+    assert half.feature_bytes == pytest.approx(share * whole.feature_bytes)
+    assert half.forecast.shared_flops == pytest.approx(share * whole.forecast.shared_flops, rel=0.05)
 
 
 def test_questions_are_dealt_out_and_differ_behind_the_instruction():
     table, unknown = expected_examples(["refcoco/testA", "refcoco/testA:pixels", "pope/unheard"], "llava_v1")
     assert unknown == ["pope/unheard"]
-    size = SIZES["refcoco/testA"]
+    size = published_size(BenchmarkName.parse("refcoco/testA"))
     assert len(table) == 2 * size.questions and table["image"].nunique() == size.images
     counts = table.groupby(["benchmark", "image"]).size()
     assert set(counts) == {size.questions // size.images, size.questions // size.images + 1}
@@ -185,9 +190,12 @@ def test_questions_are_dealt_out_and_differ_behind_the_instruction():
 
 
 def test_published_sizes_name_benchmarks_that_exist_and_are_plausible():
-    for text, size in SIZES.items():
+    sizes = {f"{name}/{split}": size for name in BENCHMARKS for split, size in get_benchmark(name).splits.items()}
+    assert len(sizes) >= 23 and {name.partition("/")[0] for name in sizes} == set(BENCHMARKS)
+    for text, size in sizes.items():
         name = BenchmarkName.parse(text)
-        assert name.benchmark().name == name.name and name.split and not name.variant
+        assert name.split and published_size(name) is size
+        assert all(one.splits == get_benchmark(name.name).splits for one in BENCHMARKS[name.name])
         assert 0 < size.images <= size.questions
         assert all(100 <= side <= 2000 for side in size.photo) and 10 <= size.characters <= 500
 

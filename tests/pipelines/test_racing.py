@@ -22,13 +22,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nuwa import UNPRUNED
-from pipelines.datasets import choose_questions
-from pipelines.evidence import evaluate
-from pipelines.pareto import pareto_front
-from pipelines.plan import read_examples
-from pipelines.racing import Measure, check_slices, dominators, race, slices
-from pipelines.results import ResultStore
+from pipelines.data.datasets import choose_questions
+from pipelines.scores.evidence import evaluate
+from pipelines.scores.front import pareto_front
+from pipelines.search.racing import Measure, check_slices, dominators, race, slices
 from pipelines.settings import SettingsError
+from pipelines.sweep.results import ResultStore
+from pipelines.sweep.units import read_examples
 
 RESAMPLES, SEED, CONFIDENCE = 200, 0, 0.9
 

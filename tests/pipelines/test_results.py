@@ -21,9 +21,10 @@ from bench import PATHS, ROOT, same
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs
 
-from pipelines import results, storage
-from pipelines.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
-from pipelines.storage import ATTEMPTS, StorageFull, StorageUnavailable
+from pipelines.files import storage
+from pipelines.files.storage import ATTEMPTS, StorageFull, StorageUnavailable
+from pipelines.sweep import results
+from pipelines.sweep.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +279,7 @@ import dataclasses, os, signal, sys
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import fs
-from pipelines.results import ResultStore
+from pipelines.sweep.results import ResultStore
 from test_results import unit_of
 
 class HalfWritten:

@@ -10,8 +10,8 @@ import yaml
 from nuwa.grid import PatchGrid
 from nuwa.methods import RECIPES
 from nuwa.stage2 import SCORERS
-from pipelines.grid import Layouts, expand
 from pipelines.settings import SettingsError, SweepSettings, load_settings, parse_settings
+from pipelines.sweep.trials import Layouts, expand
 
 GRID, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
 
@@ -56,6 +56,14 @@ def test_the_projects_own_file_is_valid(params, tmp_path):
             "sweep: benchmark 'pope' is named more than once; a sweep scores one variant of each",
         ),
         (("sweep", "images"), True, "sweep.images = True: Input should be a valid integer"),
+        (("sweep", "images"), {"gqa": 0}, "sweep.images.gqa = 0: Input should be greater than or equal to 1"),
+        (
+            ("sweep", "images"),
+            {"mme": 5},
+            "sweep: images: 'mme' is not in sweep.benchmarks; allowed: refcoco, refcocoplus, refcocog, pope, gqa, textvqa",
+        ),
+        (("sweep", "images"), {"gqa": 401}, "sweep.images = 401: prepare.images makes 400"),
+        (("sweep", "reuse"), "never", "sweep.reuse = 'never': Input should be 'any' or 'same_versions'"),
         (("sweep", "images"), 401, "sweep.images = 401: prepare.images makes 400"),
         (("sweep", "benchmarks"), ["mme"], "sweep.benchmarks: 'mme' is not in prepare.questions; add it there"),
         (
@@ -66,7 +74,7 @@ def test_the_projects_own_file_is_valid(params, tmp_path):
         (
             ("report", "headline_budget"),
             17,
-            "report.headline_budget = 17 is swept by no grid; swept: 16, 32, 48",
+            "report.headline_budget = 17 is swept by no grid; swept: 16, 18, 32, 36, 48",
         ),
         (("prepare", "seed"), -1, "prepare.seed = -1: Input should be greater than or equal to 0"),
         (
@@ -77,7 +85,7 @@ def test_the_projects_own_file_is_valid(params, tmp_path):
         (
             ("sweep", "grids"),
             [{"name": "a", "method": "nuwa", "position": "pesq"}],
-            "sweep.grids.0.position = 'pesq': Input should be 'perc', 'pesp' or 'rpme'",
+            "sweep.grids.0.position = 'pesq': Input should be 'own', 'perc', 'pesp', 'rpme' or 'gap'",
         ),
     ],
 )
@@ -145,7 +153,7 @@ NUWA = "separation, region_side, candidates_per_region, salience, pillars, pilla
         (
             (*SPACE, "stage2_scorer"),
             ["attn"],
-            "search.swarm: space.stage2_scorer: stage-2 scorer 'attn' is unknown; allowed: " + ", ".join(SCORERS),
+            "search.swarm: space.stage2_scorer: stage-2 scorer 'attn' is unknown; allowed: " + ", ".join(sorted(SCORERS)),
         ),
         ((*SPACE, "stage2_layer"), [2, "of"], "search.swarm.space: stage2_layer: 'of' must be a whole number or off"),
         (
@@ -157,7 +165,7 @@ NUWA = "separation, region_side, candidates_per_region, salience, pillars, pilla
         (
             ("search", "swarm", "preset"),
             "papper",
-            "search.swarm: nuwa has no preset 'papper'; allowed: released, released_next, released_qwen, paper",
+            "search.swarm: nuwa has no preset 'papper'; allowed: released, released_next, released_qwen, paper, paper_next",
         ),
         (
             ("search", "shares"),
@@ -224,9 +232,12 @@ def test_an_impossible_budget_names_the_reachable_range(params):
     ("entry", "message"),
     [
         ({"parameters": {"pilar": 1}}, "nuwa has no parameter 'pilar'; allowed: separation, region_side"),
-        ({"preset": "papper"}, "nuwa has no preset 'papper'; allowed: released, released_next, released_qwen, paper"),
+        (
+            {"preset": "papper"},
+            "nuwa has no preset 'papper'; allowed: released, released_next, released_qwen, paper, paper_next",
+        ),
         ({"stage2_layer": 8}, "stage-2 layer 8 must lie in 1..7: the model has 8 layers"),
-        ({"stage2_scorer": "attn"}, "stage-2 scorer 'attn' is unknown; allowed: attention_last_token"),
+        ({"stage2_scorer": "attn"}, "stage-2 scorer 'attn' is unknown; allowed: attention_all_text, "),
         ({"parameters": {"pillar_quantile": 1.5}}, "nuwa.pillar_quantile 1.5 must lie in [0, 1]"),
         ({"parameters": {"aggregation": "false"}}, "nuwa.aggregation 'false' is of the wrong type; allowed: bool"),
         ({"parameters": {"region_side": 2.5}}, "nuwa.region_side 2.5 is of the wrong type; allowed: int"),
@@ -275,3 +286,62 @@ def test_a_model_that_cannot_be_had_is_refused(params, model, message):
     with pytest.raises(SettingsError) as caught:
         parse_settings(yaml.safe_dump(params), "params.yaml")
     assert str(caught.value) == f"params.yaml: model: {message}"
+
+
+# Protocols: what is prepared, asked and scored goes by one name.
+
+
+def with_protocol(params, protocol, tables, benchmarks=None, style="llava_v1"):
+    params["model"] |= {"prompt_style": style}
+    params["prepare"] |= {"protocol": protocol, "tables": dict.fromkeys(tables, "tables/X")}
+    params["sweep"] |= {"benchmarks": benchmarks or list(tables), "images": None}
+    return parse_settings(yaml.safe_dump(params), "params.yaml")
+
+
+def test_a_protocol_holds_for_every_benchmark_that_names_none(params):
+    settings = with_protocol(params, "lmms_eval", ["gqa/testdev", "pope/test@llava", "textvqa/validation:ocr"])
+    names = ["gqa/testdev@lmms_eval", "pope/test@llava", "textvqa/validation:ocr@lmms_eval"]
+    assert settings.prepare.names == settings.sweep.benchmarks == names
+
+
+def test_the_testbeds_protocol_is_never_spelt_out(params):
+    named = with_protocol(params, "testbed", ["gqa/testdev", "pope/test@testbed"])
+    assert named.prepare.names == named.sweep.benchmarks == ["gqa/testdev", "pope/test"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "tables", "style", "message"),
+    [
+        (
+            "lmms",
+            ["gqa/testdev"],
+            "llava_v1",
+            "prepare.protocol: protocol 'lmms' is unknown; allowed: llava, lmms_eval, lmms_eval_0_3, testbed, vscan; "
+            "did you mean 'lmms_eval'?",
+        ),
+        (
+            "vscan",
+            ["gqa/testdev"],
+            "llava_v1",
+            "sweep: protocol of gqa 'vscan' is unknown; allowed: llava, lmms_eval, lmms_eval_0_3, testbed",
+        ),
+        (
+            "lmms_eval",
+            ["gqa/testdev"],
+            "testbed",
+            "prepare.protocol: 'lmms_eval' is in words that prompt_style testbed's model does not know; allowed with it: "
+            "testbed",
+        ),
+        (
+            "testbed",
+            ["refcoco/testA", "refcocog/test:unpadded"],
+            "llava_v1",
+            "sweep.benchmarks: 'refcoco/testA' reads boxes as_published and 'refcocog/test:unpadded' unpadded; one table "
+            "holds one of the two",
+        ),
+    ],
+)
+def test_protocols_that_cannot_be_are_refused(params, protocol, tables, style, message):
+    with pytest.raises(SettingsError) as caught:
+        with_protocol(params, protocol, tables, style=style)
+    assert str(caught.value) == f"params.yaml: {message}"

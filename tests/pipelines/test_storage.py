@@ -9,17 +9,19 @@ import pytest
 import torch
 from pyarrow import fs
 
-from pipelines import features
-from pipelines.features import FeatureStore, MissingFeatures, encode_missing
+from pipelines.features import store as feature_store
+from pipelines.features.encoding import encode_missing
+from pipelines.features.faults import MissingFeatures
+from pipelines.features.store import FeatureStore
+from pipelines.files.storage import ATTEMPTS, Folder, StorageUnavailable
 from pipelines.settings import FeatureSettings
-from pipelines.storage import ATTEMPTS, Folder, StorageUnavailable
 
 SETTINGS = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
 
 
 @pytest.fixture
 def shard_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "SHARD_CACHE", tmp_path / "shards")
+    monkeypatch.setattr(feature_store, "SHARD_CACHE", tmp_path / "shards")
     return tmp_path / "shards"
 
 

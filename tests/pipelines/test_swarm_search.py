@@ -8,13 +8,13 @@ from test_racing import RESAMPLES, SEED, engine, kill_half_way  # noqa: F401
 
 from nuwa.grid import PatchGrid
 from nuwa.stage1 import get_method
-from pipelines.grid import Layouts
-from pipelines.plan import read_examples
-from pipelines.racing import race, slices
-from pipelines.search_space import check_space, preset_point, trial_at
-from pipelines.search_tables import study_table
+from pipelines.search.racing import race, slices
+from pipelines.search.space import check_space, preset_point, trial_at
+from pipelines.search.swarm import best_of, objective_of, ranking, run_study
+from pipelines.search.tables import study_table
 from pipelines.settings import SettingsError, SwarmSettings, SweepSettings
-from pipelines.swarm_search import best_of, objective_of, ranking, run_study
+from pipelines.sweep.trials import Layouts
+from pipelines.sweep.units import read_examples
 
 LAYOUTS, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
 SWEEP = SweepSettings(
@@ -158,6 +158,15 @@ def test_the_trial_at_the_presets_place_is_the_preset(preset):
     point = preset_point(swarm, trial)
     assert set(point) == set(swarm.space.axes)
     assert (point["stage2_layer"], point["stage2_ratio"]) == (4, 1 / 7)
+    assert trial_at(swarm, point, SWEEP, LAYOUTS, LAYERS).trial_id == trial.trial_id
+
+
+def test_a_preset_with_values_by_budget_lies_where_its_budget_puts_it():
+    space = {"stage2_ratio": [0.5], "parameters": {"candidates_per_region": [1]}}
+    swarm = swarm_of(preset="released_qwen", budget=108, space=space)  # 75 % of 144
+    trial = trial_at(swarm, {}, SWEEP, LAYOUTS, LAYERS)
+    point = preset_point(swarm, trial)
+    assert point == {"stage2_ratio": 0.70, "parameters.candidates_per_region": 4}
     assert trial_at(swarm, point, SWEEP, LAYOUTS, LAYERS).trial_id == trial.trial_id
 
 

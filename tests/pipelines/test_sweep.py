@@ -25,15 +25,20 @@ from nuwa.grid import PatchGrid
 from nuwa.signals import SIGNAL_NAMES
 from nuwa.stage1 import get_method
 from nuwa.vlm import LlavaAdapter
-from pipelines import sweep
-from pipelines.executor import UnitsFailed, run_units
-from pipelines.features import FeatureStore, Loading, encode_missing, read_images
-from pipelines.grid import Layouts, expand
-from pipelines.lock import exclusive
-from pipelines.plan import WorkUnit, read_examples
-from pipelines.results import ResultStore
+from pipelines.features.encoding import encode_missing
+from pipelines.features.identity import ModelIdentity
+from pipelines.features.images import read_images
+from pipelines.features.loading import Loading
+from pipelines.features.store import FeatureStore
+from pipelines.files.lock import exclusive
 from pipelines.settings import FeatureSettings, SweepSettings
-from pipelines.sweep import answer_context, branch
+from pipelines.sweep import answers as answering
+from pipelines.sweep.answers import branch
+from pipelines.sweep.identity import answer_context
+from pipelines.sweep.results import ResultStore
+from pipelines.sweep.trials import Layouts, expand
+from pipelines.sweep.units import WorkUnit, read_examples
+from pipelines.workers import UnitsFailed, run_units
 
 
 def test_every_trial_answers_every_question_once(bench, undisturbed):
@@ -43,6 +48,21 @@ def test_every_trial_answers_every_question_once(bench, undisturbed):
     frame = undisturbed.predictions.to_pandas()
     assert not frame.duplicated(["trial_id", "example_id"]).any()
     assert frame.groupby("trial_id")["prediction"].agg(tuple).nunique() > 5, "trials must be able to differ"
+
+
+def test_a_language_model_that_overflows_is_refused_at_once_with_its_layer(bench, cluster, tmp_path):
+    """No number that is not finite becomes an answer, and the unpruned trial is not left to the end of the sweep."""
+    vlm = LlavaAdapter.load(bench.model)
+    vlm.language.layers[3].mlp.down_proj.weight.data.fill_(torch.inf)
+    vlm.model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(UnitsFailed) as caught:
+        replace(bench, model=str(tmp_path / "model")).run(tmp_path / "results", cluster)
+    assert str(caught.value) == (
+        "the unpruned trial has no answers: model.dtype float32: layer 3 of the language model gave numbers that are not "
+        "finite; set it to bfloat16 or float32, or look at the model's weights"
+    )
+    assert ResultStore(tmp_path / "results").done() == []
 
 
 def test_shared_trunks_answer_as_each_trial_alone(bench, undisturbed):
@@ -112,7 +132,7 @@ def test_images_are_decoded_once_a_batch_and_then_let_go(bench, cluster, tmp_pat
         resized.append(size)
         return encode(vlm, pictures, size)
 
-    monkeypatch.setattr(sweep, "read_images", counted)
+    monkeypatch.setattr(answering, "read_images", counted)
     monkeypatch.setattr(LlavaAdapter, "encode_resized", watched)
     count = lambda unit, report: held.append(sum(picture() is not None for picture in alive))  # noqa: E731
     trials = expand(plan, Layouts.fixed(PatchGrid(12, 12)), LAYERS)
@@ -132,7 +152,7 @@ def test_an_example_that_raises_is_given_up_alone(bench, undisturbed, cluster, t
     assert {example.example_id for unit, _ in outcome.failures.values() for example in unit.examples} == {victim}
     assert set(outcome.incomplete) == {trial.trial_id for trial in bench.trials}
     reasons = {failure.reason for failure in outcome.incomplete.values()}
-    assert len(reasons) == 1 and "must hold exactly one image placeholder" in reasons.pop()
+    assert len(reasons) == 1 and "holds the model's image placeholder" in reasons.pop()
     rest = undisturbed.predictions.to_pandas().query("example_id != @victim").reset_index(drop=True)
     assert outcome.predictions.to_pandas().equals(rest)
 
@@ -140,7 +160,7 @@ def test_an_example_that_raises_is_given_up_alone(bench, undisturbed, cluster, t
 FULL = """
 import pickle, sys
 from pathlib import Path
-from pipelines.storage import StorageFull
+from pipelines.files.storage import StorageFull
 from pipelines.settings import ClusterSettings
 bench = pickle.loads(Path(sys.argv[1]).read_bytes())
 try:
@@ -366,10 +386,12 @@ def test_a_sweep_runs_in_the_dtype_and_kernel_it_was_asked_for(bench, cluster, t
     store, _ = encode_missing(bench.model, bench.images, root, settings, cluster, loading=loading, in_process=True)
     assert store.identity != bench.identity
     vlm = loading.here(bench.model)
-    contexts = {answer_context(vlm.fingerprint(), store.identity, kernel) for kernel in ("sdpa", "eager")}
+    kernels = (loading, loading._replace(attention="sdpa"))
+    known = [ModelIdentity.of(bench.model, kernel, vlm) for kernel in kernels]
+    contexts = {answer_context(one, vlm, settings).digest for one in known}
     assert len(contexts | {bench.context}) == 3
     spec = replace(bench.spec(tmp_path / "results"), feature_root=str(root), feature_identity=store.identity)
-    worker = replace(spec, encoder=vlm.encoder_identity, loading=loading).build()
+    worker = replace(spec, encoder=known[0].fingerprint, loading=loading).build()
     assert worker.vlm.model.dtype == torch.bfloat16
     assert worker.vlm.language.config._attn_implementation == "eager"
     unit = WorkUnit(tuple(bench.trials), tuple(bench.examples[:6]))
@@ -381,14 +403,14 @@ def test_a_worker_without_the_encoders_weights_answers_alike(bench, undisturbed,
     """As where Accelerate keeps them elsewhere: in the module stand tensors without numbers."""
     vlm = LlavaAdapter.load(bench.model)
     vlm.tower.to("meta")
-    monkeypatch.setattr(sweep, "load_model", lambda *_: vlm)
+    monkeypatch.setattr(answering, "load_model", lambda *_: vlm)
     seen = []
 
-    def watched(planned, layout, views, select=sweep.select_views):
+    def watched(planned, layout, views, select=answering.select_views):
         seen.extend(view.encoder for view in views)
         return select(planned, layout, views)
 
-    monkeypatch.setattr(sweep, "select_views", watched)
+    monkeypatch.setattr(answering, "select_views", watched)
     trials = [trial for trial in bench.trials if not get_method(trial.spec.stage1).reads_images]
     outcome = bench.run(tmp_path, cluster, trials=trials)
     assert not outcome.failures
@@ -404,16 +426,16 @@ def test_stage_1_runs_where_the_model_is(bench, monkeypatch):
     vlm.language.embed_tokens.to("meta")
     images = sorted({example.image for example in bench.examples})[:3]
     store = FeatureStore(bench.root, bench.identity)
-    groups = sweep.read_encoded(store, images, bench.encoder)
+    groups = answering.read_encoded(store, images, bench.encoder)
     seen = []
 
     def watched(planned, layout, views):
         seen.extend(views)
         raise RuntimeError("enough is seen")
 
-    monkeypatch.setattr(sweep, "select_views", watched)
+    monkeypatch.setattr(answering, "select_views", watched)
     asked = tuple(example for example in bench.examples if example.image in images)
-    answered = sweep.answer_unit(vlm, groups, WorkUnit((bench.trials[0],), asked), sweep.Words(vlm))
+    answered = answering.answer_unit(vlm, groups, WorkUnit((bench.trials[0],), asked), answering.Words(vlm))
     assert [failure.reason for failure in answered.failed.values()] == ["RuntimeError: enough is seen"]
     assert {getattr(view, name).device.type for view in seen for name in SIGNAL_NAMES} == {"meta"}
     (view,) = groups[0].views
@@ -422,7 +444,7 @@ def test_stage_1_runs_where_the_model_is(bench, monkeypatch):
 
 def test_signals_on_their_device_are_not_copied(bench):
     store = FeatureStore(bench.root, bench.identity)
-    (group,) = sweep.read_encoded(store, sorted({example.image for example in bench.examples})[:3], bench.encoder)
+    (group,) = answering.read_encoded(store, sorted({example.image for example in bench.examples})[:3], bench.encoder)
     (view,) = group.views
     (moved,) = group.to(torch.device("cpu")).views
     assert all(getattr(moved, name) is getattr(view, name) for name in SIGNAL_NAMES)

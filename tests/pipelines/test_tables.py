@@ -17,12 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nuwa.benchmarks import ProtocolError
 from nuwa.layout import layout_order
-from nuwa.vlm import LlavaNextAdapter
-from nuwa.vlm.shapes import model_shape, usual_image_processor
-from pipelines.datasets import write_examples
+from nuwa.vlm import LlavaNextAdapter, usual_image_processor
+from nuwa.vlm.shapes import model_shape
+from pipelines.addresses import BenchmarkName, hub_address
+from pipelines.data.datasets import write_examples
+from pipelines.data.tables import MissingTables, read_benchmark
 from pipelines.settings import Settings
-from pipelines.tables import BenchmarkName, MissingTables, hub_address, read_benchmark
 from stages.prepare import reading_order, seen_size
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -229,7 +231,8 @@ def fetched(location: str, name: str, cache: Path) -> tuple[str, list[str]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"""
-from pipelines.tables import BenchmarkName, MissingTables, fetch_tables, read_benchmark
+from pipelines.addresses import BenchmarkName
+from pipelines.data.tables import MissingTables, fetch_tables, read_benchmark
 name = BenchmarkName.parse({name!r})
 try:
     table = read_benchmark(fetch_tables({location!r}, name), name)
@@ -301,7 +304,8 @@ def test_configurations_that_are_not_told_apart_are_named(published, tmp_path):
 
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
     code = f"""
-from pipelines.tables import BenchmarkName, MissingTables, fetch_tables
+from pipelines.addresses import BenchmarkName
+from pipelines.data.tables import MissingTables, fetch_tables
 try:
     fetch_tables("hub:lmms-lab/POPE@{COMMIT}", BenchmarkName.parse("pope/test"))
 except MissingTables as error:
@@ -311,3 +315,24 @@ except MissingTables as error:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"hub:lmms-lab/POPE@{COMMIT}: could not be fetched: "), done.stdout
     assert done.stdout.count("\n") == 1
+
+
+def test_a_protocol_decides_words_and_limit_by_the_models_family(published, tmp_path):
+    sources = {"pope/test@lmms_eval": published / "POPE", "refcoco/val@lmms_eval": published / "RefCOCO"}
+    limits = {}
+    for family in ("llava", "qwen2_5_vl"):
+        examples = tmp_path / family / "e.parquet"
+        write_examples(sources, "llava_v1", examples, tmp_path / family / "i.parquet", model_type=family)
+        frame = pd.read_parquet(examples)
+        assert (
+            set(frame["benchmark"]) == set(sources) and frame["example_id"].str.match("(pope/test|refcoco/val):").all()
+        )
+        limits[family] = frame.groupby("benchmark")["max_new_tokens"].unique().map(list).to_dict()
+    assert limits == {
+        "llava": {"pope/test@lmms_eval": [128], "refcoco/val@lmms_eval": [1024]},
+        "qwen2_5_vl": {"pope/test@lmms_eval": [128], "refcoco/val@lmms_eval": [128]},
+    }
+    with pytest.raises(ProtocolError, match="'vscan' is not run on llava models"):
+        write_examples(
+            {"refcoco/val@vscan": published / "RefCOCO"}, "llava_v1", tmp_path / "e", tmp_path / "i", model_type="llava"
+        )

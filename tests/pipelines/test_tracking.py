@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -21,19 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow.utils.validation import _validate_metric_name
 
-from pipelines import tracking
-from pipelines.tracking import (
-    Tracker,
-    TrialRun,
-    checked_uri,
-    git_and_dvc_tags,
-    metric_key,
-    mlflow_metrics,
-    training_log,
-    trial_runs,
-)
+from pipelines.tracking import tracker as tracking
+from pipelines.tracking.address import checked_uri
+from pipelines.tracking.revision import git_and_dvc_tags
+from pipelines.tracking.runs import TrialRun, metric_key, mlflow_metrics, trial_runs
+from pipelines.tracking.tracker import Tracker
+from pipelines.tracking.training import training_log
 
 EXPERIMENT = "pruning"
 SWEEP = "4f1c9a"
@@ -434,7 +431,7 @@ def test_a_server_that_is_down_warns_once_and_raises_nothing(
         tracker.dataset("testbed", "d", 1)
         tracker.finish()
     assert done == []
-    assert [message for name, _, message in caplog.record_tuples if name == "pipelines.tracking"] == [
+    assert [message for name, _, message in caplog.record_tuples if name == "pipelines.tracking.store"] == [
         f"MLflow at http://***@127.0.0.1:{closed_port} is off for the rest of this run: ConnectionRefusedError: "
         "[Errno 111] Connection refused. No result is lost: the Parquet files are the record. Once MLflow answers, "
         "replay them with: python -m stages.track"
@@ -463,7 +460,7 @@ def test_a_database_that_breaks_mid_sweep_warns_once_and_is_completed_by_a_repla
         tracker.progress(1, {"trials_done": 2})
         assert not tracker.on
     assert seen == ["a", "b"]
-    warnings = [message for name, _, message in caplog.record_tuples if name == "pipelines.tracking"]
+    warnings = [message for name, _, message in caplog.record_tuples if name == "pipelines.tracking.store"]
     assert warnings == [
         f"MLflow at {uri} is off for the rest of this run: OperationalError: no such table: metrics. No result is "
         "lost: the Parquet files are the record. Once MLflow answers, replay them with: python -m stages.track"
@@ -583,7 +580,7 @@ def test_a_training_goes_on_without_mlflow(closed_port: int, caplog: pytest.LogC
     with training_log(f"http://127.0.0.1:{closed_port}", EXPERIMENT, "vision", training_id="r") as log:
         log(0, {"loss": 1.0})
         log(1, {"loss": 0.5})
-    assert [name for name, *_ in caplog.record_tuples].count("pipelines.tracking") == 1
+    assert [name for name, *_ in caplog.record_tuples].count("pipelines.tracking.store") == 1
 
 
 # --- revisions --------------------------------------------------------------------------------------------------------
@@ -619,3 +616,62 @@ def test_revision_tags_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_revision_tags_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_and_dvc_tags(tmp_path) == {"git_commit": "unversioned", "dvc_lock": "unversioned"}
+
+
+# --- projects that moved ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first_home(new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with one logged artifact, in a folder of its own."""
+    home = tmp_path / "first"
+    home.mkdir()
+    with sqlite3.connect(new_store / "mlflow.db") as source, sqlite3.connect(home / "mlflow.db") as target:
+        source.backup(target)
+        target.execute("UPDATE experiments SET artifact_location = ?", (str(home / "mlartifacts"),))
+        target.execute("DELETE FROM tags")
+    _log_a_file(home, monkeypatch, "one.txt")
+    assert list((home / "mlartifacts").rglob("one.txt"))
+    return home
+
+
+def _log_a_file(home: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(home)
+    _artifact_repos_cache.clear()  # as in a process of its own
+    (home / name).write_text(name)
+    with Tracker.open(None, EXPERIMENT, sweep_id="moved") as tracker:
+        tracker.parent("sweep", {}, {})
+        tracker.artifacts(home / name, None)
+        assert tracker.on
+
+
+def _tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_copied_project_writes_into_itself(first_home, tmp_path, monkeypatch, caplog):
+    copy = Path(shutil.copytree(first_home, tmp_path / "second"))
+    before = _tree(first_home)
+    _log_a_file(copy, monkeypatch, "two.txt")
+    assert _tree(first_home) == before and list((copy / "mlartifacts").rglob("two.txt"))
+    assert f"artifacts of '{EXPERIMENT}' are in {copy}/mlartifacts now" in caplog.text
+    client = MlflowClient(f"sqlite:///{copy}/mlflow.db")
+    (run,) = _search(f"sqlite:///{copy}/mlflow.db", "tags.sweep_id = 'moved'")
+    assert {one.path for one in client.list_artifacts(run.info.run_id)} == {"one.txt", "two.txt"}
+
+
+def test_a_moved_project_does_not_make_the_old_folder_again(first_home, tmp_path, monkeypatch):
+    first_home.rename(tmp_path / "second")
+    _log_a_file(tmp_path / "second", monkeypatch, "two.txt")
+    assert not first_home.exists()
+    assert list((tmp_path / "second/mlartifacts").rglob("two.txt"))
+
+
+def test_a_place_that_someone_chose_stays(first_home, tmp_path, monkeypatch):
+    chosen = tmp_path / "chosen/mlartifacts"
+    chosen.mkdir(parents=True)
+    with sqlite3.connect(first_home / "mlflow.db") as connection:
+        connection.execute("UPDATE experiments SET artifact_location = ?", (str(chosen),))
+        connection.execute("DELETE FROM tags")
+    _log_a_file(first_home, monkeypatch, "two.txt")
+    assert list(chosen.rglob("two.txt"))

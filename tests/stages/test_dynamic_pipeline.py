@@ -20,17 +20,31 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from tiny_families import QwenProcessor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import import_utils
 
 import nuwa
+from benchmarks.gpu.families import QwenProcessor
 from nuwa.benchmarks import get_benchmark
 from nuwa.vlm import Adapter
-from pipelines import executor
+from pipelines.features import encoding
 from pipelines.settings import Settings, load_settings
-from stages.entry import KEPT, METRICS, PREDICTIONS, REPORT, SCORES, SWEEP, TRIALS, planned_trials, run_stage
+from pipelines.sweep import answers as sweep_answers
+from pipelines.workers import GivenUp, run_units
+from stages.entry import (
+    HEADLINE,
+    KEPT,
+    METRICS,
+    OUR_FAULT,
+    PREDICTIONS,
+    REPORT,
+    SCORES,
+    SWEEP,
+    TRIALS,
+    planned_trials,
+    run_stage,
+)
 from stages.evaluate import evaluate
 from stages.features import features
 from stages.prepare import prepare
@@ -52,6 +66,10 @@ class SavedQwenProcessor(QwenProcessor):
     @classmethod
     def from_pretrained(cls, folder: str, **_options) -> SavedQwenProcessor:
         return cls(PreTrainedTokenizerFast.from_pretrained(folder))
+
+
+def run_units_here(*what, **how) -> GivenUp:
+    return run_units(*what, **how | {"in_process": True})
 
 
 def photos() -> list[Image.Image]:
@@ -163,7 +181,8 @@ def run(request, tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp(request.param))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setitem(PROCESSOR_MAPPING._extra_content, Qwen2_5_VLConfig, SavedQwenProcessor)
-        patch.setattr(executor, "_run_on_ray", lambda spec, _cluster, ledger: executor._run_here(spec, ledger))
+        for room in (encoding, sweep_answers):  # the processor is patched in this process only
+            patch.setattr(room, "run_units", run_units_here)
         save(vlm, Path("models", request.param))
         write_tables(["unknown"] * len(SIZES) * len(QUESTIONS))
         write_params(request.param)
@@ -258,9 +277,10 @@ def test_what_cannot_be_known_is_said_and_not_printed(run):
         raise AssertionError(f"{constant} is no JSON")
 
     metrics = json.loads(METRICS.read_text(), parse_constant=refuse)
-    (retention,) = (values for name, values in metrics.items() if name.startswith("retention"))
-    assert len(retention) == 3 and all(values["grounding"] is None for values in retention.values())
-    assert all(0 <= values["vqa"] <= 1 for values in retention.values())
+    assert metrics["nuwa"]["vg"] is metrics["rival"]["vg"] is metrics["lead"]["vg"] is None
+    assert 0 <= metrics["nuwa"]["vqa"] <= 1 and metrics["unpruned"] == {"vg": 0.0, "vqa": 1.0}
+    headline = pd.read_csv(HEADLINE)
+    assert len(headline) == 3 and headline["grounding"].isna().all() and headline["vqa"].between(0, 1).all()
     text = lxml.html.parse(REPORT / "index.html").getroot().text_content()
     assert "retention on grounding is a share of nothing and left out" in text
     for words in (text, (REPORT / "report.md").read_text()):
@@ -336,5 +356,9 @@ def test_without_torchvision_one_line_says_what_to_install(tmp_path, monkeypatch
         "error: model.path = 'models/testbed': the model's processor needs torchvision, which is not installed; "
         "pip install torchvision\n"
     )
-    with pytest.raises(ModuleNotFoundError):
+    with pytest.raises(SystemExit) as stopped:
         run_stage(lambda _: __import__("a_module_that_is_not_there"), needs_model=False)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert "ModuleNotFoundError: No module named 'a_module_that_is_not_there'" in said
+    assert said.endswith(f"error: {OUR_FAULT}\n")

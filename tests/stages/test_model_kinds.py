@@ -94,7 +94,7 @@ def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):
     (tmp_path / "model/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(SettingsError) as caught:
         planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": "nuwa"}]))
-    assert "model type 'bert' is not supported; supported: llava, llava_next, qwen2_5_vl" in str(caught.value)
+    assert "model type 'bert' is unknown; allowed: llava, llava_next, qwen2_5_vl" in str(caught.value)
 
 
 def test_the_projects_own_model_is_planned():

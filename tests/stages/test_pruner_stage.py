@@ -42,7 +42,9 @@ def settings_of(folder: Path, **changes):
     return load_settings(path)
 
 
-def test_the_stage_trains_for_the_model_of_the_settings_and_logs(tiny_vlm, tmp_path, monkeypatch):
+def test_the_stage_trains_for_the_model_of_the_settings_logs_and_stops_early_where_it_is_done(
+    tiny_vlm, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("nuwa.pruner.train.VALIDATION_IMAGES", 2)
@@ -52,7 +54,8 @@ def test_the_stage_trains_for_the_model_of_the_settings_and_logs(tiny_vlm, tmp_p
     pruner(settings)
     config, model = LearnPruner(), LlavaAdapter.load("tiny")
     check(config, model.encoder_fingerprint())
-    training = read_lpm(Path(config.weights)).training
+    training = dict(read_lpm(Path(config.weights)).training)
+    assert len(training.pop("code")) == 64
     assert training == {"parameters": settings.pruner.model_dump(), "model": model.fingerprint()}
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(PARAMS["tracking"]["experiment"])
@@ -62,6 +65,16 @@ def test_the_stage_trains_for_the_model_of_the_settings_and_logs(tiny_vlm, tmp_p
         assert [point.step for point in client.get_metric_history(run.info.run_id, f"pruner/{name}")] == [10, 20, 30]
     assert run.data.metrics["pruner/keep_rate"] == pytest.approx(29 / 144)
     assert "pruner/validation_loss_lpm" in run.data.metrics
+
+    written = Path(config.weights).stat().st_mtime_ns
+    capsys.readouterr()
+    pruner(settings)
+    assert "is of this recipe, data, model and code already" in capsys.readouterr().out
+    assert Path(config.weights).stat().st_mtime_ns == written
+    pruner(
+        settings_of(tmp_path, model={"path": "tiny"}, pruner={"steps": 30, "batch_size": 1, "images": 10, "seed": 1})
+    )
+    assert read_lpm(Path(config.weights)).training["parameters"]["seed"] == 1
 
 
 @pytest.fixture
@@ -107,6 +120,7 @@ def test_instruction_data_replace_the_weights_of_another_encoder(published, dtyp
     assert file.encoder == model.encoder_fingerprint() != before.encoder
     check(LearnPruner(), model.encoder_fingerprint())
     assert file.training == {
+        "code": file.training["code"],
         "parameters": settings.pruner.model_dump(),
         "model": model.fingerprint(),
         "data": hashlib.sha256(Path("tables/instructions.json").read_bytes()).hexdigest(),
@@ -163,6 +177,7 @@ def test_damage_that_shows_while_training_is_one_line_and_the_training_goes_on_w
     whole = image.read_bytes()
     pruner(taught_with(published, share=1.0))
     expected = Path(DEFAULT_WEIGHTS).read_bytes()
+    Path(DEFAULT_WEIGHTS).unlink()  # or the stage would see that it is done
     image.write_bytes(whole[:100])
     message = refusal(taught_with(published, share=1.0))
     assert message.startswith("pruner.data: tables/photos/0.png: the image of entry 0 cannot be read (")

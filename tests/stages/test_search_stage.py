@@ -11,8 +11,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipelines.results import ResultStore
 from pipelines.settings import SettingsError, load_settings
+from pipelines.sweep.results import ResultStore
 from stages.prepare import prepare
 from stages.search import search
 

@@ -160,6 +160,85 @@ PUBLISHED: dict[str, dict[str, tuple[pa.DataType, Any]]] = {
         "capability": (STRING, "ocr,math"),
     },
 }
+PUBLISHED["docvqa"] = {
+    "questionId": (STRING, "49153"),
+    "question": (STRING, "What is the date?"),
+    "question_types": (STRINGS, ["handwritten"]),
+    "image": (IMAGE_TYPE, IMAGE),
+    "docId": (pa.int64(), 14465),
+    "ucsf_document_id": (STRING, "pybv0228"),
+    "ucsf_document_page_no": (STRING, "81"),
+    "answers": (STRINGS, ["Jan 8", "January 8"]),
+    "data_split": (STRING, "val"),
+}
+PUBLISHED["infovqa"] = {
+    "questionId": (STRING, "98313"),
+    "question": (STRING, "What is the date?"),
+    "answers": (STRINGS, ["Jan 8", "January 8"]),
+    "answer_type": (STRINGS, ["single span"]),
+    "image": (IMAGE_TYPE, IMAGE),
+    "image_url": (STRING, "https://a"),
+    "operation/reasoning": (STRINGS, ["none"]),
+    "ocr": (STRING, "[]"),
+    "data_split": (STRING, "val"),
+}
+PUBLISHED["ocrbench"] = {
+    "dataset": (STRING, "IIIT5K"),
+    "question": (STRING, " what is written in the image? "),
+    "question_type": (STRING, "Regular Text Recognition"),
+    "answer": (STRINGS, ["CENTRE"]),
+    "image": (IMAGE_TYPE, IMAGE),
+}
+PUBLISHED["chartqa"] = {
+    "type": (STRING, "human_test"),
+    "question": (STRING, "How many bars are there?"),
+    "answer": (STRING, "14"),
+    "image": (IMAGE_TYPE, IMAGE),
+}
+PUBLISHED["mmstar"] = {
+    "index": (pa.int64(), 7),
+    "question": (STRING, "Is it red? Please answer yes or no.\nOptions: A: Yes, B: No, C: Both, D: Neither"),
+    "image": (IMAGE_TYPE, IMAGE),
+    "answer": (STRING, "A"),
+    "category": (STRING, "coarse perception"),
+    "l2_category": (STRING, "image style & quality"),
+    "meta_info": (
+        pa.struct({"source": STRING, "split": STRING, "image_path": STRING}),
+        {"source": "MMBench", "split": "val", "image_path": "images/0.jpg"},
+    ),
+}
+PUBLISHED["hallusionbench"] = {
+    "category": (STRING, "VD"),
+    "subcategory": (STRING, "illusion"),
+    "visual_input": (STRING, "1"),
+    "set_id": (STRING, "0"),
+    "figure_id": (STRING, "2"),
+    "sample_note": (STRING, "circle"),
+    "question_id": (STRING, "1"),
+    "question": (STRING, "Is the left circle smaller?"),
+    "gt_answer_details": (STRING, "They are of one size."),
+    "gt_answer": (STRING, "0"),
+    "filename": (STRING, "./hallusion_bench/VD/illusion/0_2.png"),
+    "image": (IMAGE_TYPE, IMAGE),
+}
+PUBLISHED["realworldqa"] = {
+    "image": (IMAGE_TYPE, IMAGE),
+    "question": (STRING, "Which way?\n\nA. Left\nB. Right\nPlease answer directly with only the letter."),
+    "answer": (STRING, "B"),
+}
+PUBLISHED["ai2d"] = {
+    "question": (STRING, "Which stage comes after the egg?"),
+    "options": (STRINGS, ["larva", "adult", "pupa", "none"]),
+    "answer": (STRING, "2"),
+    "image": (IMAGE_TYPE, IMAGE),
+}
+PUBLISHED["vizwiz"] = {
+    "question_id": (STRING, "VizWiz_val_00000000.jpg"),
+    "image": (IMAGE_TYPE, IMAGE),
+    "question": (STRING, "what IS this?"),
+    "answers": (STRINGS, ["unanswerable", *["can of soup"] * 9]),
+    "category": (STRING, "other"),
+}
 PUBLISHED["mmbench_cn"] = {
     **PUBLISHED["mmbench"],
     "question": (STRING, "哪一个是水果？"),

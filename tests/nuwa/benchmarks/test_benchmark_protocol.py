@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nuwa.benchmarks import BENCHMARKS, Example, get_benchmark
+from nuwa.benchmarks import BENCHMARKS, TESTBED, Example, get_benchmark
 
-BOXED = {"box": [0.25, 0.25, 0.75, 0.75], "size": [20, 10]}
+BOXED = {"box": [0.25, 0.25, 0.75, 0.75], "size": [20, 10], "photo": [20, 10], "padded": [20, 10]}
 OPTIONS = {"A": "red (dark)", "B": "a [b", "C": "\\d+"}
 TRUTHS = {
     "refcoco": [BOXED],
@@ -23,19 +23,29 @@ TRUTHS = {
     "vqav2": [{"answers": ["a", "", "the", *["yes"] * 7]}],
     "scienceqa": [{"answer": "A", "options": OPTIONS}],
     "mme": [{"answer": "yes", "group": "count/1"}],
-    "mmbench": [{"answer": "A", "options": OPTIONS, "group": "1"}],
+    "mmbench": [{"answer": "A", "options": OPTIONS, "group": "1", "grade": 0.25}],
     "mmbench_cn": [{"answer": "A", "options": OPTIONS, "group": "1"}],
     "seedbench": [{"answer": "A", "options": OPTIONS}],
     "mmmu": [
         {"id": "x", "type": "multiple-choice", "options": OPTIONS, "answer": "A"},
         {"id": "x", "type": "open", "answers": ["7", "x", "nan"]},
     ],
-    "mmvet": [{"question": "q", "answer": "x"}],
+    "mmvet": [{"question": "q", "answer": "x", "grade": 0.25}],
+    "docvqa": [{"answers": ["yes", "a b"]}],
+    "infovqa": [{"answers": ["yes", "a b"]}],
+    "ocrbench": [{"answers": ["yes", "a b"], "dataset": name, "part": "scene"} for name in ("SVT", "HME100k")],
+    "chartqa": [{"answer": answer, "type": "human_test"} for answer in ("yes", "0", "12.5%")],
+    "mmstar": [{"answer": "A"}],
+    "hallusionbench": [{"answer": "yes", "group": "f | q", "grade": 1}],
+    "realworldqa": [{"answer": answer, "options": ["yes", "(", ""]} for answer in ("A", "2", "Down hill")],
+    "ai2d": [{"answer": "A", "options": OPTIONS}],
+    "vizwiz": [{"answers": ["a", "", "the", *["yes"] * 7]}],
 }
 CASES = [
-    pytest.param(benchmark, truth, id=f"{name}-{benchmark.variant}-{number}")
+    pytest.param(benchmark.under(protocol), truth, id=f"{name}-{benchmark.variant}-{protocol}-{number}")
     for name, variants in BENCHMARKS.items()
     for benchmark in variants
+    for protocol in (TESTBED, *(name for name, rules in benchmark.rules.items() if rules.score))
     for number, truth in enumerate(TRUTHS[name])
 ]
 any_text = st.one_of(
@@ -88,20 +98,29 @@ def test_scores_need_as_many_truths_as_answers():
 
 def test_the_registry_holds_every_benchmark_and_variant():
     assert {name: [one.variant for one in variants] for name, variants in BENCHMARKS.items()} == {
-        "refcoco": ["normalized", "pixels"],
-        "refcocoplus": ["normalized", "pixels"],
-        "refcocog": ["normalized", "pixels"],
+        "refcoco": ["as_published", "unpadded", "pixels"],
+        "refcocoplus": ["as_published", "unpadded", "pixels"],
+        "refcocog": ["as_published", "unpadded", "pixels"],
         "gqa": [""],
         "pope": ["exact", "first_sentence"],
         "textvqa": ["no_ocr", "ocr"],
         "vqav2": [""],
         "scienceqa": [""],
         "mme": [""],
-        "mmbench": [""],
+        "mmbench": ["rules", "judged"],
         "mmbench_cn": [""],
         "seedbench": [""],
         "mmmu": ["single_image", "first_image"],
-        "mmvet": [""],
+        "mmvet": ["", "judged"],
+        "docvqa": [""],
+        "infovqa": [""],
+        "ocrbench": [""],
+        "chartqa": [""],
+        "mmstar": [""],
+        "hallusionbench": ["yes_no", "judged"],
+        "realworldqa": [""],
+        "ai2d": [""],
+        "vizwiz": [""],
     }
     for name, variants in BENCHMARKS.items():
         assert get_benchmark(name) is variants[0]
@@ -110,16 +129,15 @@ def test_the_registry_holds_every_benchmark_and_variant():
             assert get_benchmark(name, benchmark.variant) is benchmark
 
 
-ALL = "refcoco, refcocoplus, refcocog, gqa, pope, textvqa, vqav2, scienceqa, mme, mmbench, mmbench_cn, seedbench, mmmu, mmvet"
+ALL = ", ".join(sorted(BENCHMARKS))
 UNKNOWN = [
-    (("refcco", None), f"no benchmark is called 'refcco'; did you mean 'refcoco'? there are: {ALL}"),
-    (("xyz", None), f"no benchmark is called 'xyz'; there are: {ALL}"),
+    (("refcco", None), f"benchmark 'refcco' is unknown; allowed: {ALL}; did you mean 'refcoco'?"),
+    (("xyz", None), f"benchmark 'xyz' is unknown; allowed: {ALL}"),
     (
         ("pope", "first-sentence"),
-        "no variant of pope is called 'first-sentence'; did you mean 'first_sentence'? "
-        "there are: exact, first_sentence",
+        "variant of pope 'first-sentence' is unknown; allowed: exact, first_sentence; did you mean 'first_sentence'?",
     ),
-    (("gqa", "ocr"), "no variant of gqa is called 'ocr'; there are: none"),
+    (("gqa", "ocr"), "variant of gqa 'ocr' is unknown; allowed: none"),
 ]
 
 

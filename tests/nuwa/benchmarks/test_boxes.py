@@ -169,7 +169,7 @@ def test_parsing_undoes_writing_in_both_spaces(box, width, height, blank):
 def test_boxes_in_pixels_are_asked_for_in_pixels():
     asked = [
         get_benchmark("refcoco", variant).prompt(Example("refcoco:1:0", "the red cup", {}, "", b""), "llava_v1")
-        for variant in ("normalized", "pixels")
+        for variant in ("as_published", "pixels")
     ]
     assert "bounded between 0 and 1" in asked[0] and asked[0].endswith("describes: the red cup")
     assert "in pixels as JSON" in asked[1] and asked[1].endswith('{"bbox_2d": [x1, y1, x2, y2]}: the red cup')

@@ -29,7 +29,10 @@ SCIENCEQA = [
     ("B.", "B"),
     ("B. dark red", "B"),
     ("B.C", "B"),
-    ("b", None),
+    ("b", "B"),
+    ("b.", None),
+    ("b. dark red", None),
+    ("e", None),
     ("B)", None),
     ("(B)", None),
     ("The answer is B.", None),
@@ -38,7 +41,17 @@ SCIENCEQA = [
     ("E. other", None),
     ("", None),
 ]
-SEEDBENCH = [("B", "B"), ("  B. dark", "B"), ("Dog", "D"), ("b", None), ("(B)", None), ("E", None), ("", None)]
+SEEDBENCH = [
+    ("B", "B"),
+    ("  B. dark", "B"),
+    ("Dog", "D"),
+    ("b", "B"),
+    ("d. dark", "D"),
+    ("e", None),
+    ("(B)", None),
+    ("E", None),
+    ("", None),
+]
 MMBENCH = [
     ("B", "B"),
     ("B.", "B"),

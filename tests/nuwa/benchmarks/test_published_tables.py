@@ -91,10 +91,85 @@ EXPECTED = {
         "What is x in the equation?",
     ),
 }
+for _name, _question_id in (("docvqa", 49153), ("infovqa", 98313)):
+    EXPECTED[_name] = (
+        f"{_name}:{_question_id}",
+        "What is the date?",
+        {"answers": ["Jan 8", "January 8"]},
+        "",
+        "What is the date?" + WORD,
+    )
+EXPECTED |= {
+    "ocrbench": (
+        None,
+        "what is written in the image?",
+        {"answers": ["CENTRE"], "dataset": "IIIT5K", "part": "recognition"},
+        "Regular Text Recognition",
+        "what is written in the image?",
+    ),
+    "chartqa": (
+        None,
+        "How many bars are there?",
+        {"answer": "14", "type": "human_test"},
+        "human_test",
+        "How many bars are there?\nAnswer the question with a single word.",
+    ),
+    "mmstar": (
+        "mmstar:7",
+        "Is it red? Please answer yes or no.\nOptions: A: Yes, B: No, C: Both, D: Neither",
+        {"answer": "A"},
+        "coarse perception: image style & quality",
+        "Is it red?\nOptions: A: Yes, B: No, C: Both, D: Neither\n"
+        "Answer with the option's letter from the given choices directly",  # without its period
+    ),
+    "hallusionbench": (
+        "hallusionbench:VD/illusion/0/2/1",
+        "Is the left circle smaller?",
+        {
+            "answer": "no",
+            "group": "VD/illusion/0/figure 2 | VD/illusion/0/question 1",
+            "question": "Is the left circle smaller?",
+            "details": "They are of one size.",
+        },
+        "VD",
+        "Is the left circle smaller?",
+    ),
+    "realworldqa": (
+        None,
+        "Which way?\n\nA. Left\nB. Right\nPlease answer directly with only the letter.",
+        {"answer": "B", "options": ["Left", "Right"]},
+        "",
+        "Which way?\n\nA. Left\nB. Right\nPlease answer directly with only the letter.",
+    ),
+    "ai2d": (
+        None,
+        "Which stage comes after the egg?",
+        {"answer": "C", "options": {"A": "larva", "B": "adult", "C": "pupa", "D": "none"}},
+        "",
+        "Which stage comes after the egg?\nA. larva\nB. adult\nC. pupa\nD. none" + LETTER,
+    ),
+    "vizwiz": (
+        "vizwiz:VizWiz_val_00000000.jpg",
+        "what IS this?",
+        {"answers": ["unanswerable", *["can of soup"] * 9]},
+        "other",
+        "What is this?\nWhen the provided information is insufficient, respond with 'Unanswerable'." + WORD,
+    ),
+}
 # a 20×10 image; x, y, w, h = 5, 2.5, 10, 5
 BOX = {"box": [0.25, 0.25, 0.75, 0.75]}
 MEND = "; mend or drop the row, or fetch the file again"
-SIZES = {"mmmu": 128, "mmvet": 1024, "refcoco": 64, "refcocoplus": 64, "refcocog": 64}
+SIZES = {
+    "ocrbench": 128,
+    "hallusionbench": 128,
+    "mmmu": 128,
+    "mmvet": 1024,
+    "refcoco": 64,
+    "refcocoplus": 64,
+    "refcocog": 64,
+    "docvqa": 32,
+    "infovqa": 32,
+}
 
 every_benchmark = pytest.mark.parametrize("name", list(BENCHMARKS))
 
@@ -188,11 +263,11 @@ def test_the_whole_message_of_a_schema_error(published):
     schema = published("refcoco").schema
     broken = {
         schema.remove(5): "column 'bbox' of refcoco should be list<float>, found missing",
-        schema.set(5, pa.field("bbox", pa.list_(pa.float64()))): "column 'bbox' of refcoco should be list<float>, "
-        "found list<double>",
+        schema.set(5, pa.field("bbox", pa.list_(pa.string()))): "column 'bbox' of refcoco should be list<float>, "
+        "found list<string>",
         schema.set(1, pa.field("image", pa.binary())): "column 'image' of refcoco should be "
         "struct{bytes: binary, path: string}, found binary",
-        schema.set(6, pa.field("iscrowd", pa.int64())): "column 'iscrowd' of refcoco should be int8, found int64",
+        schema.set(6, pa.field("iscrowd", pa.bool_())): "column 'iscrowd' of refcoco should be int8, found bool",
     }
     for damaged, message in broken.items():
         with pytest.raises(SchemaError) as error:
@@ -214,7 +289,7 @@ DAMAGE = [
     (
         "refcoco",
         {"image": {"bytes": b"no png", "path": None}},
-        "its 6 image bytes cannot be opened (UnidentifiedImageError)",
+        "column 'image': its 6 image bytes cannot be opened (UnidentifiedImageError)",
     ),
     ("refcocog", {"answer": []}, "column 'answer' is empty"),
     ("refcocog", {"answer": None}, "column 'answer' is empty"),
@@ -271,6 +346,8 @@ DAMAGE = [
     ),
     ("mmmu", {"answer": "D"}, "column 'answer' is 'D', allowed are A, B, C"),
     ("mmmu", {"question_type": "essay"}, "column 'question_type' is 'essay', allowed are multiple-choice, open"),
+    ("docvqa", {"answers": []}, "column 'answers' is empty"),
+    ("infovqa", {"answers": [" ", None]}, "column 'answers' is empty"),
     ("mmvet", {"answer": ""}, "column 'answer' is empty"),
 ]
 
@@ -289,6 +366,18 @@ def test_a_missing_image_is_refused_everywhere(name, published):
     table = published(name).table({column: [NO_BYTES] if name == "seedbench" else NO_BYTES})
     with pytest.raises(RecordError, match=f"column '{column}' holds no image bytes but only the path 'a.jpg'"):
         examples(name, table)
+
+
+@every_benchmark
+def test_a_damaged_image_is_named_by_row_and_column_everywhere(name, published):
+    column, damaged = "image_1" if name == "mmmu" else "image", {"bytes": b"GIF89a, cut off", "path": None}
+    table = published(name).table({}, {column: [damaged] if name == "seedbench" else damaged})
+    with pytest.raises(RecordError) as caught:
+        list(get_benchmark(name).examples(table, "f.parquet", whole=True))
+    assert str(caught.value) == (
+        f"f.parquet: row 1 of {name}: column {column!r}: its 15 image bytes cannot be opened (UnidentifiedImageError); mend "
+        "or drop the row, or fetch the file again"
+    )
 
 
 def test_rows_are_counted_across_batches(published):

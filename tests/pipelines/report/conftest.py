@@ -110,7 +110,7 @@ class Synthetic:
             "stage2_layer": layer, "stage2_keep": budget // 4 if two_stages else None, "stage2_scorer": scorer,
             "stage2_cuts": f"{layer}:{budget // 4}" if two_stages else None,
             "stage2_recycling": False, "flops": 4.2e9 * (budget or TOKENS), "flops_convention": "FLOP, by a rule of thumb",
-            "seed": seed, "params": json.dumps(params),
+            "kv_bytes": 1024.0 * (budget or TOKENS), "seed": seed, "params": json.dumps(params),
         })  # fmt: skip
         self.known[identity] = self.trials[-1]
         self._add_scores(trial_id, method, retention)

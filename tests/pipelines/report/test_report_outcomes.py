@@ -160,3 +160,19 @@ def test_published_ablation_by_hand():
     row = next(row for row in published_ablations("nuwa table 7", published_scores()) if row.setting == "280")
     assert row.vqa == pytest.approx((58.33 / 61.9 + 62.0275 / 64.7 + 1706.869 / 1862) / 3)
     assert row.grounding == pytest.approx((29.43 / 58.30 + 28.22 / 59.43 + 17.47 / 38.88 + 21.81 / 48.50) / 4)
+
+
+def test_rows_with_their_authors_own_position_ids_stand_first(synthetic, outcomes_of):
+    """VisionZip packs what it keeps anew, FastV leaves the ids as they are; the other strategies follow."""
+    run = synthetic(images=1)
+    for method in ("visionzip", "fastv"):
+        for position in ("rpme", "pesp", "perc"):
+            run.add(method, "default", position, 16, KEPT, ("main",))
+    rows = [(trial.method, trial.position, trial.own) for trial in outcomes_of(run).at_budget(16)]
+    assert rows[:2] == [("visionzip", "perc", True), ("fastv", "pesp", True)]
+    assert sorted(rows[2:]) == [
+        (method, position, False)
+        for method, position in (
+            ("fastv", "perc"), ("fastv", "rpme"), ("visionzip", "pesp"), ("visionzip", "rpme"),
+        )
+    ]  # fmt: skip

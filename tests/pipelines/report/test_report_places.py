@@ -12,8 +12,7 @@ from PIL import Image
 from transformers import LlavaNextConfig, Qwen2_5_VLConfig
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from nuwa.vlm import adapter_class
-from nuwa.vlm.shapes import usual_image_processor
+from nuwa.vlm import adapter_class, usual_image_processor
 from pipelines.report.gallery import COLLECTOR, GAP, PILLAR, TRUTH, gallery
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes

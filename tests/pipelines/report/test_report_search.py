@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipelines.pareto import pareto_front
 from pipelines.report.inputs import ReportInputs, SearchRecord
 from pipelines.report.outcomes import Outcomes
 from pipelines.report.page import build_report
 from pipelines.report.search import missed_front, search_section
+from pipelines.scores.front import pareto_front
 
 FAMILIES = ("grounding", "vqa")
 SUMMARY = {

@@ -1,0 +1,1 @@
+"""Speed figures anyone can run; see each module for its command."""

@@ -1,0 +1,271 @@
+"""Tiny models of the three families with random weights: the stock classes, every structural feature on.
+
+Weights are loud, so that answers depend on what is seen and on where it stands. Nothing here needs torchvision, which
+transformers' own processor of Qwen2.5-VL imports.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BatchFeature,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizerFast,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from nuwa.testbed.architecture import build_model, model_config
+from nuwa.testbed.language import build_processor
+from nuwa.vlm import LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter
+
+WORDS = [
+    "what",
+    "is",
+    "on",
+    "the",
+    "left",
+    "right",
+    "red",
+    "blue",
+    "a",
+    "how",
+    "many",
+    "where",
+    "near",
+    "cat",
+    "dog",
+    "sign",
+    "user",
+    "assistant",
+    ":",
+    "?",
+]
+TEMPLATE = (
+    "{% for message in messages %}user : {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} assistant :{% endif %}"
+)
+
+
+def tokenizer(*special: str) -> PreTrainedTokenizerFast:
+    """One token a word, padded at the left."""
+    vocabulary = {word: at for at, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *special, *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=list(special),
+        padding_side="left",
+        model_max_length=4096,
+    )
+
+
+def louden(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.6 if "embed_tokens" in name else 0.16)
+            elif "bias" in name:
+                parameter.normal_(0, 0.1)
+
+
+def tiny_llava() -> LlavaAdapter:
+    """The testbed's architecture with random weights, loud enough that answers depend on what is seen."""
+    torch.manual_seed(3)
+    processor = build_processor()
+    tokenizer = processor.tokenizer
+    config = model_config(
+        len(tokenizer), processor.image_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    )
+    config.text_config.num_key_value_heads = 2
+
+    model = build_model(config)
+    with torch.no_grad():
+        for name, parameter in model.model.language_model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.12 if "embed" not in name else 0.5)
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.normal_(0, 0.15)
+    return LlavaAdapter(model.requires_grad_(False), processor)
+
+
+def tiny_next() -> LlavaNextAdapter:
+    """A 6x6 base crop, anyres grids of up to four crops, grouped query heads."""
+    torch.manual_seed(11)
+    words = tokenizer("<image>")
+    crop, patch = 24, 4
+    pinpoints = [[24, 48], [48, 24], [48, 48], [24, 96]]
+
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            projection_dim=16,
+            num_hidden_layers=6,
+            num_attention_heads=2,
+            image_size=crop,
+            patch_size=patch,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+        image_seq_length=(crop // patch) ** 2,
+    )
+
+    model = LlavaNextForConditionalGeneration(config)
+    louden(model)
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": crop},
+            crop_size={"height": crop, "width": crop},
+            image_grid_pinpoints=pinpoints,
+        ),
+        tokenizer=words,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE.replace("IMAGE", "<image> "),
+    )
+    return LlavaNextAdapter(model.requires_grad_(False), processor)
+
+
+def tiny_qwen() -> Qwen2_5VLAdapter:
+    """Dynamic grids, windows that do not divide them, full attention in two of five blocks, M-RoPE, grouped heads."""
+    torch.manual_seed(12)
+    words = tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+    identity = words.convert_tokens_to_ids
+
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 5,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 4,
+            "window_size": 24,
+            "out_hidden_size": 48,
+            "fullatt_block_indexes": [2, 4],
+        },
+        text_config={
+            "vocab_size": len(words),
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        image_token_id=identity("<|image_pad|>"),
+        video_token_id=identity("<|video_pad|>"),
+        vision_start_token_id=identity("<|vision_start|>"),
+        vision_end_token_id=identity("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    louden(model)
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    return Qwen2_5VLAdapter(model.requires_grad_(False), QwenProcessor(words))
+
+
+class QwenProcessor:
+    """What ``Qwen2_5_VLProcessor`` does to images; that class itself cannot be made without torchvision."""
+
+    def __init__(self, words: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = words
+        self.image_processor = Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 80 * 80}
+        )
+        self.chat_template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|> ")
+
+    def apply_chat_template(self, turns: list[dict[str, Any]], **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(turns, chat_template=self.chat_template, **options)
+
+    def __call__(self, images: Any, text: Any, return_tensors: str = "pt", padding: bool = False) -> BatchFeature:
+        pictures = self.image_processor(images, return_tensors=return_tensors)
+        counts = (pictures["image_grid_thw"].prod(dim=1) // 4).tolist()
+        pad = "<|image_pad|>"
+        texts = [part.replace(pad, pad * count) for part, count in zip(text, counts, strict=True)]
+        words = self.tokenizer(texts, return_tensors=return_tensors, padding=padding)
+        is_image = (words.input_ids == self.tokenizer.convert_tokens_to_ids(pad)).int()
+        names = {name: words[name] for name in ("input_ids", "attention_mask")}
+        return BatchFeature({**names, **pictures, "mm_token_type_ids": is_image})
+
+
+# (width, height): wide and tall ones that lose padding, squares, odd sides.
+SIZES = [(60, 40), (30, 70), (48, 48), (100, 30), (41, 57), (60, 40), (73, 65), (24, 90)]
+
+
+def draw_photos() -> list[Image.Image]:
+    """Coarse random pictures of :data:`SIZES`."""
+    rng = np.random.default_rng(8)
+    photos = []
+    for width, height in SIZES:
+        coarse = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        photos.append(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return photos
+
+
+def write_text_tower(vlm: LlavaAdapter | LlavaNextAdapter, folder: Path, longest: int = 12) -> Path:
+    """A CLIP model whose vision half is the encoder of ``vlm``, its text half random; letters are its words."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz?.,"]
+    words = ["!", *letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": longest,
+        "bos_token_id": len(words) - 2,
+        "eos_token_id": len(words) - 1,
+        "pad_token_id": 0,
+    }
+
+    torch.manual_seed(21)
+    vision = vlm.model.config.vision_config.to_dict()
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    louden(clip)
+    clip.vision_model.load_state_dict(vlm.tower.state_dict())
+    clip.save_pretrained(folder)
+    CLIPTokenizerFast(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    return folder

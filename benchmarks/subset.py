@@ -1,0 +1,96 @@
+"""Whether answers changed on the questions that earlier figures are of: before subsets were nested, others were drawn.
+
+The default sweep used to take 200 of the 400 prepared images by another rule. This asks the same trials on these very
+images, takes what the store holds, scores them as ``evaluate`` does, and compares with the metrics that were committed
+then (``benchmarks/data/metrics_before_nested_subsets.json``). Half of the images are in the present subset too, so after
+``make repro`` half of the answers are stored.
+
+    python -m benchmarks.subset
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nuwa.budget import budget_tokens
+from nuwa.cost import LlmShape, cost_columns
+from pipelines.features.layouts import image_layouts
+from pipelines.features.loading import Loading
+from pipelines.scores.summary import headline_metrics
+from pipelines.settings import Settings, load_settings
+from pipelines.sweep.engine import Engine
+from pipelines.sweep.trials import Layouts, expand
+from stages.entry import EXAMPLES, places
+from stages.evaluate import score_tables
+
+PINNED = Path(__file__).parent / "data" / "metrics_before_nested_subsets.json"
+IMAGES, SEED = 200, 0  # of the default sweep then
+
+
+def subset_of_then(examples: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``examples`` that the default sweep asked when :data:`PINNED` was written."""
+    names = sorted(set(examples["image"]))
+    chosen = np.random.default_rng(SEED).choice(names, size=IMAGES, replace=False)
+    return examples[examples["image"].isin(chosen.tolist())].reset_index(drop=True)
+
+
+def metrics_of(settings: Settings, questions: pd.DataFrame) -> dict[str, Any]:
+    """The headline metrics of the sweep's trials on ``questions``; what the store lacks is asked."""
+    loading = Loading.of(settings.model, settings.cluster)
+    vlm = loading.here(settings.model.path)
+    of_image = image_layouts(vlm, questions)
+    layouts = Layouts.of(of_image.values(), vlm.dynamic)
+    trials = expand(settings.sweep, layouts, vlm.layers)
+    engine = Engine.start(settings, vlm, of_image, places(settings))
+    outcome, made = engine.run(trials, questions, lambda step, metrics: None)
+    if outcome.failures:
+        sys.exit(f"{len(outcome.failures)} units failed")
+    print(f"{made:,} of {len(trials) * len(questions):,} answers were new")
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        engine.collect(trials, questions, {"predictions": folder / "predictions.parquet"}, folder / "collecting")
+        shape = LlmShape.from_config(vlm.model.config)
+        rows = [
+            trial.row(layouts, lambda schedule: cost_columns(schedule, shape, vlm.model.dtype.itemsize))
+            for trial in trials
+        ]
+        pq.write_table(pa.Table.from_pandas(pd.DataFrame(rows)), folder / "trials.parquet")
+        evaluate = settings.evaluate
+        scores = score_tables(
+            folder / "trials.parquet", questions, folder / "predictions.parquet", evaluate.resamples, evaluate.seed
+        )
+        table = pd.read_parquet(folder / "trials.parquet")
+    tokens = int(table["image_tokens"].iloc[0])
+    headline = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)
+    return headline_metrics(table, scores, headline)
+
+
+def differences(then: Any, now: Any, key: str = "") -> list[str]:
+    """What stands in ``then`` and is not the same ``now``, by its key; what is only ``now`` was not measured then."""
+    if not isinstance(then, dict):
+        return [] if then == now else [f"{key}: {then} then, {now} now"]
+    held = now if isinstance(now, dict) else {}
+    return [line for name in then for line in differences(then[name], held.get(name), f"{key} / {name}".lstrip(" /"))]
+
+
+def main() -> None:
+    settings = load_settings()
+    examples = pd.read_parquet(EXAMPLES)
+    asked = examples[examples["benchmark"].isin(settings.sweep.benchmarks)]
+    changed = differences(json.loads(PINNED.read_text()), metrics_of(settings, subset_of_then(asked)))
+    print("\n".join(changed) or "the same metrics on the same questions")
+    sys.exit(1 if changed else 0)
+
+
+if __name__ == "__main__":
+    main()

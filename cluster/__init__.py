@@ -1,0 +1,1 @@
+"""Launchers for clusters, and the command that submits a sweep to one."""

@@ -1,0 +1,270 @@
+"""Where tokens stand: rows and columns of a pass through the layers, and which column sees which.
+
+What a token sees is kept as *spans*. The questions of an image are ranked by their tokens, so that questions which
+begin alike are neighbours, and every column belongs to the half-open span of ranks it serves: the prefix to all, a
+common beginning to some, a question's own tokens to one. A token sees the earlier columns whose span holds its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nuwa.decoder.caches import BehindPrefix, Keys, Pair
+from nuwa.vlm.adapter import Adapter
+from nuwa.vlm.language import SLIDING
+
+EVERYONE, NOBODY = (0, 2**30), (-2, -1)  # spans of the prefix and of padding
+TEXT = -1  # in ``slot``: not a visual token
+
+
+@dataclass(frozen=True)
+class SharedText:
+    """The questions of one image with common beginnings merged, as columns in depth-first order.
+
+    ``ids``, ``spans``, ``depth``: token, span of ranks and place in its question of every column. ``columns``: each
+    question's columns, in the order of the questions. ``ranks``: each question's rank.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    depth: list[int]
+    columns: list[list[int]]
+    ranks: list[int]
+
+
+def share_beginnings(texts: Sequence[tuple[int, ...]]) -> SharedText:
+    """Merge the common beginnings of ``texts``; every question keeps at least its last token to itself."""
+    order = sorted(range(len(texts)), key=lambda question: texts[question])
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    depth: list[int] = []
+    columns: list[list[int]] = [[] for _ in texts]
+    ranks = [0] * len(texts)
+    path: list[int] = []
+    previous: tuple[int, ...] = ()
+
+    for rank, question in enumerate(order):
+        text = texts[question]
+        common = 0
+        while common < min(len(previous), len(text)) - 1 and previous[common] == text[common]:
+            common += 1
+        path = path[:common]
+        for column in path:
+            spans[column] = (spans[column][0], rank + 1)
+        for place in range(common, len(text)):
+            path.append(len(ids))
+            ids.append(text[place])
+            spans.append((rank, rank + 1))
+            depth.append(place)
+        columns[question], ranks[question], previous = list(path), rank, text
+    return SharedText(ids, spans, depth, columns, ranks)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of some rows as masks see them: ``spans`` ``(rows, columns, 2)``, ``positions`` ``(axes, rows, columns)``."""
+
+    spans: Tensor
+    positions: Tensor
+
+    def seen_by(self, queries: Columns, order: Tensor | None = None) -> Tensor:
+        """Which of these columns every query sees, ``(rows, queries, columns)`` bool.
+
+        ``order`` ``(queries,)`` or ``(rows, queries)``: the queries' own columns, behind which they see nothing; absent
+        where every column stands before every query.
+        """
+        seen = serves(self.spans, queries.spans)
+        if order is not None:
+            seen = seen & (torch.arange(self.spans.shape[1], device=seen.device) <= order[..., None])
+        return seen
+
+    def within(self, queries: Columns, window: int) -> Tensor:
+        """Whether a column is among the ``window`` positions up to a query's own, ``(rows, queries, columns)``."""
+        return queries.positions[0][:, :, None] - self.positions[0][:, None, :] < window
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens before all images, in one row that every row of a stretch stands behind.
+
+    Nothing before them differs, so their keys and values, ``held`` by layer, are the same for all questions and images,
+    and the hidden states entering every layer, ``inputs``, ``(1, tokens, dim)`` each.
+    """
+
+    columns: Columns
+    held: dict[int, Pair]
+    inputs: tuple[Tensor, ...] = ()
+
+    @property
+    def width(self) -> int:
+        return self.columns.spans.shape[1]
+
+    def before(self, columns: Columns) -> Columns:
+        """These columns, and the prefix before every row of them."""
+        rows = len(columns.spans)
+        spans = torch.cat([self.columns.spans.expand(rows, -1, -1), columns.spans], dim=1)
+        positions = torch.cat([self.columns.positions.expand(-1, rows, -1), columns.positions], dim=2)
+        return Columns(spans, positions)
+
+
+@dataclass
+class Stretch:
+    """A run of layers over one layout of rows and columns.
+
+    ``hidden`` ``(rows, columns, dim)`` has passed all layers below ``layer``; ``first`` is the stretch's first layer.
+    ``spans`` ``(rows, columns, 2)``: the ranks each column serves. ``positions`` ``(axes, rows, columns)``: position
+    ids. ``slot`` ``(rows, columns)``: place in the unpruned image (or ``TEXT``). ``place`` ``(questions, 2)``: each
+    question's row and rank. ``text`` ``(questions, longest)``: the columns of its tokens behind the image, padded at
+    the right with -1. ``last`` ``(questions,)``: column of its last token. ``next_position`` ``(questions,)``: position
+    id of its first generated token. ``keys``: what the stretch's layers have written. ``inputs``: hidden states entering
+    the layers that a cut's scorer reads. ``prefix``: tokens that stand before every row, where they are no columns of it.
+    """
+
+    hidden: Tensor
+    spans: Tensor
+    positions: Tensor
+    slot: Tensor
+    place: Tensor
+    text: Tensor
+    last: Tensor
+    next_position: Tensor
+    first: int
+    layer: int
+    keys: Keys
+    inputs: dict[int, Tensor]
+    prefix: Prefix | None = None
+
+    def standing(self, rows: Tensor | slice, width: int | None = None) -> Columns:
+        """All that the first ``width`` columns of some rows may look at, the prefix among it."""
+        own = Columns(self.spans[rows, :width], self.positions[:, rows, :width])
+        return own if self.prefix is None else self.prefix.before(own)
+
+    @property
+    def offset(self) -> int:
+        """How many columns of :meth:`standing` come before a row's own."""
+        return 0 if self.prefix is None else self.prefix.width
+
+
+def serves(keys: Tensor, queries: Tensor) -> Tensor:
+    """Whether a key's span holds a query's: ``(rows, queries, keys)``. Padding sees padding, so that no row is empty."""
+    return (keys[:, None, :, 0] <= queries[:, :, None, 0]) & (queries[:, :, None, 1] <= keys[:, None, :, 1])
+
+
+def masks_of(vlm: Adapter, queries: Columns, keys: Columns, dtype: torch.dtype, causal: bool) -> dict[str, Tensor]:
+    """For every kind of layer an additive mask ``(rows, 1, queries, keys)``; a generated token's keys all precede it.
+
+    Flash-attention takes no such mask: it gets ``(rows, keys)``, 1 where a key is no padding, and rows of one question
+    each, for which causal order says the rest.
+    """
+    kinds = set(vlm.text.kinds)
+    if vlm.flash_attention:
+        return dict.fromkeys(kinds, (keys.spans[..., 0] >= 0).long())
+    before = keys.spans.shape[1] - queries.spans.shape[1]
+    order = torch.arange(before, keys.spans.shape[1], device=keys.spans.device) if causal else None
+    seen = keys.seen_by(queries, order)
+    return {
+        kind: _additive(seen & keys.within(queries, vlm.text.window) if kind == SLIDING else seen, dtype)
+        for kind in kinds
+    }
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)[:, None]
+
+
+def advance(vlm: Adapter, stretch: Stretch, layer: int, pass_tokens: int, watch: frozenset[int] = frozenset()) -> None:
+    """Pass the layers below ``layer``, about ``pass_tokens`` tokens at a time: rows of like length leave padding out.
+
+    ``watch``: layers whose inputs are kept, for what a cut reads.
+    """
+    if layer <= stretch.layer:
+        return
+    numbers, shape = range(stretch.layer, layer), (stretch.hidden.shape[0], stretch.hidden.shape[1])
+    parts = list(_parts(stretch.spans, pass_tokens))
+    entering: dict[int, list[Tensor]] = {number: [] for number in sorted(watch & set(numbers))}
+    left = []
+
+    for rows, width in parts:
+        hidden = stretch.hidden[rows, :width]
+        columns = Columns(stretch.spans[rows, :width], stretch.positions[:, rows, :width])
+        masks = masks_of(vlm, columns, stretch.standing(rows, width), hidden.dtype, causal=True)
+        rotations = vlm.text.rotations(hidden, columns.positions)
+        keys: Any = stretch.keys if len(parts) == 1 else stretch.keys.part(rows, width, shape)
+        if stretch.prefix is not None:
+            keys = BehindPrefix(keys, stretch.prefix.held)
+        for number in numbers:
+            if number in entering:
+                entering[number].append(hidden)
+            kind = vlm.text.kinds[number]
+            hidden = vlm.language.layers[number](
+                hidden, attention_mask=masks[kind], position_embeddings=rotations[kind], past_key_values=keys
+            )
+        left.append(hidden)
+
+    stretch.inputs |= {number: _whole(held, parts, shape) for number, held in entering.items()}
+    stretch.hidden, stretch.layer = _whole(left, parts, shape), layer
+
+
+def pass_prefix(vlm: Adapter, ids: Sequence[int], axes: int) -> Prefix:
+    """Pass ``ids``, which stand before all images, through all layers. ``axes``: position ids a token has."""
+    device = vlm.device
+    hidden = vlm.text.enter(vlm.language.embed_tokens(torch.tensor([list(ids)], device=device)))
+    spans = torch.tensor(EVERYONE, device=device).expand(1, len(ids), 2)
+    columns = Columns(spans, torch.arange(len(ids), device=device).expand(axes, 1, -1))
+    masks = masks_of(vlm, columns, columns, hidden.dtype, causal=True)
+    rotations = vlm.text.rotations(hidden, columns.positions)
+    keys = Keys()
+    inputs = []
+    for number, layer in enumerate(vlm.language.layers):
+        inputs.append(hidden)
+        kind = vlm.text.kinds[number]
+        hidden = layer(hidden, attention_mask=masks[kind], position_embeddings=rotations[kind], past_key_values=keys)
+    return Prefix(columns, keys.held, tuple(inputs))
+
+
+def _parts(spans: Tensor, tokens: int) -> Iterator[tuple[slice, int]]:
+    """Neighbouring rows of about ``tokens`` columns together, and the columns that any of them fills."""
+    rows, columns = spans.shape[:2]
+    if rows * columns <= tokens:
+        yield slice(0, rows), columns
+        return
+    filled = (spans[..., 0] >= 0) * torch.arange(1, columns + 1, device=spans.device)
+    start, width = 0, 0
+    for row, length in enumerate(filled.amax(dim=1).tolist()):
+        if row > start and (row + 1 - start) * max(width, length) > tokens:
+            yield slice(start, row), width
+            start, width = row, 0
+        width = max(width, length)
+    yield slice(start, rows), width
+
+
+def _whole(held: Sequence[Tensor], parts: Sequence[tuple[slice, int]], shape: tuple[int, ...]) -> Tensor:
+    """Rows that passed part by part as one tensor again, zero where padding was left out."""
+    if len(held) == 1:
+        return held[0]
+    whole = held[0].new_zeros(*shape, held[0].shape[-1])
+    for (rows, width), hidden in zip(parts, held, strict=True):
+        whole[rows, :width] = hidden
+    return whole
+
+
+def take(values: Tensor, *index: Tensor) -> Tensor:
+    """``values[index]`` where the values are, which may be another device than the index's."""
+    return values[tuple(part.to(values.device) for part in index)]
+
+
+def true_columns(flags: Tensor, count: int | None = None) -> Tensor:
+    """Column numbers of the True entries, the same count in every row: ``(rows, count)``."""
+    columns = flags.nonzero()[:, 1]
+    return columns.view(len(flags), len(columns) // len(flags) if count is None else count)
+
+
+def padded(lists: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """``(rows, longest)``, padded at the right with -1."""
+    longest = max(len(row) for row in lists)
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in lists], device=device)

@@ -1,0 +1,171 @@
+"""The shared work of a batch of images: what all questions, and all trials of one selection, have in common."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nuwa.decoder.caches import Keys
+from nuwa.decoder.cuts import cut_stretch, trimmed
+from nuwa.decoder.generation import Answer, generate
+from nuwa.decoder.sequence import (
+    EVERYONE,
+    NOBODY,
+    TEXT,
+    Prefix,
+    Stretch,
+    advance,
+    padded,
+    pass_prefix,
+    share_beginnings,
+    true_columns,
+)
+from nuwa.layout import VisualLayout
+from nuwa.positions import PositionStrategy, text_start, visual_positions
+from nuwa.selection import Selection
+from nuwa.stage2 import Cut, Scorer
+from nuwa.vlm.adapter import Adapter, EncodedPrompt
+
+# Tokens that pass the layers at once: on a CPU what its caches hold, elsewhere what memory does.
+PASS_TOKENS = {"cpu": 2048}
+MANY_TOKENS = 2**17
+
+
+class Trunk:
+    """The shared work of one stage-1 selection and position strategy: all questions about a batch of images.
+
+    ``selection``: kept tokens of ``len(prompts)`` images, over the slots of ``layout`` (see :func:`nuwa.layout.place`;
+    absent: the one layout of a model with a fixed grid). ``prompts``: each image's questions. ``image_ids`` and the
+    prompts' ids seed what is random. ``pass_tokens``: about how many tokens pass the layers at once; absent: what
+    the device's caches and memory hold.
+    """
+
+    def __init__(
+        self,
+        vlm: Adapter,
+        selection: Selection,
+        prompts: Sequence[Sequence[EncodedPrompt]],
+        strategy: PositionStrategy,
+        image_ids: Sequence[str],
+        layout: VisualLayout | None = None,
+        pass_tokens: int | None = None,
+    ) -> None:
+        layout = layout or vlm.layout
+        if layout is None:
+            raise ValueError(f"images of {vlm.encoder} differ in layout: name the layout of these")
+        self.vlm, self.strategy, self.layout = vlm, strategy, layout
+        befores = {prompt.before for questions in prompts for prompt in questions}
+        if len(befores) != 1:
+            raise ValueError(f"all prompts of a batch must begin alike; found {len(befores)} beginnings")
+        self.before = list(befores.pop())
+        self.prompts = [prompt for questions in prompts for prompt in questions]
+        self.images = [image_ids[row] for row, questions in enumerate(prompts) for _ in questions]
+
+        if vlm.flash_attention:  # see masks_of
+            owners = [row for row, questions in enumerate(prompts) for _ in questions]
+            selection = selection.at(owners)
+            prompts = [[prompt] for prompt in self.prompts]
+        self.pass_tokens = pass_tokens or PASS_TOKENS.get(vlm.device.type, MANY_TOKENS)
+        self.projected = vlm.embed_visual(selection, self.layout)
+        self.stretch = self._lay_out(selection, prompts)
+        self.scored: dict[tuple[int, Scorer, int | None, int], Tensor] = {}  # by layer, scorer, what is kept, seed
+
+    def _lay_out(self, selection: Selection, prompts: Sequence[Sequence[EncodedPrompt]]) -> Stretch:
+        device, kept = self.vlm.device, selection.kept
+        start, slots = len(self.before), selection.indices.to(device)
+        visual = visual_positions(slots, self.strategy, start, self.layout)
+        after = text_start(self.strategy, start, visual, self.layout).tolist()
+        prefix, rows = start + kept, len(prompts)
+        texts = [share_beginnings([prompt.after for prompt in questions]) for questions in prompts]
+        columns = prefix + max(len(text.ids) for text in texts)
+        ids = torch.zeros(rows, columns, dtype=torch.long)
+        spans, positions = torch.empty(rows, columns, 2, dtype=torch.long), torch.zeros(rows, columns, dtype=torch.long)
+        spans[:], spans[:, :prefix] = torch.tensor(NOBODY), torch.tensor(EVERYONE)
+        ids[:, :start], positions[:, :start] = torch.tensor(self.before), torch.arange(start)
+        for row, text in enumerate(texts):
+            filled = slice(prefix, prefix + len(text.ids))
+            ids[row, filled], spans[row, filled] = torch.tensor(text.ids), torch.tensor(text.spans)
+            positions[row, filled] = torch.tensor(text.depth) + after[row]
+
+        own = [[prefix + column for column in columns] for text in texts for columns in text.columns]
+        behind = [after[row] + len(columns) for row, text in enumerate(texts) for columns in text.columns]
+        slot = torch.full((rows, columns), TEXT, device=device)
+        slot[:, start:prefix] = slots
+        positions = positions.to(device).repeat(self.layout.axes, 1, 1)
+        positions[:, :, start:prefix] = visual
+        hidden = self.vlm.language.embed_tokens(ids.to(device))
+        self.text_embeddings = hidden
+        hidden = torch.cat([hidden[:, :start], self.projected.to(hidden), hidden[:, prefix:]], dim=1)
+        return Stretch(
+            self.vlm.text.enter(hidden),
+            spans.to(device),
+            positions,
+            slot,
+            place=torch.tensor([(row, rank) for row, text in enumerate(texts) for rank in text.ranks], device=device),
+            text=padded(own, device),
+            last=torch.tensor([columns[-1] for columns in own], device=device),
+            next_position=torch.tensor(behind, device=device),
+            first=0,
+            layer=0,
+            keys=Keys(),
+            inputs={},
+        )
+
+    @cached_property
+    def prefix(self) -> Prefix | None:
+        """The tokens before the image, which rows above a cut stand behind; null where there are none."""
+        return pass_prefix(self.vlm, self.before, self.layout.axes) if self.before else None
+
+    def advance(self, layer: int, watch: frozenset[int] = frozenset()) -> None:
+        """Run the trunk up to ``layer`` (exclusive), remembering the inputs of layers in ``watch`` for scorers."""
+        advance(self.vlm, self.stretch, layer, self.pass_tokens, watch)
+
+    def finish(self, max_new_tokens: Sequence[int]) -> list[Answer]:
+        """Answers of the trunk itself: no cut. The trunk stays usable for forks at its own layer and above."""
+        end = replace(self.stretch, keys=Keys(self.stretch.keys.held))
+        advance(self.vlm, end, self.vlm.layers, self.pass_tokens)
+        return generate(self.vlm, [end], self.prompts, max_new_tokens)
+
+    def reach(self, cuts: Sequence[Cut]) -> None:
+        """Run the trunk up to the first of ``cuts``, remembering what its scorer reads; without cuts nothing is to do."""
+        if cuts:
+            self.advance(cuts[0].layer, frozenset({cuts[0].layer - 1}))
+
+    def answer(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
+        """Answers under ``cuts``, of the trunk itself where there are none; it must not stand above the first cut."""
+        self.reach(cuts)
+        return self.fork(cuts, max_new_tokens, seed) if cuts else self.finish(max_new_tokens)
+
+    def fork(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
+        """Answers under ``cuts``; the trunk must stand at the first cut's layer."""
+        cuts = [Cut(*cut) for cut in cuts]
+        if self.stretch.layer != cuts[0].layer:
+            raise ValueError(
+                f"the trunk stands before layer {self.stretch.layer}, the first cut before {cuts[0].layer}"
+            )
+        stretches = [self.stretch]
+        for cut in cuts:
+            below = stretches[-1]
+            if below is not self.stretch:
+                advance(self.vlm, below, cut.layer, self.pass_tokens, frozenset({cut.layer - 1}))
+            stretches.append(cut_stretch(self, below, cut, seed))
+        advance(self.vlm, stretches[-1], self.vlm.layers, self.pass_tokens)
+        for number, cut in enumerate(cuts):
+            if cut.trims:
+                stretches[: number + 1] = self._trimmed(stretches[: number + 2])
+        return generate(self.vlm, stretches, self.prompts, max_new_tokens)
+
+    def _trimmed(self, stretches: Sequence[Stretch]) -> list[Stretch]:
+        """All stretches but the last, with its visual tokens only."""
+        *below, top = stretches
+        rows = top.place[:, 0]
+        alive = top.slot[rows].gather(1, true_columns(top.slot[rows] != TEXT))
+        return [
+            trimmed(stretch, alive, range(stretch.first, above.first), len(self.before))
+            for stretch, above in itertools.pairwise([*below, top])
+        ]

@@ -1,0 +1,1 @@
+"""Published tables → the questions and images a run asks about."""

@@ -1,0 +1,1 @@
+"""What the vision encoder says of images, encoded once and kept."""

@@ -1,0 +1,191 @@
+"""Bringing a feature store up to date: images grouped into shards of one layout, encoded by workers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+import torch
+
+from nuwa.layout import layout_order
+from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
+from nuwa.source import closure
+from nuwa.vlm import Adapter, EncodedImage
+from pipelines.features.faults import BrokenImages, NoRoom, NotFinite
+from pipelines.features.identity import Described, ModelIdentity, code_by_file, code_names, model_type, stored_signals
+from pipelines.features.images import decode_images
+from pipelines.features.layouts import layouts_of
+from pipelines.features.loading import FULL_PRECISION, Loading, load_model
+from pipelines.features.signals import signal_bytes, signal_dtype
+from pipelines.features.store import FeatureStore
+from pipelines.files.storage import is_uri
+from pipelines.settings import ClusterSettings, FeatureSettings
+from pipelines.workers import UnitsFailed, run_units
+
+
+def _check_room(store: FeatureStore, images: int, needed: int) -> None:
+    """Refuse before anything is encoded; of remote storage the room is not known."""
+    if store.storage.local is None or not images:
+        return
+    store.folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(store.folder).free
+    if needed > free:
+        raise NoRoom(
+            f"features of {images} images need {needed / 1e9:.1f} GB in {store.folder}, which has {free / 1e9:.1f} GB "
+            "free; make room, set features.dtype: float16, or name another place in features.store"
+        )
+
+
+@dataclass(frozen=True)
+class EncodeSpec:
+    """A worker that encodes shards; ``threads`` is fixed so that equal machines give equal numbers."""
+
+    model: str
+    images: str
+    root: str
+    identity: str
+    dtype: str
+    keep: tuple[str, ...]
+    batch_size: int
+    threads: int
+    device: str
+    loading: Loading = FULL_PRECISION
+
+    def build(self) -> EncodeWorker:
+        torch.set_num_threads(self.threads)
+        return EncodeWorker(self)
+
+
+class EncodeWorker:
+    def __init__(self, spec: EncodeSpec) -> None:
+        self.spec, self.vlm = spec, load_model(spec.model, spec.device, spec.loading)
+        self.store = FeatureStore(spec.root, spec.identity)
+
+    def run(self, images: Sequence[str], _upcoming: Sequence[str] | None = None) -> Encoded:
+        """Encode one shard's ``images``, all of one layout; those that cannot be decoded are left out and named."""
+        content, broken = decode_images(Path(self.spec.images), images)
+        whole = [image for image in images if image in content]
+        encoded = []
+        # In half precision a batch's shape moves the last bits: there every image is encoded alone.
+        size = self.spec.batch_size if self.spec.loading.dtype == "float32" else 1
+        further = [key for key in self.spec.keep if key in OPTIONAL_SIGNALS]
+        for start in range(0, len(whole), size):
+            names = whole[start : start + size]
+            batch = self.vlm.encode_images([content[image] for image in names], further)
+            encoded += [self._stored(*one) for one in zip(names, batch, strict=True)]
+        if whole:
+            (layout,) = {image.layout for image in encoded}
+            signals = {key: torch.stack([image.signals[key] for image in encoded]) for key in self.spec.keep}
+            self.store.write(whole, signals, layout)
+        return Encoded(len(whole), broken)
+
+    def _stored(self, name: str, image: EncodedImage) -> EncodedImage:
+        """``image`` as the store keeps it; raises :class:`NotFinite`."""
+        stored = {}
+        for key in self.spec.keep:
+            value = image.signals[key].to(signal_dtype(key, self.spec.dtype))
+            if not value.isfinite().all():  # before the copy: a GPU looks faster
+                raise NotFinite.found(
+                    name,
+                    key,
+                    image.signals[key],
+                    stored_dtype=self.spec.dtype,
+                    model_dtype=self.spec.loading.dtype,
+                    model=self.spec.model,
+                )
+            stored[key] = value.cpu()
+        return EncodedImage(image.layout, stored)
+
+
+class Encoded(NamedTuple):
+    """What became of a shard: how many images are stored, and digest → fault of those that are not."""
+
+    images: int
+    broken: dict[str, str]
+
+
+def features_identity(model: ModelIdentity, vlm: Adapter, dtype: str, keep: Sequence[str] = SIGNAL_NAMES) -> Described:
+    """What decides the stored numbers; batch size, device and worker count do not belong to it."""
+    return Described.of({**model.encoder, **stored_signals(dtype, keep), **encoding_code(model_type(vlm))})
+
+
+@functools.cache
+def encoding_code(family: str) -> dict[str, str]:
+    """The code between an image's bytes and its stored signals, by file; ``family``: a model type."""
+    roots = (EncodeWorker.run, EncodeWorker._stored, load_model, decode_images, FeatureStore.write)
+    return code_by_file(closure(roots, code_names(family), without=(Loading,)))
+
+
+def encode_missing(
+    model: str,
+    images_path: Path,
+    root: Path | str,
+    settings: FeatureSettings,
+    cluster: ClusterSettings,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    loading: Loading = FULL_PRECISION,
+    vlm: Adapter | None = None,
+    known: ModelIdentity | None = None,
+    in_process: bool = False,
+) -> tuple[FeatureStore, int]:
+    """Bring the store up to date with ``images.parquet``; returns it and how many images were encoded.
+
+    ``vlm``, ``known``: the model's shape and identity, where they are at hand. Damaged shards are discarded first and
+    encoded again. Raises :class:`BrokenImages` once all whole images are stored.
+    """
+    vlm = vlm or loading.here(model)
+    known = known or ModelIdentity.of(model, loading, vlm)
+    identity = features_identity(known, vlm, settings.dtype, settings.keep).digest[:16]
+    store = FeatureStore(root, identity)
+    store.discard_damaged()
+    columns = pq.read_table(images_path, columns=["image", "width", "height"]).to_pydict().values()
+    sizes = {image: (width, height) for image, width, height in zip(*columns, strict=True)}
+    layouts = layouts_of(vlm, {image: sizes[image] for image in store.missing(list(sizes))})
+    missing = sorted(layouts, key=lambda image: (layout_order(layouts[image]), image))  # as units will read them
+    widths = vlm.signal_widths(vlm.model.config)
+    _check_room(store, len(missing), sum(signal_bytes(widths, layout, settings) for layout in layouts.values()))
+    shards = []
+    for _, group in itertools.groupby(missing, key=layouts.__getitem__):
+        alike = list(group)
+        shards += [alike[i : i + settings.shard_images] for i in range(0, len(alike), settings.shard_images)]
+    spec = EncodeSpec(
+        model,
+        str(images_path.resolve()),
+        str(root if is_uri(root) else Path(root).resolve()),
+        identity,
+        settings.dtype,
+        settings.keep,
+        settings.batch_size,
+        cluster.cpus,
+        cluster.device,
+        loading,
+    )
+    done, broken = 0, {}
+
+    def count(_unit: str, encoded: Encoded) -> None:
+        nonlocal done
+        done += encoded.images
+        broken.update(encoded.broken)
+        on_progress(done, len(missing))
+
+    failures = run_units(spec, dict(enumerate_ids(shards)), cluster, count, in_process=in_process)
+    if failures:
+        _, worst = next(iter(failures.values()))
+        raise UnitsFailed(
+            f"{len(failures)} of {len(shards)} feature shards failed, first: {worst.reason}\n{worst.detail}"
+        )
+    if broken:
+        raise BrokenImages.found(broken, images_path)
+    store.refresh()
+    return store, len(missing)
+
+
+def enumerate_ids(shards: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
+    return [(f"shard-{number}", shard) for number, shard in enumerate(shards)]

@@ -1,0 +1,207 @@
+"""A folder that is local or behind a URI: ``s3://``, ``gs://``, ``abfs://``, or any scheme fsspec knows.
+
+What is written becomes visible whole: locally by one rename, on an object store by one put. Faults that may pass are
+tried again a few times; what lasts is one error that names the place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+from nuwa.errors import UserError
+from pipelines.files.atomic import atomic_path
+
+ATTEMPTS = 4
+FIRST_PAUSE_S = 0.2  # doubles with every attempt
+COPY_BYTES = 8 * 1024**2
+ARROW_SCHEMES = ("s3", "gs", "abfs", "abfss", "hdfs")  # without further packages
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class StorageUnavailable(UserError, RuntimeError):
+    """A storage kept failing; the message names place, attempts and the last fault."""
+
+    stops_the_run = True
+    may_pass = True  # another machine may reach it
+
+
+class StorageFull(UserError, RuntimeError):
+    """No space is left where results are kept; what is finished is whole."""
+
+    stops_the_run = True
+
+
+@contextlib.contextmanager
+def room_in(place: str | Path) -> Iterator[None]:
+    """What runs inside raises :class:`StorageFull` where ``place`` has no space, or a user's share of it, left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageFull(
+            f"{place}: no space is left ({error.strerror}); finished work is kept: free some space and run the same "
+            "command again"
+        ) from None
+
+
+def is_uri(place: str | Path) -> bool:
+    return "://" in str(place)
+
+
+def everywhere(place: str | Path) -> str:
+    """``place`` as workers in other folders can use it: a URI as it is, a path from the root."""
+    return str(place if is_uri(place) else Path(place).resolve())
+
+
+def filesystem_of(uri: str) -> tuple[fs.FileSystem, str]:
+    """Arrow's own filesystem for ``uri`` and the path in it; fsspec's where Arrow has none."""
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except OSError as error:  # no such bucket, no Java for HDFS
+        raise StorageUnavailable(f"{uri.partition('?')[0]}: {' '.join(str(error).split())}") from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
+        import fsspec
+
+        try:
+            found, path = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise StorageUnavailable(f"{uri}: no filesystem for it: {error} ({unknown})") from None
+        return fs.PyFileSystem(fs.FSSpecHandler(found)), path
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Files directly under one folder, by name."""
+
+    place: str  # as the user wrote it, for messages
+    filesystem: fs.FileSystem
+    path: str
+    pause: Callable[[float], None] = time.sleep
+
+    @classmethod
+    def at(cls, place: str | Path, *below: str) -> Folder:
+        """``place`` is a path or a URI; ``below`` are folders under it."""
+        if not is_uri(place):
+            folder = str(Path(place, *below).absolute())
+            return cls(folder, fs.LocalFileSystem(), folder)
+        # A query (``?endpoint_override=…``) belongs to the filesystem, not to the path.
+        filesystem, path = filesystem_of(str(place))
+        return cls("/".join((str(place).partition("?")[0].rstrip("/"), *below)), filesystem, "/".join((path, *below)))
+
+    @property
+    def local(self) -> Path | None:
+        """Where its files can be mapped, if this machine has them."""
+        return Path(self.path) if isinstance(self.filesystem, fs.LocalFileSystem) else None
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def _try(self, what: str, action: Callable[[], Result]) -> Result:
+        """Do ``action``; faults of input and output are tried again. A missing file and a full disk are none of them."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with room_in(self.place):
+                    return action()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if attempt == ATTEMPTS:
+                    raise StorageUnavailable(
+                        f"{self.place}: could not {what} in {ATTEMPTS} attempts, last: {type(error).__name__}: {error}; "
+                        "see that it can be reached and the credentials allow it, then run the same command again"
+                    ) from error
+                log.warning("%s: %s failed (%s); trying again", self.place, what, error)
+                # Workers that failed together should not come back together.
+                self.pause(FIRST_PAUSE_S * 2 ** (attempt - 1) * (1 + random.random()))
+        raise AssertionError("unreachable")
+
+    def sizes(self, suffix: str = "") -> dict[str, int]:
+        """Names that end with ``suffix`` and do not begin with a dot, sorted, and their bytes."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        found = self._try("list files", lambda: self.filesystem.get_file_info(selector))
+        files = [info for info in found if info.type == fs.FileType.File]
+        named = {info.base_name: info.size for info in files if info.base_name.endswith(suffix)}
+        return {name: named[name] for name in sorted(named) if not name.startswith(".")}
+
+    def read(self, name: str) -> bytes:
+        def action() -> bytes:
+            with self.filesystem.open_input_stream(self._at(name)) as stream:
+                return stream.read()
+
+        return self._try(f"read {name}", action)
+
+    def tail(self, name: str, count: int) -> bytes:
+        """The last ``count`` bytes of ``name``, or all there are; no more is fetched."""
+
+        def action() -> bytes:
+            with self.filesystem.open_input_file(self._at(name)) as content:
+                content.seek(max(content.size() - count, 0))
+                return content.read()
+
+        return self._try(f"read {name}", action)
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy ``name`` to the local ``target``, which appears whole."""
+
+        def action() -> None:
+            opened = self.filesystem.open_input_stream(self._at(name))
+            with room_in(target.parent), atomic_path(target) as fresh, opened as stream, open(fresh, "wb") as sink:
+                while block := stream.read(COPY_BYTES):
+                    sink.write(block)
+
+        self._try(f"fetch {name}", action)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Publish ``content`` as ``name``."""
+
+        def action() -> None:
+            if self.local is not None:
+                with atomic_path(self.local / name) as fresh:
+                    fresh.write_bytes(content)
+                return
+            self.filesystem.create_dir(self.path, recursive=True)
+            with self.filesystem.open_output_stream(self._at(name)) as sink:
+                sink.write(content)
+
+        self._try(f"write {name}", action)
+
+    def publish(self, source: Path, name: str) -> None:
+        """Bring the whole local file ``source`` here as ``name``.
+
+        A killed upload may leave a part of it on a filesystem without atomic puts: what must be whole is named by a
+        manifest written after it.
+        """
+
+        def action() -> None:
+            if self.local is not None:
+                with atomic_path(self.local / name) as fresh:
+                    shutil.copyfile(source, fresh)
+                return
+            self.filesystem.create_dir(self.path, recursive=True)
+            with open(source, "rb") as content, self.filesystem.open_output_stream(self._at(name)) as sink:
+                while block := content.read(COPY_BYTES):
+                    sink.write(block)
+
+        self._try(f"write {name}", action)
+
+    def remove(self, name: str) -> None:
+        def action() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.filesystem.delete_file(self._at(name))
+
+        self._try(f"remove {name}", action)

@@ -1,0 +1,1 @@
+"""Answers → scores, intervals, fronts and the numbers of DVC."""

@@ -1,0 +1,392 @@
+"""Predictions → scores, retention against the unpruned model, and how sure one can be of them.
+
+Intervals are percentile bootstraps over *images*: questions of one image are not independent. Every trial is
+resampled with the same draws, so a retention is a paired ratio. An aggregate interval (mean retention of a family)
+comes from the same draws again.
+
+Answers repeat between trials, so each distinct (example, answer) is scored once; trials are taken in blocks, so memory
+follows the table, not the number of trials.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nuwa import UNPRUNED
+from nuwa.benchmarks import Benchmark, Sums
+from nuwa.errors import UserError
+from pipelines.data.datasets import parse_name
+from pipelines.scores.grades import REMEDY, Grades, GradesError
+
+LEVEL = 0.95
+TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
+LIMIT_REACHED = "limit_reached"  # column of predictions, metric of scores
+BLOCK_BYTES = 64 * 1024**2  # what the resamples of one block of trials may take
+IMAGE_BLOCK = 4096  # images whose draws are multiplied at once
+COLUMNS = {
+    "trial_id": "str",
+    "benchmark": "str",
+    "family": "str",
+    "metric": "str",
+    "score": "float64",
+    "low": "float64",
+    "high": "float64",
+    "n": "int32",
+    "headline": "bool",
+    "retention": "float64",
+    "retention_low": "float64",
+    "retention_high": "float64",
+}
+
+
+class Unscorable(UserError, ValueError):
+    """Answers that cannot be scored as they are; the line says what to change or run again."""
+
+
+class IncompleteTrials(UserError, ValueError):
+    """Predictions are missing for some examples; scoring them would compare unequal question sets."""
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """``weights`` ``(resamples, images)``: how often each draw takes each image."""
+
+    images: tuple[str, ...]
+    weights: np.ndarray
+
+    @classmethod
+    def draw(cls, images: list[str], count: int, seed: int) -> Resamples:
+        rng = np.random.default_rng(seed)
+        share = np.full(len(images), 1 / len(images))
+        weights = np.empty((count, len(images)), np.uint16)
+        for row in weights:
+            row[:] = rng.multinomial(len(images), share)
+        return cls(tuple(images), weights)
+
+    def sums(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Weighted sums ``(trials, resamples, columns)`` of ``values`` ``(trials, examples, columns)``.
+
+        ``rows`` ``(examples,)``: each example's image. One trial's sums do not depend on which others are asked for.
+        """
+        order = np.argsort(rows, kind="stable")
+        present, starts = np.unique(rows[order], return_index=True)
+        per_image = np.add.reduceat(values[:, order], starts, axis=1)
+        total = np.zeros((len(values), len(self.weights), values.shape[2]))
+        for start in range(0, len(present), IMAGE_BLOCK):
+            block = slice(start, start + IMAGE_BLOCK)
+            total += np.matmul(self.weights[:, present[block]].astype(np.float64), per_image[:, block])
+        return total
+
+
+def intervals(draws: np.ndarray) -> np.ndarray:
+    """Percentile intervals ``(2, ...)`` of ``draws`` ``(..., resamples)``; undefined draws do not count, and where all
+    are undefined so is the interval."""
+    whole = np.isfinite(draws).all(axis=-1)
+    out = np.full((2, *draws.shape[:-1]), np.nan)
+    out[:, whole] = np.percentile(draws[whole], TAILS, axis=-1)
+    for place in zip(*np.nonzero(~whole & np.isfinite(draws).any(axis=-1)), strict=True):
+        out[(slice(None), *place)] = np.nanpercentile(draws[place], TAILS)
+    return out
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+
+
+@dataclass(frozen=True)
+class ScoredBenchmark:
+    """Every trial's answers to one benchmark, scored.
+
+    ``values`` ``(distinct answers, columns)``; ``taken`` ``(examples, trials)``: the row of each answer in it.
+    """
+
+    benchmark: Benchmark
+    name: str
+    columns: tuple[str, ...]
+    values: np.ndarray
+    taken: np.ndarray
+    labels: pd.DataFrame  # what aggregates read beside numbers: category and group
+    image_rows: np.ndarray
+    resamples: Resamples
+
+    @property
+    def examples(self) -> int:
+        return len(self.taken)
+
+    def metrics(self, trials: slice) -> tuple[Sums, Sums]:
+        """Metric → its value in the sample ``(trials,)`` and in every resample ``(trials, resamples)``."""
+        values, columns = self.values[self.taken[:, trials].T], self.columns
+        if self.benchmark.summands is not None:
+            further = self.benchmark.summands(self._table(values))
+            values = np.concatenate([values, further.to_numpy(np.float64).reshape(*values.shape[:2], -1)], axis=2)
+            columns = (*columns, *further.columns)
+        count = self.resamples.sums(np.ones((1, self.examples, 1)), self.image_rows)[..., 0]
+        drawn = self.resamples.sums(values, self.image_rows)
+        count = np.broadcast_to(count, drawn.shape[:2])
+        whole = values.sum(axis=1)
+        points = self._named(whole, columns, np.full(len(whole), float(self.examples)))
+        draws = self._named(drawn, columns, count)
+        return points, {name: np.where(count > 0, draw, np.nan) for name, draw in draws.items()}
+
+    def _named(self, sums: np.ndarray, columns: tuple[str, ...], count: np.ndarray) -> Sums:
+        return self.benchmark.metrics(dict(zip(columns, np.moveaxis(sums, -1, 0), strict=True)) | {"n": count})
+
+    def _table(self, values: np.ndarray) -> pd.DataFrame:
+        """``values`` ``(trials, examples, columns)`` with categories and groups, trials one below the other."""
+        trials = len(values)
+        table = pd.DataFrame(values.reshape(-1, len(self.columns)), columns=list(self.columns))
+        table["category"] = np.tile(self.labels["category"].to_numpy(object), trials)
+        groups = self.labels["group"].tolist()
+        table["group"] = [f"{group} #{trial}" for trial in range(trials) for group in groups]
+        return table
+
+
+def score_benchmark(
+    benchmark: Benchmark,
+    name: str,
+    examples: pd.DataFrame,
+    answers: np.ndarray,
+    texts: np.ndarray,
+    resamples: Resamples,
+    grades: Grades | None = None,
+) -> ScoredBenchmark:
+    """Score each distinct answer once. ``answers`` ``(examples, trials)``: place of each answer in ``texts``.
+
+    Raises :class:`pipelines.scores.grades.GradesError` where answers need grades and ``grades`` has none of them.
+    """
+    keys = answers.astype(np.int64) + np.arange(len(examples))[:, None] * len(texts)
+    distinct, taken = np.unique(keys, return_inverse=True)
+    truths = [json.loads(truth) for truth in examples["truth"]]
+    pairs = [divmod(key, len(texts)) for key in distinct.tolist()]
+    given = _grades_of(benchmark, name, examples, pairs, texts, truths, grades or {})
+    columns: tuple[str, ...] = ()
+    values = np.empty((len(distinct), 0))
+
+    for row, (example, text) in enumerate(pairs):
+        truth = truths[example] | {"grade": given[example, text]} if (example, text) in given else truths[example]
+        scores = benchmark.score(texts[text], truth)
+        if row == 0:
+            columns = tuple(scores)
+            values = np.empty((len(distinct), len(columns)))
+        values[row] = [scores[column] for column in columns]
+    labels = pd.DataFrame(
+        {
+            "category": examples["category"].tolist(),
+            "group": [str(truth.get("group", f"row {number}")) for number, truth in enumerate(truths)],
+        }
+    )
+    place = {image: row for row, image in enumerate(resamples.images)}
+    image_rows = np.array([place[image] for image in examples["image"]])
+    shaped = taken.reshape(answers.shape).astype(np.int32)
+    return ScoredBenchmark(benchmark, name, columns, values, shaped, labels, image_rows, resamples)
+
+
+def _grades_of(
+    benchmark: Benchmark,
+    name: str,
+    examples: pd.DataFrame,
+    pairs: list[tuple[int, int]],
+    texts: np.ndarray,
+    truths: list[dict],
+    grades: Grades,
+) -> dict[tuple[int, int], float]:
+    """The grade of every pair of example and text that needs one."""
+    if benchmark.graded is None:
+        return {}
+    ids = examples["example_id"].tolist()
+    wanted = [(example, text) for example, text in pairs if benchmark.graded(texts[text], truths[example])]
+    lacking = [ids[example] for example, text in wanted if (ids[example], texts[text]) not in grades]
+    if lacking:
+        raise GradesError(
+            f"evaluate.grades: {name} lacks {len(lacking):,} of {len(wanted):,} grades, first of {lacking[0]}; {REMEDY}"
+        )
+    return {(example, text): grades[ids[example], texts[text]] for example, text in wanted}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The scored answers of some trials; ``whole``: the unpruned model's headline per benchmark, in the sample and in
+    every resample."""
+
+    trial_ids: list[str]
+    scored: list[ScoredBenchmark]
+    whole: Mapping[str, tuple[float, np.ndarray]]
+
+    @classmethod
+    def of(
+        cls,
+        trial_ids: list[str],
+        reference: str,
+        examples: pd.DataFrame,
+        predictions: pd.DataFrame,
+        resamples: int,
+        seed: int,
+        grades: Grades | None = None,
+    ) -> Evidence:
+        """Score ``predictions``; ``reference``: the unpruned trial. See :func:`evaluate` for what is raised."""
+        examples = examples.reset_index(drop=True)
+        answers, texts = _answer_matrix(trial_ids, examples, predictions)
+        draws_of = Resamples.draw(sorted(set(examples["image"])), resamples, seed)
+        scored = [
+            score_benchmark(parse_name(name), name, mine, answers[mine.index], texts, draws_of, grades)
+            for name, mine in examples.groupby("benchmark", sort=True)
+        ]
+        row = trial_ids.index(reference)
+        whole = {}
+
+        for part in scored:
+            points, draws = part.metrics(slice(row, row + 1))
+            headline = part.benchmark.headline
+            if headline not in points:
+                raise Unscorable(f"{part.name} has no {headline!r} without a judge; leave it out of sweep.benchmarks")
+            whole[part.name] = (points[headline][0], draws[headline][0])
+        return cls(trial_ids, scored, whole)
+
+    def blocks(self) -> Iterator[slice]:
+        """The trials in blocks whose resamples fit into ``BLOCK_BYTES``."""
+        widest = max((len(part.columns) + 1) * max(len(part.resamples.weights), part.examples) for part in self.scored)
+        block = max(1, BLOCK_BYTES // (8 * widest))
+        for start in range(0, len(self.trial_ids), block):
+            yield slice(start, start + block)
+
+    def retention(self, part: ScoredBenchmark, metrics: Sums, draws: Sums) -> tuple[np.ndarray, np.ndarray]:
+        """Headline over the unpruned one's: in the sample ``(trials,)`` and in every resample ``(trials, resamples)``."""
+        point, reference_draws = self.whole[part.name]
+        headline = part.benchmark.headline
+        return _ratio(metrics[headline], np.array(point)), _ratio(draws[headline], reference_draws)
+
+    def families(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Family → mean retention of all trials, in the sample ``(trials,)`` and in every resample."""
+        found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for block in self.blocks():
+            members: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+            for part in self.scored:
+                kept = self.retention(part, *part.metrics(block))
+                members.setdefault(part.benchmark.family, []).append(kept)
+            for family, parts in members.items():
+                found.setdefault(family, []).append(_family_mean(parts))
+        whole = {}
+        for family, pieces in found.items():
+            points, draws = zip(*pieces, strict=True)
+            whole[family] = np.concatenate(points), np.concatenate(draws)
+        return whole
+
+
+def evaluate(
+    trials: pd.DataFrame,
+    examples: pd.DataFrame,
+    predictions: pd.DataFrame,
+    resamples: int,
+    seed: int,
+    grades: Grades | None = None,
+) -> pd.DataFrame:
+    """The tidy table of scores: see docs/results.md for its columns.
+
+    ``predictions``: ``trial_id``, ``example_id`` and ``prediction``, plain or categorical, in any order. ``grades``: of
+    answers that need one. With ``limit_reached``, whether each ran into its limit, the table says how many did.
+    Raises :class:`IncompleteTrials` when a trial lacks an answer to one of ``examples``, and ``ValueError`` when it
+    has two.
+    """
+    reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
+    evidence = Evidence.of(trials["trial_id"].tolist(), reference, examples, predictions, resamples, seed, grades)
+    tables = [table for block in evidence.blocks() for table in _score_block(evidence, block)]
+
+    tables += _limit_rows(evidence.trial_ids, examples, predictions)
+    scores = pd.concat(tables, ignore_index=True).sort_values(
+        ["trial_id", "benchmark", "family", "metric"], ignore_index=True
+    )
+    return scores.astype(COLUMNS)[list(COLUMNS)]
+
+
+def _score_block(evidence: Evidence, block: slice) -> list[pd.DataFrame]:
+    """Rows of the trials of ``block``: every metric of every benchmark, then each family's mean retention."""
+    mine, tables = evidence.trial_ids[block], []
+    families: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    for part in evidence.scored:
+        benchmark = part.benchmark
+        metrics, draws = part.metrics(block)
+        share, kept = evidence.retention(part, metrics, draws)
+        spans = intervals(kept)
+        families.setdefault(benchmark.family, []).append((part.examples, share, kept))
+        for metric, values in metrics.items():
+            low, high = intervals(draws[metric])
+            rows: dict[str, Any] = {"trial_id": mine, "metric": metric, "score": values, "low": low, "high": high}
+            rows |= {"benchmark": part.name, "family": benchmark.family, "n": part.examples}
+            headline = metric == benchmark.headline
+            rows |= {"headline": headline, "retention": share if headline else np.nan}
+            rows |= {"retention_low": spans[0] if headline else np.nan}
+            rows |= {"retention_high": spans[1] if headline else np.nan}
+            tables.append(pd.DataFrame(rows))
+    return [*tables, *(_family_rows(mine, family, members) for family, members in families.items())]
+
+
+def _limit_rows(trials: list[str], examples: pd.DataFrame, predictions: pd.DataFrame) -> list[pd.DataFrame]:
+    """The share of answers that ran into their limit, by trial and benchmark, where it is known of all: a harness allows
+    more than a model needs, so what runs into it is a model that talks on."""
+    if LIMIT_REACHED not in predictions or predictions[LIMIT_REACHED].isna().any():
+        return []
+    known = predictions.set_index("example_id")[[LIMIT_REACHED, "trial_id"]]
+    known.index = known.index.astype(str)
+    joined = known.join(examples.set_index("example_id")[["benchmark", "family"]], how="inner")
+    joined = joined[joined["trial_id"].isin(trials)].astype({LIMIT_REACHED: float, "trial_id": str})
+    rows = joined.groupby(["trial_id", "benchmark", "family"], as_index=False)[LIMIT_REACHED].agg(["mean", "size"])
+    rows = rows.rename(columns={"mean": "score", "size": "n"})
+    empty = dict.fromkeys(("low", "high", "retention", "retention_low", "retention_high"), np.nan)
+    return [rows.assign(metric=LIMIT_REACHED, headline=False, **empty)]
+
+
+def _family_rows(trials: list[str], family: str, members: list[tuple[int, np.ndarray, np.ndarray]]) -> pd.DataFrame:
+    """Unweighted mean retention over a family's benchmarks, as the papers average."""
+    mean, draws = _family_mean([(points, drawn) for _, points, drawn in members])
+    low, high = intervals(draws)
+    rows: dict[str, Any] = {"trial_id": trials, "benchmark": "mean", "family": family, "metric": "retention"}
+    rows |= {"n": sum(count for count, _, _ in members)}
+    rows |= {"score": mean, "low": low, "high": high, "headline": True}
+    return pd.DataFrame(rows | {"retention": mean, "retention_low": low, "retention_high": high})
+
+
+def _family_mean(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    points, draws = zip(*parts, strict=True)
+    return np.mean(points, axis=0), np.mean(draws, axis=0)
+
+
+def _answer_matrix(
+    trial_ids: list[str], examples: pd.DataFrame, predictions: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(examples, trials)`` places in the texts, and the distinct texts."""
+    trial, known_trials = _codes(predictions["trial_id"], trial_ids)
+    example, _ = _codes(predictions["example_id"], examples["example_id"].tolist())
+    text = predictions["prediction"].astype("category").cat
+    given = text.codes.to_numpy()
+    rows = np.flatnonzero((trial >= 0) & (example >= 0) & (given >= 0))
+    answers = np.full((len(examples), len(trial_ids)), -1, np.int32)
+    answers[example[rows], trial[rows]] = given[rows]
+    lacking = (answers < 0).sum(axis=0)
+
+    for number in np.flatnonzero(lacking):
+        name = trial_ids[number]
+        if not known_trials[number]:
+            raise IncompleteTrials(f"trial {name} has no predictions; `dvc repro sweep` computes them")
+        raise IncompleteTrials(
+            f"trial {name} lacks {lacking[number]} of {len(examples)} predictions; `dvc repro sweep` computes them"
+        )
+    if len(rows) > answers.size:
+        raise Unscorable(f"predictions hold {len(rows) - answers.size} answers twice; `dvc repro -f sweep` mends it")
+    return answers, text.categories.to_numpy(object)
+
+
+def _codes(column: pd.Series, wanted: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Each value's place in ``wanted`` (-1: not there), and which of ``wanted`` occur."""
+    values = column.astype("category").cat
+    place = pd.Index(values.categories).map({name: number for number, name in enumerate(wanted)})
+    table = np.append(pd.array(place, "Int64").to_numpy(np.int64, na_value=-1), -1)
+    codes = table[values.codes.to_numpy()]
+    occur = np.zeros(len(wanted), bool)
+    occur[np.unique(codes[codes >= 0])] = True
+    return codes, occur

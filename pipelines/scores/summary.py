@@ -1,0 +1,95 @@
+"""Scores in the small: what ``dvc metrics``, ``dvc plots`` and a diff of git show."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from nuwa import UNPRUNED
+
+FAMILIES = {"grounding": "vg", "vqa": "vqa"}  # and their short names, so that a terminal has room for all
+HERO = "nuwa"  # the method that is compared with the best of the others
+
+
+def main_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """Trials of the first grid: methods as their authors meant them."""
+    first = trials.loc[trials["method"] == UNPRUNED, "grids"].item()[0]
+    return trials[[first in grids for grids in trials["grids"]]]
+
+
+def _retention(scores: pd.DataFrame) -> pd.DataFrame:
+    means = scores[scores["benchmark"] == "mean"]
+    return means.pivot(index="trial_id", columns="family", values=["score", "low", "high"])
+
+
+def headline_metrics(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) -> dict[str, dict[str, float | None]]:
+    """Eight numbers whose names do not depend on the sweep, so that any two runs can be held side by side.
+
+    ``unpruned``: mean headline score over the benchmarks of a family; ``nuwa`` and ``rival``: mean retention at ``budget``
+    average tokens (``vg``: visual grounding) of Nüwa's best main trial and of the best of all others, where best is by the mean over families;
+    ``lead``: Nüwa's less the rival's. Null where there is none, and where the unpruned model scores 0, of which nothing
+    is a share.
+    """
+    reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
+    own = scores[(scores["trial_id"] == reference) & scores["headline"] & (scores["benchmark"] != "mean")]
+    unpruned = own.groupby("family")["score"].mean()
+
+    table = headline_table(trials, scores, budget)
+    table = table[table["method"] != UNPRUNED]
+    hero, rival = (_best(table[of_hero]) for of_hero in (table["method"] == HERO, table["method"] != HERO))
+    return {
+        "unpruned": {short: _rounded(unpruned.get(family)) for family, short in FAMILIES.items()},
+        "nuwa": {short: _rounded(hero.get(family)) for family, short in FAMILIES.items()},
+        "rival": {short: _rounded(rival.get(family)) for family, short in FAMILIES.items()},
+        "lead": {short: _difference(hero.get(family), rival.get(family)) for family, short in FAMILIES.items()},
+    }
+
+
+def _best(table: pd.DataFrame) -> dict[str, Any]:
+    """The row with the highest mean retention; the first of equals, in the order of labels."""
+    means = table[[family for family in FAMILIES if family in table]].mean(axis=1)
+    return {} if means.isna().all() else table.loc[means.idxmax()].to_dict()
+
+
+def _difference(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else _rounded(one - other)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(float(value), 4)  # JSON has no NaN
+
+
+def headline_table(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The main trials at ``budget`` average tokens by label, with the mean retention of each family and its interval."""
+    retention = _retention(scores)
+    chosen = main_trials(trials)
+    chosen = chosen[[budget in budgets for budgets in chosen["budgets"]]].sort_values("label")
+    table = chosen[["label", "method", "preset", "position", "average_tokens", "trial_id"]].reset_index(drop=True)
+
+    for family in retention["score"].columns:
+        for bound, suffix in (("score", ""), ("low", " low"), ("high", " high")):
+            table[f"{family}{suffix}"] = table["trial_id"].map(retention[bound][family]).round(4)
+    return table.drop(columns="trial_id")
+
+
+def budget_curves(trials: pd.DataFrame, scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Per family, retention against realised average tokens: a row a main trial, sorted for one line a method.
+
+    ``method`` names the preset too where a method has several; position strategies are panels beside each other.
+    """
+    retention = _retention(scores)
+    chosen = main_trials(trials).copy()
+    chosen = chosen[chosen["method"] != UNPRUNED]
+    several = chosen.groupby("method")["preset"].transform("nunique") > 1
+    chosen["method"] = chosen["method"].where(~several, chosen["method"] + " (" + chosen["preset"] + ")")
+
+    tables = {}
+    for family in retention["score"].columns:
+        table = chosen[["method", "position", "average_tokens", "trial_id"]].copy()
+        for bound, name in (("score", "retention"), ("low", "low"), ("high", "high")):
+            table[name] = table["trial_id"].map(retention[bound][family]).round(4)
+        order = ["method", "position", "average_tokens"]
+        tables[family] = table.drop(columns="trial_id").sort_values(order, ignore_index=True)
+    return tables

@@ -1,0 +1,1 @@
+"""Trials → units of shared work → stored answers → tables."""

@@ -1,0 +1,203 @@
+"""What a sweep and a search run on: one model, the features of its images, and workers that answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nuwa.layout import VisualLayout
+from nuwa.stage1 import get_method
+from nuwa.vlm import Adapter
+from nuwa.vlm.checkpoint import StoredTensors, module_tensors
+from pipelines.features.encoding import encode_missing
+from pipelines.features.identity import Described, ModelIdentity, model_folder
+from pipelines.features.layouts import image_layouts
+from pipelines.features.loading import Loading
+from pipelines.files.storage import everywhere
+from pipelines.settings import Settings
+from pipelines.sweep.answers import SweepOutcome, SweepSpec, run_sweep
+from pipelines.sweep.collection import Origins, collect
+from pipelines.sweep.costs import sweep_costs
+from pipelines.sweep.identity import answer_context, code_key, code_of, context_key, same_code, with_code
+from pipelines.sweep.progress import SweepProgress, worker_speed
+from pipelines.sweep.refill import PulledTables
+from pipelines.sweep.results import ResultStore
+from pipelines.sweep.trials import Trial
+from pipelines.sweep.units import Blocks, Example, read_examples
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an engine reads and writes: folders or storage URIs, and the files that tell how far it is."""
+
+    prepared: Path  # examples.parquet
+    images: Path  # images.parquet
+    features: Path | str
+    results: Path | str
+    progress: Path
+    units_log: Path
+    facts: Path  # sweep.json, which tells what the tables hold
+    tables: Mapping[str, Path]  # part → table of an earlier sweep, which may have been pulled
+
+
+@dataclass(frozen=True)
+class Engine:
+    """``layouts``: of every image. ``context``: what decides answers beside trials and questions."""
+
+    settings: Settings
+    vlm: Adapter
+    layouts: Mapping[str, VisualLayout]
+    spec: SweepSpec
+    context: Described
+    fingerprints: Mapping[str, str]
+    places: Places
+
+    @classmethod
+    def start(cls, settings: Settings, vlm: Adapter, layouts: Mapping[str, VisualLayout], places: Places) -> Engine:
+        """Normally finds all features; after the cache was thrown away it encodes again instead of failing."""
+        model, cluster = settings.model, settings.cluster
+        loading = Loading.of(model, cluster)
+        known = ModelIdentity.of(model.path, loading, vlm)
+        store, _ = encode_missing(
+            model.path,
+            places.images,
+            places.features,
+            settings.features,
+            cluster,
+            loading=loading,
+            vlm=vlm,
+            known=known,
+        )
+        context = answer_context(known, vlm, settings.features)
+        spec = SweepSpec(
+            model.path,
+            everywhere(places.features),
+            store.identity,
+            known.fingerprint,
+            everywhere(places.results),
+            str(places.images.resolve()),
+            cluster.cpus,
+            cluster.device,
+            loading,
+            context_key(context),
+            settings.sweep.reuse,
+            plugins=tuple(settings.plugins),
+        )
+        parts = Described.of({**known.encoder, **known.language})
+        fingerprints = {"model": parts.digest, "features": store.identity}
+        return cls(settings, vlm, layouts, spec, context, fingerprints, places)
+
+    def coded(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The trials with the code that each runs."""
+        return with_code(trials, self.vlm, self.spec.device)
+
+    def identify(self, trials: Sequence[Trial], questions: pd.DataFrame, *asked: Any) -> tuple[str, dict[str, str]]:
+        """The id of these trials on these questions, with whatever else was ``asked``, and the fingerprints behind it."""
+        data = hashlib.sha256("".join(questions["example_id"] + questions["image"]).encode()).hexdigest()
+        code = same_code(self.coded(trials))
+        content = [self.context.digest, code, data, sorted(trial.trial_id for trial in trials), *asked]
+        fingerprints = {**self.fingerprints, "code": code, "data": data}
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16], fingerprints
+
+    def examples(self, questions: pd.DataFrame) -> list[Example]:
+        return read_examples(questions, self.context.digest, self.layouts, blocks_of(self.settings))
+
+    def run(
+        self,
+        trials: Sequence[Trial],
+        questions: pd.DataFrame,
+        log: Callable[[int, Mapping[str, float]], None],
+    ) -> tuple[SweepOutcome, int]:
+        """Answer what the store lacks; returns what came of it and how many answers were made."""
+        check_text_tower(trials, self.vlm, self.settings.model.path)
+        sweep, cluster, trials = self.settings.sweep, self.settings.cluster, self.coded(trials)
+        self._describe(trials)
+        self._refill(trials, questions)
+        with SweepProgress(self.places.progress, self.places.units_log, log) as progress:
+            outcome = run_sweep(
+                self.spec,
+                trials,
+                self.examples(questions),
+                sweep_costs(self.vlm, priced(self.settings, questions)),
+                worker_speed(self.places.units_log, cluster),
+                sweep.unit_images,
+                cluster,
+                progress.start,
+                progress.done,
+                gpu_hours=sweep.gpu_hours,
+            )
+        return outcome, progress.finished
+
+    def _describe(self, trials: Sequence[Trial]) -> None:
+        """Leave in the store what its digests are of."""
+        results = ResultStore(self.places.results)
+        results.describe("context", self.spec.context, self.context.parts)
+        codes = {code_key(code): code.parts for code in (code_of(trial, self.vlm) for trial in trials)}
+        for key, parts in codes.items():
+            results.describe("code", key, parts)
+
+    def _refill(self, trials: Sequence[Trial], questions: pd.DataFrame) -> None:
+        """Take from the tables of an earlier sweep, which may have been pulled, the answers that the store lacks."""
+        places, reuse = self.places, self.settings.sweep.reuse
+        tables = pulled_tables(places, self.settings, self.vlm, self.spec.context, self.context.digest)
+        if tables is None:
+            return
+        store = ResultStore(places.results)
+        lacking = tables.lacking(store, trials, self.examples(questions), reuse)
+        if lacking and (count := tables.refill(store, lacking)):
+            print(f"{count:,} answers are taken from the tables beside {places.facts}")
+
+    def collect(
+        self, trials: Sequence[Trial], questions: pd.DataFrame, targets: Mapping[str, Path], scratch: Path
+    ) -> Origins:
+        """Write the tables of finished ``trials``; returns where their answers came from."""
+        answers = [trial.answer_id for trial in self.coded(trials)]
+        store, reuse = ResultStore(self.places.results), self.settings.sweep.reuse
+        return collect(store, answers, self.examples(questions), targets, scratch, reuse)
+
+
+def blocks_of(settings: Settings) -> Blocks | None:
+    """How questions are cut into blocks; null in full precision, where the composition of a batch decides nothing."""
+    if settings.model.dtype == "float32":
+        return None
+    return Blocks(settings.sweep.unit_images, settings.sweep.subset_seed)
+
+
+def priced(settings: Settings, questions: pd.DataFrame) -> pd.DataFrame:
+    """``questions`` as they share work: an image counts once, or in blocks once a benchmark."""
+    if blocks_of(settings) is None:
+        return questions
+    return questions.assign(image=questions["benchmark"] + " " + questions["image"])
+
+
+def pulled_tables(
+    places: Places, settings: Settings, vlm: Adapter, context_name: str, context: str
+) -> PulledTables | None:
+    """The tables of an earlier sweep on this context, where they are whole; ``context_name``: as units record it."""
+    if not (places.facts.exists() and places.prepared.exists()):
+        return None
+
+    def read(questions: pd.DataFrame) -> list[Example]:
+        return read_examples(questions, context, image_layouts(vlm, questions), blocks_of(settings))
+
+    return PulledTables.of(places.facts, places.tables, context_name, pd.read_parquet(places.prepared), read)
+
+
+def check_text_tower(trials: Sequence[Trial], vlm: Adapter, path: str) -> None:
+    """Refuse a text tower whose vision half is not the encoder of the model at ``path``, before anything runs."""
+    if vlm.text_tower is not None and any(trial.spec.reads_question for trial in trials):
+        stored = StoredTensors(model_folder(path))
+        vlm.text_tower.check(module_tensors(vlm.model, vlm.encoder_modules["tower"], stored))
+
+
+def check_weights(trials: Sequence[Trial], encoder: str) -> None:
+    """Refuse trials whose stage 1 was trained for another ``encoder`` (its fingerprint), before anything runs."""
+    for trial in trials:
+        if (check := get_method(trial.spec.stage1).check) is not None:
+            check(trial.spec.config, encoder)

@@ -1,0 +1,248 @@
+"""The result store: one Parquet file a finished work unit, in a folder or behind a storage URI.
+
+A unit holds every one of some trials on every one of some examples; both are named by digests of all that decides the
+answers, and the unit by them. It appears by one rename, or one put on an object store; what a killed upload may leave
+elsewhere lacks the footer and is not counted. What is done is what the footers say, so an interrupted sweep, or one
+with more trials, images or benchmarks, computes just the answers that are missing.
+
+A remote footer is read once: what it said is kept on this machine, by the file's name and size. A store of any size is
+then known from its listing alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nuwa.errors import UserError
+from pipelines.files.atomic import atomic_path
+from pipelines.files.storage import Folder
+from pipelines.settings import Reuse
+
+PREDICTIONS = pa.schema(
+    {
+        "trial_id": pa.string(),
+        "example_id": pa.string(),
+        "prediction": pa.string(),
+        "kept_final": pa.list_(pa.int16()),  # patches alive in the last layer
+        "limit_reached": pa.bool_(),  # the answer has as many tokens as are allowed; null in stores of old
+    }
+)
+KEPT = pa.schema(
+    {
+        "trial_id": pa.string(),
+        "image": pa.string(),
+        "indices": pa.list_(pa.int16()),  # patches after stage 1, in raster order
+        "pillar": pa.list_(pa.bool_()),  # Nüwa's roles; true where a token is untouched
+    }
+)
+TIMINGS = pa.schema(
+    {
+        "trial_id": pa.string(),
+        "unit": pa.string(),
+        "questions": pa.int32(),
+        "selection_s": pa.float64(),  # stage 1, in full for every trial that shares it
+        "trunk_s": pa.float64(),  # layers shared with the trials of the same unit, in full
+        "answer_s": pa.float64(),  # the trial's own layers and decoding
+    }
+)
+PARTS = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}  # a file's row groups, in this order
+COLUMNS = pa.schema({column.name: column.type for schema in PARTS.values() for column in schema})
+
+SUFFIX = ".unit.parquet"
+FOOTER = (b"trials", b"examples")  # keys of its metadata; JSON
+PROVENANCE = b"provenance"  # likewise; absent in stores of old
+FOOTER_BYTES = 32 * 1024  # read at first; a longer footer is asked for again
+READERS = 16  # requests under way at once
+AHEAD = 4  # units that are fetched while one is worked on
+FOOTERS = (
+    Path(tempfile.gettempdir()) / f"nuwa-footers-{os.getuid()}"
+)  # what footers of remote stores said, on each machine
+
+
+class DamagedUnit(UserError, RuntimeError):
+    """A stored unit does not match its checksums."""
+
+
+def unit_name(trials: Sequence[str], examples: Sequence[str]) -> str:
+    """The name of the unit that holds every one of ``trials`` on every one of ``examples`` (digests)."""
+    return hashlib.sha256(json.dumps([list(trials), list(examples)]).encode()).hexdigest()[:24]
+
+
+def reuse_key(answer_id: str, reuse: Reuse) -> str:
+    """What two answer ids must have in common for one's answers to be taken for the other's."""
+    trial, separator, code = answer_id.partition(".")
+    return answer_id if reuse == "same_versions" or not separator else f"{trial}.{code.partition('.')[0]}"
+
+
+class StoredUnit(NamedTuple):
+    """A finished unit: it holds every one of ``trials`` (answer ids) on every one of ``examples`` (digests).
+
+    ``provenance``, JSON: versions, device, kernel, dtype and the composition of its batches; null in old stores.
+    """
+
+    unit: str
+    trials: tuple[str, ...]
+    examples: tuple[str, ...]
+    provenance: str | None = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The provenance, read."""
+        return json.loads(self.provenance) if self.provenance else {}
+
+
+class ResultStore:
+    """Units in ``place``, a folder or a storage URI: one file each, a row group for each of :data:`PARTS`."""
+
+    def __init__(self, place: Path | str) -> None:
+        self.storage = Folder.at(place)
+
+    def write(self, stored: StoredUnit, tables: Mapping[str, pa.Table]) -> None:
+        """Store the parts of a unit; raises :class:`StorageFull` and :class:`StorageUnavailable`."""
+        footer = dict(zip(FOOTER, map(json.dumps, (stored.trials, stored.examples)), strict=True))
+        if stored.provenance is not None:
+            footer[PROVENANCE] = stored.provenance
+        content = pa.BufferOutputStream()
+        with pq.ParquetWriter(content, COLUMNS.with_metadata(footer), write_page_checksum=True) as writer:
+            for part, schema in PARTS.items():
+                table = tables[part].cast(schema)
+                columns = [
+                    table[column.name] if column.name in schema.names else pa.nulls(len(table), column.type)
+                    for column in COLUMNS
+                ]
+                writer.write_table(pa.table(columns, schema=writer.schema), row_group_size=max(len(table), 1))
+        self.storage.write(stored.unit + SUFFIX, content.getvalue().to_pybytes())
+
+    def done(self, *, discard_damaged: bool = False) -> list[StoredUnit]:
+        """Every finished unit. Files without a readable footer are not counted, and removed if so asked."""
+        sizes = self.storage.sizes(SUFFIX)
+        known = self._remembered(sizes)
+        unread = [name for name in sizes if name not in known]
+        # Units of one batch of images hold the same examples, and many hold the same trials: each list is held once.
+        listed = functools.cache(lambda text: tuple(json.loads(text)))
+        with ThreadPoolExecutor(READERS, thread_name_prefix="footers") as pool:
+            found = pool.map(lambda name: self._footer(name, sizes[name], listed), unread)
+            for name, unit in zip(unread, found, strict=True):
+                if unit is not None:
+                    known[name] = unit
+                elif discard_damaged:
+                    self.storage.remove(name)
+        if unread:
+            self._remember(known, sizes)
+        return [known[name] for name in sizes if name in known]
+
+    def _footer(self, name: str, size: int, listed: Callable[[bytes], tuple[str, ...]]) -> StoredUnit | None:
+        """What the file says of itself; ``None`` for one that is no unit."""
+        try:
+            tail = self.storage.tail(name, FOOTER_BYTES)
+            needed = int.from_bytes(tail[-8:-4], "little") + 8
+            if len(tail) < needed <= size:
+                tail = self.storage.tail(name, needed)
+            footer = pq.read_metadata(pa.BufferReader(tail))
+            trials, examples = (listed(footer.metadata[key]) for key in FOOTER)
+            origin = footer.metadata.get(PROVENANCE)
+            provenance = sys.intern(origin.decode()) if origin is not None else None
+            found = StoredUnit(unit_name(trials, examples), trials, examples, provenance)
+            whole = found.unit + SUFFIX == name and footer.num_row_groups == len(PARTS)
+            return found if whole and footer.row_group(0).num_rows == len(trials) * len(examples) else None
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+            return None
+
+    @property
+    def _index(self) -> Path | None:
+        """Where this machine keeps what remote footers said."""
+        if self.storage.local is not None:
+            return None
+        return FOOTERS / f"{hashlib.sha256(self.storage.place.encode()).hexdigest()[:24]}.json"
+
+    def _remembered(self, sizes: Mapping[str, int]) -> dict[str, StoredUnit]:
+        """Units whose files are as they were, by file; a unit's name is a digest of what its footer lists."""
+        if self._index is None:
+            return {}
+        try:
+            held = json.loads(self._index.read_text())
+            lists = [tuple(each) for each in held["lists"]]
+            return {
+                name: StoredUnit(name.removesuffix(SUFFIX), lists[trials], lists[examples], origin)
+                for name, (size, trials, examples, origin) in held["units"].items()
+                if sizes.get(name) == size
+            }
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return {}
+
+    def _remember(self, known: Mapping[str, StoredUnit], sizes: Mapping[str, int]) -> None:
+        if self._index is None:
+            return
+        lists: dict[tuple[str, ...], int] = {}
+        units = {
+            name: (
+                sizes[name],
+                *(lists.setdefault(each, len(lists)) for each in (unit.trials, unit.examples)),
+                unit.provenance,
+            )
+            for name, unit in known.items()
+        }
+        with atomic_path(self._index) as path:
+            path.write_text(json.dumps({"lists": list(lists), "units": units}))
+
+    def describe(self, kind: str, digest: str, parts: Mapping[str, str]) -> None:
+        """Keep what a digest in this store is of, so that a plan can say what has changed."""
+        name = f"{digest}.{kind}.json"
+        if name not in self.storage.sizes(f".{kind}.json"):
+            self.storage.write(name, json.dumps(dict(parts), indent=0).encode())
+
+    def described(self, kind: str) -> dict[str, dict[str, str]]:
+        """Every digest of a ``kind`` that the store can explain, and its parts."""
+        suffix = f".{kind}.json"
+        return {name.removesuffix(suffix): json.loads(self.storage.read(name)) for name in self.storage.sizes(suffix)}
+
+    def remove(self, unit: str) -> None:
+        self.storage.remove(unit + SUFFIX)
+
+    def read(self, unit: str) -> dict[str, pa.Table]:
+        """All rows of ``unit``, part by part; one damaged since it was written is removed and reported."""
+        name = unit + SUFFIX
+        try:
+            content = pa.BufferReader(self.storage.read(name))
+            file = pq.ParquetFile(content, page_checksum_verification=True)
+            return {
+                part: _whole(file.read_row_group(number, schema.names), schema)
+                for number, (part, schema) in enumerate(PARTS.items())
+            }
+        except (OSError, pa.ArrowException) as error:
+            self.remove(unit)
+            raise DamagedUnit(
+                f"{self.storage.place}/{name} is damaged or gone and is removed; run the same command again ({error})"
+            ) from None
+
+    def read_all(self, units: Iterable[str]) -> Iterator[dict[str, pa.Table]]:
+        """:meth:`read` of each of ``units``, in their order; a few are fetched ahead and no more are held."""
+        with ThreadPoolExecutor(AHEAD, thread_name_prefix="units") as pool:
+            ahead: collections.deque[Future[dict[str, pa.Table]]] = collections.deque()
+            for unit in units:
+                ahead.append(pool.submit(self.read, unit))
+                if len(ahead) > AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+
+def _whole(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """``table`` as ``schema`` has it; a column that an older store lacks is null."""
+    for name in schema.names:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
+    return table.select(schema.names).cast(schema)

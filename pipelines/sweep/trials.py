@@ -1,0 +1,331 @@
+"""Grids of ``params.yaml`` → trials with stable ids.
+
+A trial's id is the digest of what decides its answers: the configured method, the tokens per layer, the position
+strategy and, where anything random is involved, the seed. Entries that come to the same trial give one trial.
+
+Where images have layouts of their own (LLaVA-NeXT, Qwen2.5-VL), a trial means another schedule on each of them; there
+the budget as it was asked for stands in the id instead of the tokens per layer, and :meth:`Trial.on` is the trial on
+one layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from nuwa import UNPRUNED
+from nuwa.budget import BudgetUnit, budget_on
+from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout, layout_order
+from nuwa.methods import LayoutPlan, MethodSpec, specify
+from nuwa.plugins import plugin_code
+from nuwa.schedule import TokenSchedule, UnreachableBudget
+from nuwa.stage1 import get_method
+from nuwa.stage2 import SCORERS
+from pipelines import axes
+from pipelines.settings import GridEntry, SettingsError, SweepSettings
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The layouts of a sweep's images and how many images have each; ``dynamic``: whether they may differ at all."""
+
+    counts: Mapping[VisualLayout, int]
+    dynamic: bool
+
+    @classmethod
+    def fixed(cls, grid: PatchGrid) -> Layouts:
+        """All images on one grid."""
+        return cls({VisualLayout((View(grid),)): 1}, dynamic=False)
+
+    @classmethod
+    def of(cls, layouts: Iterable[VisualLayout], dynamic: bool) -> Layouts:
+        """From the layout of every image."""
+        counts = Counter(layouts)
+        return cls({layout: counts[layout] for layout in sorted(counts, key=layout_order)}, dynamic)
+
+    @cached_property
+    def typical(self) -> VisualLayout:
+        """The layout of the image of median size."""
+        layouts = list(self.counts)
+        passed = itertools.accumulate(self.counts.values())
+        half = sum(self.counts.values()) / 2
+        return next(layout for layout, count in zip(layouts, passed, strict=True) if count >= half)
+
+    def mean(self, value: Callable[[VisualLayout], float]) -> float:
+        """Mean over images."""
+        if len(self.counts) == 1:
+            return value(self.typical)
+        return sum(count * value(layout) for layout, count in self.counts.items()) / sum(self.counts.values())
+
+    @property
+    def grid(self) -> str | None:
+        """``12x12`` where every image is one such grid of patches, else null."""
+        view, *others = self.typical.views
+        return None if self.dynamic or others else f"{view.grid.height}x{view.grid.width}"
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of an image, on average."""
+        return round(self.mean(lambda layout: layout.tokens))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration, with what it means on this model: of dynamic layouts, on the typical image.
+
+    ``grids``: names of the grids that asked for it. ``budgets``: every budget that comes to this trial, in
+    ``unit``, the first one first.
+    """
+
+    spec: MethodSpec
+    schedule: TokenSchedule
+    parameters: dict[str, Any]  # stage-1 parameters set beside the preset
+    grids: tuple[str, ...] = ()
+    budgets: tuple[float, ...] = ()
+    keeps: tuple[int, ...] = ()  # asked of each view; empty: what the schedule says, of the one there is
+    unit: BudgetUnit = "tokens"
+    dynamic: bool = False
+    code: str = ""  # digests of the code it runs and of the versions it runs with
+
+    @property
+    def answer_id(self) -> str:
+        """By what its answers are stored: the trial's id, behind it the digests of code and versions."""
+        return f"{self.trial_id}.{self.code}" if self.code else self.trial_id
+
+    def coded(self, code: str) -> Trial:
+        """The same trial that runs ``code``; what was computed of it stays."""
+        trial = object.__new__(Trial)  # there may be very many
+        trial.__dict__.update(self.__dict__, code=code)
+        return trial
+
+    def on(self, layout: VisualLayout | None) -> Trial:
+        """The trial on images of ``layout``; itself where all images have one."""
+        if not self.dynamic or layout is None:
+            return self
+        spec = self.spec
+        if spec.budget is not None:
+            spec = dataclasses.replace(spec, budget=budget_on(layout, self.budgets[0], self.unit, dynamic=True))
+        plan = spec.on(layout, self.schedule.layers)
+        return dataclasses.replace(self, spec=plan.spec, schedule=plan.schedule, keeps=plan.keeps, dynamic=False)
+
+    def named(self, grids: Iterable[str], budgets: Iterable[float]) -> Trial:
+        """The same work under all names and budgets that came to it; what was computed of it stays."""
+        return self._with(grids=tuple(grids), budgets=tuple(budgets))
+
+    def _with(self, **changes: Any) -> Trial:
+        """Changed in nothing that decides answers."""
+        trial = dataclasses.replace(self, **changes)
+        for name in ("trial_id", "selection_identity", "cuts", "seeded", "_asked"):
+            if name in self.__dict__:
+                trial.__dict__[name] = self.__dict__[name]
+        return trial
+
+    @property
+    def plan(self) -> LayoutPlan:
+        """Of a trial on one layout: what its stage 1 keeps of every view."""
+        return LayoutPlan(self.spec, self.keeps or (self.schedule.stage1_keep,), self.schedule)
+
+    @cached_property
+    def _asked(self) -> list[Any]:
+        """What decides the schedule on every layout."""
+        stage2 = self.spec.stage2
+        cuts = [stage2.layers_of(self.schedule.layers), repr(stage2.keep)] if stage2 else None
+        return [self.budgets[0] if self.budgets else None, self.unit, cuts]
+
+    @cached_property
+    def seeded(self) -> bool:
+        # What a cut changes on the typical image says nothing of the others.
+        cuts = self.spec.cuts(self.schedule) if self.cuts or self.dynamic else []
+        return get_method(self.spec.stage1).seeded or any(cut.scorer.seeded or cut.recycling for cut in cuts)
+
+    @cached_property
+    def cuts(self) -> tuple[tuple[int, int], ...]:
+        """The schedule's cuts that run."""
+        return self.schedule.running(self.spec.recycles)
+
+    @property
+    def final_keep(self) -> int:
+        """Visual tokens in the last layer."""
+        return self.cuts[-1][1] if self.cuts else self.schedule.stage1_keep
+
+    @property
+    def first_cut(self) -> int:
+        """The layer up to which the trial only needs its trunk."""
+        return self.cuts[0][0] if self.cuts else self.schedule.layers
+
+    @cached_property
+    def selection_identity(self) -> str:
+        """Digest of the stage-1 selection: trials that agree in it share it, whatever their positions."""
+        method = get_method(self.spec.stage1)
+        seed = self.spec.seed if method.seeded else None
+        keep = self._asked if self.dynamic else self.schedule.stage1_keep
+        plugin = [code] if (code := plugin_code(method.select)) else []
+        return _digest([method.name, method.identity(self.spec.config), keep, seed, *plugin])
+
+    @property
+    def trunk(self) -> tuple[str, str]:
+        """Trials that agree in it share all layers below their cuts."""
+        return self.selection_identity, self.spec.position
+
+    @cached_property
+    def trial_id(self) -> str:
+        stage2 = self.spec.stage2
+        recycling = vars(stage2.recycling) if stage2 and stage2.recycling else None
+        if self.dynamic:  # what the typical image keeps says nothing of the others
+            position = self.spec.position if self.budgets else None
+            cuts = [self._asked, stage2.scorer, recycling, *stage2.identity] if stage2 else None
+        else:
+            position = self.spec.position if self.final_keep < self.schedule.tokens else None
+            cuts = [[*cut, stage2.scorer, recycling, *stage2.identity] for cut in self.cuts] if stage2 else []
+        scorers = [SCORERS[name].score for name in stage2.scorer_names] if cuts and stage2 else []
+        plugin = [code] if (code := plugin_code(*scorers)) else []
+        seed = self.spec.seed if self.seeded else None
+        return _digest([self.selection_identity, cuts, position, seed, *plugin])[:16]
+
+    @property
+    def label(self) -> str:
+        """Short and telling: ``nuwa · 16 · pesp``, then whatever differs from the method's own defaults."""
+        spec, usual = self.spec, specify(self.spec.method, preset=self.spec.preset, budget=self.spec.budget)
+        parts = [
+            spec.method if spec.preset == get_method(spec.stage1).default_preset else f"{spec.method} ({spec.preset})"
+        ]
+        if spec.budget is not None:
+            budgets = sorted(self.budgets or (spec.budget,))
+            words = [f"{100 * one:g} %" if self.unit == "share" else f"{one:g}" for one in budgets]
+            parts += [" = ".join(words), spec.position]
+        if usual.stage2 and not spec.stage2:
+            parts.append("no stage 2")
+        elif spec.stage2 and usual.stage2 != dataclasses.replace(
+            spec.stage2, options=usual.stage2.options if usual.stage2 else None, coordinates=None
+        ):
+            layers, keeps = zip(*self.schedule.cuts, strict=True)
+            cut = f"stage 2 at {', '.join(map(str, layers))} by {spec.stage2.scorer}"
+            cut += ", recycling" if spec.stage2.recycling else ""
+            parts.append(f"{cut} ({' to '.join(map(str, (self.schedule.stage1_keep, *keeps)))})")
+        parts += [f"{name}={_short(value)}" for name, value in sorted(self.parameters.items())]
+        if self.seeded and spec.seed:
+            parts.append(f"seed {spec.seed}")
+        return " · ".join(parts)
+
+    def row(self, layouts: Layouts, costs: Callable[[TokenSchedule], dict[str, Any]]) -> dict[str, Any]:
+        """The trial as a row of ``trials.parquet``: :func:`pipelines.axes.row`."""
+        return axes.row(self, layouts, costs)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _specifications(entry: GridEntry, budgets: list[float]) -> Iterator[dict[str, Any]]:
+    """The product of an entry's axes, as arguments of :func:`nuwa.methods.specify`."""
+    swept = entry.axes(budgets)
+    own = {name: value if isinstance(value, list) else [value] for name, value in entry.parameters.items()}
+
+    for values in itertools.product(*swept.values(), *own.values()):
+        point = dict(zip(swept, values, strict=False))
+        if point["method"] == UNPRUNED:
+            point["budget"] = None
+        without_stage2 = point["stage2_layer"] == "off"
+        yield {
+            "stage2": {},
+            **axes.arguments(point),
+            "without_stage2": without_stage2,
+            axes.PARAMETERS: dict(zip(own, values[len(swept) :], strict=True)),
+        }
+
+
+@contextlib.contextmanager
+def no_cycles() -> Iterator[None]:
+    """For work that makes very many objects and no cycles, which Python would look for again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@no_cycles()
+def expand(
+    sweep: SweepSettings, layouts: Layouts, layers: int, tell: Callable[[str], None] = lambda line: None
+) -> list[Trial]:
+    """All trials of a sweep, the unpruned one first, each once; raises :class:`SettingsError` for impossible ones.
+
+    ``tell`` gets one line a grid that ``where_reachable`` took trials from: which, and why.
+    """
+    unit, dynamic = sweep.budget_unit, layouts.dynamic
+    trials: dict[str, Trial] = {}
+    grids: dict[str, dict[str, None]] = {}  # in the order of asking
+    budgets: dict[str, dict[float, None]] = {}
+    left_out: dict[str, list[tuple[str, float, str]]] = {}  # grid → method, budget and why
+    plans: dict[Any, LayoutPlan] = {}  # of specifications alike in what decides the schedule
+
+    def add(spec: MethodSpec, asked: float | None, parameters: dict[str, Any], name: str) -> None:
+        def there(layout: VisualLayout) -> MethodSpec:
+            if asked is None:
+                return spec
+            return dataclasses.replace(spec, budget=budget_on(layout, asked, unit, dynamic))
+
+        own = (asked,) if asked is not None else ()
+        key = (spec.stage1, asked, spec.stage2)
+        if key not in plans:
+            everywhere = {}
+            for layout in layouts.counts:
+                try:
+                    everywhere[layout] = there(layout).on(layout, layers)
+                except UnreachableBudget as error:
+                    where = f" (budget {asked:g}, an image of {layout.tokens} tokens)" if dynamic else ""
+                    raise UnreachableBudget(f"{error}{where}") from None
+            plans[key] = everywhere[layouts.typical]
+        plan = plans[key]
+        if spec.budget != plan.spec.budget:
+            spec = dataclasses.replace(spec, budget=plan.spec.budget)
+        if not dynamic:  # else every layout reads a table by budget at its own share
+            spec = spec.resolved(layouts.typical.tokens)
+        trial = Trial(spec, plan.schedule, parameters, (), own, plan.keeps, unit, dynamic)
+        trials.setdefault(trial.trial_id, trial)
+        grids.setdefault(trial.trial_id, {})[name] = None
+        budgets.setdefault(trial.trial_id, {}).update(dict.fromkeys(own))
+
+    add(specify(UNPRUNED), None, {}, sweep.grids[0].name)
+    for number, entry in enumerate(sweep.grids):
+        for arguments in _specifications(entry, sweep.budgets):
+            try:
+                add(specify(**arguments), arguments["budget"], arguments["parameters"], entry.name)
+            except UnreachableBudget as error:
+                if not entry.where_reachable:
+                    raise SettingsError(
+                        f"sweep.grids.{number} ({entry.name}), method {arguments['method']}: {error}; "
+                        "give the entry its own budget or set where_reachable: true"
+                    ) from None
+                left_out.setdefault(entry.name, []).append((arguments["method"], arguments["budget"], str(error)))
+            except (ValueError, TypeError) as error:
+                raise SettingsError(f"sweep.grids.{number} ({entry.name}): {error}") from None
+    for name, without in left_out.items():
+        tell(_left_out(name, without))
+    return [trial.named(grids[trial_id], budgets[trial_id]) for trial_id, trial in trials.items()]
+
+
+def _left_out(grid: str, without: list[tuple[str, float, str]]) -> str:
+    """One line from the method, the budget and the reason of every trial that ``grid`` does without."""
+    budgets: dict[str, dict[float, None]] = {}
+    for method, budget, _ in without:
+        budgets.setdefault(method, {})[budget] = None
+    listed = "; ".join(f"{method} at {', '.join(f'{one:g}' for one in asked)}" for method, asked in budgets.items())
+    count = "1 trial" if len(without) == 1 else f"{len(without)} trials"
+    return f"grid {grid!r} leaves out {count} that cannot be reached: {listed} (the first: {without[0][2]})"

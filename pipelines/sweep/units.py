@@ -1,0 +1,328 @@
+"""Trials → the tree of work they share → work units, and what all of it costs.
+
+The tree, from the root: an image's features; the stage-1 selection (method, hyper-parameters, K1); the *trunk*, one for
+each position strategy: system tokens, kept visual tokens and all questions, up to the deepest first cut; and one
+*branch* a trial: its cut, the layers above it and decoding. A unit takes a set of trials, neighbours in the tree, on a
+set of examples, and runs them depth first, so that one trunk is held at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from nuwa.layout import VisualLayout, layout_order
+from pipelines.data.datasets import image_line
+from pipelines.settings import Reuse
+from pipelines.sweep.costs import Costs, trunk_depth
+from pipelines.sweep.results import reuse_key, unit_name
+from pipelines.sweep.tree import work_tree
+from pipelines.sweep.trials import Trial, no_cycles
+
+UNIT_SECONDS = 10.0
+Member = tuple[str, str]  # kind and name of a trial, an example or an image
+
+
+class Example(NamedTuple):
+    """One question as a worker needs it. ``digest`` names all that decides its answers beside the trial.
+
+    ``block``: digest of the questions it must be answered together with; empty where the composition of a batch decides
+    nothing.
+    """
+
+    digest: str
+    example_id: str
+    image: str
+    prompt: str
+    max_new_tokens: int
+    block: str = ""
+
+
+Row = tuple[str, str, str, int]  # example id, image, prompt, answer limit
+
+
+def read_examples(
+    table: pd.DataFrame,
+    context: str,
+    layouts: Mapping[str, VisualLayout] | None = None,
+    blocks: Blocks | None = None,
+) -> list[Example]:
+    """The rows of ``table``, those of an image together and images of one layout side by side.
+
+    ``context``: digest of model and features. ``blocks``, where the composition of a batch decides answers: then those
+    of a block stand together, and an example's digest holds its block.
+    """
+    columns = [table[name].tolist() for name in ("example_id", "image", "prompt", "max_new_tokens")]
+    orders = {image: layout_order(layout) for image, layout in (layouts or {}).items()}
+    rows = sorted(zip(*columns, strict=True), key=lambda row: (orders.get(row[1], ()), row[1], row[0]))
+    if blocks is None:
+        return [Example(_digest([context, *row]), *row) for row in rows]
+    benchmarks = dict(zip(columns[0], table["benchmark"], strict=True))
+    return [
+        Example(_digest([context, *row, block]), *row, block)
+        for block, together in blocks.of(rows, benchmarks, orders)
+        for row in together
+    ]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How half precision cuts questions: ``images`` of one benchmark and one layout, in the order of ``seed``.
+
+    In float16 and bfloat16 the shape of a batch moves the last bits of a product, and with them now and then an answer.
+    So what is answered together there follows from settings and data alone. Images are taken in the order in which
+    ``sweep.images`` takes them: whole blocks stay what they are when it grows, and the last of a layout is another one.
+    """
+
+    images: int
+    seed: int
+
+    def of(
+        self, rows: Sequence[Row], benchmarks: Mapping[str, str], orders: Mapping[str, Any]
+    ) -> Iterator[tuple[str, list[Row]]]:
+        """Each block's digest and its rows; ``rows`` stand image by image, ``orders``: of every image's layout."""
+        by_benchmark: dict[str, dict[str, list[Row]]] = {}
+        for row in rows:
+            by_benchmark.setdefault(benchmarks[row[0]], {}).setdefault(row[1], []).append(row)
+
+        for name in sorted(by_benchmark):
+            lines: dict[Any, list[str]] = {}  # by layout
+            for image in image_line(by_benchmark[name], self.seed):
+                lines.setdefault(orders.get(image, ()), []).append(image)
+            for order in sorted(lines):
+                line = lines[order]
+                for start in range(0, len(line), self.images):
+                    run = sorted(line[start : start + self.images])
+                    together = [row for image in run for row in by_benchmark[name][image]]
+                    yield _digest([name, *together]), together
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """``trials`` on ``examples``, every one on every one; both in the tree's order."""
+
+    trials: tuple[Trial, ...]
+    examples: tuple[Example, ...]
+    flops: float = 0.0
+
+    @cached_property
+    def unit_id(self) -> str:
+        return unit_name([trial.answer_id for trial in self.trials], [example.digest for example in self.examples])
+
+    @cached_property
+    def images(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(example.image for example in self.examples))
+
+    @property
+    def home(self) -> str:
+        """Units of one home read the same features; a worker that has them is given more of them."""
+        return self.images[0]
+
+    def only(self, trials: Sequence[Trial] | None = None, examples: Sequence[Example] | None = None) -> WorkUnit:
+        trials, examples = tuple(trials or self.trials), tuple(examples or self.examples)
+        share = len(trials) * len(examples) / (len(self.trials) * len(self.examples))
+        return WorkUnit(trials, examples, self.flops * share)
+
+    @property
+    def block(self) -> str:
+        """Where it is a block that must stay whole: its digest."""
+        return self.examples[0].block
+
+    @property
+    def members(self) -> Iterator[Member]:
+        """What it consists of, in the words of the run's policy."""
+        yield from (("trial", trial.trial_id) for trial in self.trials)
+        if self.block:
+            yield "block", self.block
+            return
+        yield from (("example", example.example_id) for example in self.examples)
+        yield from (("image", image) for image in self.images)
+
+    @property
+    def suspects(self) -> dict[Member, str]:
+        """Of one answer, or one trial's block, that cannot be made: what it may be due to → what that was tried with."""
+        if self.block and len(self.trials) == 1:
+            (trial,) = self.trials
+            return {("trial", trial.trial_id): self.block, ("block", self.block): trial.trial_id}
+        if len(self.trials) > 1 or len(self.examples) > 1:
+            return {}
+        ((trial,), (example,)) = self.trials, self.examples
+        return {
+            ("trial", trial.trial_id): example.image,
+            ("example", example.example_id): trial.trial_id,
+            ("image", example.image): example.example_id,
+        }
+
+    def without(self, members: Container[Member]) -> tuple[WorkUnit | None, list[WorkUnit]]:
+        """The unit less these trials, examples and images (null: nothing is left), and what was taken out of it."""
+        if self.block:
+            whole = [("block", self.block), *(("example", example.example_id) for example in self.examples)]
+            if any(member in members for member in (*whole, *(("image", image) for image in self.images))):
+                return None, [self]
+        trials = [trial for trial in self.trials if ("trial", trial.trial_id) not in members]
+        examples = [
+            example
+            for example in self.examples
+            if ("example", example.example_id) not in members and ("image", example.image) not in members
+        ]
+        taken = []
+        if len(trials) < len(self.trials):
+            taken.append(self.only([trial for trial in self.trials if trial not in trials]))
+        if trials and len(examples) < len(self.examples):
+            taken.append(self.only(trials, [example for example in self.examples if example not in examples]))
+        if not taken:
+            return self, []
+        return (self.only(trials, examples) if trials and examples else None), taken
+
+    def split(self) -> dict[str, WorkUnit]:
+        """Two halves: of the images, else of one image's questions, else of the trials; of a block, of the trials.
+
+        Nothing can halve one answer, nor one trial's block: what fits in memory follows from ``sweep.unit_images``.
+        """
+        if len(self.images) > 1 and not self.block:
+            first = set(self.images[: len(self.images) // 2])
+            cut = sum(example.image in first for example in self.examples)
+            halves = [self.only(examples=self.examples[:cut]), self.only(examples=self.examples[cut:])]
+        elif len(self.examples) > 1 and not self.block:
+            cut = len(self.examples) // 2
+            halves = [self.only(examples=self.examples[:cut]), self.only(examples=self.examples[cut:])]
+        elif len(self.trials) > 1:
+            cut = len(self.trials) // 2
+            halves = [self.only(self.trials[:cut]), self.only(self.trials[cut:])]
+        else:
+            return {}
+        return {half.unit_id: half for half in halves}
+
+
+@no_cycles()
+def plan_units(
+    trials: Sequence[Trial],
+    examples: Sequence[Example],
+    done: Iterable[tuple[Sequence[str], Sequence[str]]],
+    costs: Sequence[Costs],
+    speed: float,
+    unit_images: int,
+    unit_seconds: float = UNIT_SECONDS,
+    reuse: Reuse = "any",
+) -> tuple[dict[str, WorkUnit], int]:
+    """Units for every answer that is missing, and how many answers are there already.
+
+    ``done``: answer ids and example digests of every stored unit, of which it holds the whole product. ``examples``
+    stand image by image. A unit takes trials along the tree until ``speed`` (FLOP/s) forecasts ``unit_seconds``, on at
+    most ``unit_images`` images, and on fewer where one trial alone takes longer; a block of examples is one unit's,
+    whole, and is asked again where any of it is missing.
+    """
+    # The answers a trial has are the bits of a number, one an example: patterns compare and combine at once.
+    number = {example.digest: place for place, example in enumerate(examples)}
+    known = {reuse_key(trial.answer_id, reuse): trial.trial_id for trial in trials}
+    have: dict[str, int] = {}
+    for stored, digests in done:
+        mine = [known[key] for key in (reuse_key(one, reuse) for one in stored) if key in known]
+        held = _bits([number[digest] for digest in digests if digest in number], len(examples)) if mine else 0
+        for trial_id in mine:
+            have[trial_id] = have.get(trial_id, 0) | held
+    ordered = [trial for positions in work_tree(trials).values() for mine in positions.values() for trial in mine]
+    seconds, trunk_seconds = _seconds_an_example(ordered, costs, speed)
+    units: dict[str, WorkUnit] = {}
+    start = 0
+    for batch in _batches(examples, unit_images, unit_seconds, max(seconds.values(), default=0.0)):
+        everything = (1 << len(batch)) - 1
+        open_units: dict[int, _OpenUnit] = {}
+        asked = functools.cache(functools.partial(_chosen, batch))  # few patterns, many units
+
+        def close(
+            missing: int,
+            asked: Callable[[int], tuple[Example, ...]] = asked,
+            open_units: dict[int, _OpenUnit] = open_units,
+        ) -> None:
+            begun, examples = open_units.pop(missing), asked(missing)
+            unit = WorkUnit(tuple(begun.trials), examples, begun.seconds * len(examples) * speed)
+            units[unit.unit_id] = unit
+
+        for trial in ordered:
+            missing = everything & ~(have.get(trial.trial_id, 0) >> start)
+            if not missing:
+                continue
+            if batch[0].block:
+                missing, have[trial.trial_id] = everything, have.get(trial.trial_id, 0) & ~(everything << start)
+            begun = open_units.setdefault(missing, _OpenUnit())
+            if begun.trunk != trial.trunk:
+                begun.trunk, begun.seconds = trial.trunk, begun.seconds + trunk_seconds[trial.trunk]
+            begun.trials.append(trial)
+            begun.seconds += seconds[trial.trial_id]
+            if begun.seconds * missing.bit_count() >= unit_seconds:
+                close(missing)
+        for missing in list(open_units):
+            close(missing)
+        start += len(batch)
+    return units, sum(held.bit_count() for held in have.values())
+
+
+def _chosen(batch: Sequence[Example], pattern: int) -> tuple[Example, ...]:
+    """The examples whose bits are set."""
+    return tuple(example for place, example in enumerate(batch) if pattern >> place & 1)
+
+
+def _bits(places: Sequence[int], size: int) -> int:
+    """The number whose bits at ``places`` are set."""
+    flags = np.zeros(size, dtype=bool)
+    flags[list(places)] = True
+    return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
+
+
+@dataclass
+class _OpenUnit:
+    trials: list[Trial] = field(default_factory=list)
+    trunk: tuple[str, str] | None = None
+    seconds: float = 0.0  # an example
+
+
+def _seconds_an_example(
+    ordered: Sequence[Trial], costs: Sequence[Costs], speed: float
+) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+    """Seconds an example, on average: of each trial's branch, and of each trunk."""
+    each = speed * max(sum(part.load.questions for part in costs), 1)
+    trunks: dict[tuple[str, str], float] = {}
+    branches: dict[str, float] = {}
+    for trial in ordered:  # a trunk's last trial reaches deepest
+        there = [(part, trial.on(part.layout)) for part in costs]
+        trunks[trial.trunk] = (
+            sum(
+                part.trunk(one.schedule.stage1_keep, trunk_depth([one]), one.spec.reads_question) for part, one in there
+            )
+            / each
+        )
+        branches[trial.trial_id] = sum(part.branch(one) for part, one in there) / each
+    return branches, trunks
+
+
+def _batches(
+    examples: Sequence[Example], most_images: int, unit_seconds: float, dearest: float
+) -> Iterable[Sequence[Example]]:
+    """Consecutive examples of at most ``most_images`` images, fewer where the dearest trial fills a unit with less;
+    blocks as they are."""
+    if examples and examples[0].block:
+        yield from (list(block) for _, block in itertools.groupby(examples, key=lambda example: example.block))
+        return
+    images: list[list[Example]] = []
+    for example in examples:
+        if not images or images[-1][0].image != example.image:
+            images.append([])
+        images[-1].append(example)
+    each = dearest * len(examples) / max(len(images), 1)
+    count = max(1, min(most_images, int(unit_seconds / each))) if each else most_images
+    for start in range(0, len(images), count):
+        yield [example for mine in images[start : start + count] for example in mine]

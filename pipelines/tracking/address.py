@@ -1,0 +1,68 @@
+"""Where a tracking store is: checked without connecting."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import sqlalchemy
+
+from pipelines.files.working_copies import main_copy
+
+if TYPE_CHECKING:
+    pass
+
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+
+
+_WEB_SCHEMES = ("http", "https")
+
+
+_DATABASE_SCHEMES = ("mssql", "mysql", "postgresql", "sqlite")
+
+
+_URI_EXAMPLES = "sqlite:///mlflow.db, postgresql://user:password@host/database or http://host:5000"
+
+
+def checked_uri(uri: str | None) -> str:
+    """Check a tracking URI without connecting, and make a SQLite path absolute: all working copies of a repository have
+    one store, that of the main one.
+
+    Args:
+        uri: `sqlite:///<file>`, another database, or a server; None for `mlflow.db` in the repository's main copy.
+
+    Raises:
+        ValueError: unknown scheme (among them `file:`, a store that MLflow 3 refuses), no host, no database file, or a
+            database driver that is not installed.
+    """
+    uri = uri or DEFAULT_URI
+    scheme = urlsplit(uri).scheme.split("+")[0]
+    if scheme in _WEB_SCHEMES:
+        if not urlsplit(uri).hostname:
+            raise _bad_uri(uri, "no host")
+        return uri
+    if scheme not in _DATABASE_SCHEMES:
+        raise _bad_uri(uri, f"scheme {scheme!r} is not one of {', '.join(_WEB_SCHEMES + _DATABASE_SCHEMES)}")
+    try:
+        url = sqlalchemy.make_url(uri)
+        url.get_dialect().import_dbapi()
+    except ImportError as error:
+        raise _bad_uri(uri, f"its database driver is not installed ({error})") from error
+    except (ValueError, sqlalchemy.exc.ArgumentError) as error:
+        raise _bad_uri(uri, str(error)) from error
+
+    if scheme != "sqlite":
+        return uri
+    if url.host or url.database in (None, "", ":memory:"):
+        raise _bad_uri(uri, "no database file (three slashes come before a relative path, four make it absolute)")
+    return url.set(database=str((main_copy() / url.database).absolute())).render_as_string(hide_password=False)
+
+
+def _bad_uri(uri: str, problem: str) -> ValueError:
+    return ValueError(without_password(f"MLflow tracking URI {uri!r}: {problem}") + f"; use {_URI_EXAMPLES}")
+
+
+def without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//***@", text)

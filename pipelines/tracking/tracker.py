@@ -1,0 +1,198 @@
+"""MLflow, a view of the sweep: one parent run for the sweep, one child run for each trial.
+
+The Parquet files are the record and MLflow only shows them. Three properties follow, and everything here serves them:
+
+* **Replay.** Every run is found again by a tag (`sweep_id`, `trial_id`, `training_id`), so writing the same tables a
+  second time changes nothing, and writing them after an interruption completes what is missing.
+* **An outage never fails a sweep.** All calls pass through one door, `TrackingStore.attempt`. The first that fails warns once,
+  with the reason and the command that replays, and tracking is off for the rest of the process.
+* **One writer.** Only the driver writes, from one thread, with explicit run ids. Workers never import this module.
+
+A child is written as `create_run` with its tags, one `log_batch`, and `set_terminated`: the status FINISHED comes last
+and therefore means "complete". The *Duration* that MLflow shows for a child is the time these writes took.
+
+    with Tracker.open("sqlite:///mlflow.db", "token pruning", sweep_id="4f1c9a") as tracker:
+        tracker.parent("default sweep", params={"examples": 600}, tags=git_and_dvc_tags(Path(".")))
+        tracker.trials(trial_runs(trials, scores, timings=None, tags={}))
+        tracker.artifacts(Path("report"), "report")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    pass
+from pipelines.tracking.runs import TrialRun
+from pipelines.tracking.store import T, TrackingStore
+
+_RUNS_A_PAGE = 1000
+
+
+_DIGEST_CHARACTERS = 36
+
+
+@dataclass(frozen=True)
+class _Child:
+    run_id: str
+    fingerprint: str | None  # None while the run is not complete
+
+
+class Tracker:
+    """The sweep's parent run and its children. One object, one thread; open it in the driver only.
+
+    Once MLflow has failed (`on` is then False) every method returns without doing anything. Left as a context manager,
+    the parent ends as FINISHED, as KILLED after an interrupt, or as FAILED after any other exception.
+    """
+
+    def __init__(self, store: TrackingStore, sweep_id: str) -> None:
+        self._store = store
+        self._sweep_id = sweep_id
+        self._parent_id: str | None = None
+        self._children: dict[str, list[_Child]] | None = None
+
+    @classmethod
+    def open(cls, uri: str | None, experiment: str, artifact_location: str | None = None, *, sweep_id: str) -> Tracker:
+        """Connect, creating database and experiment where they are missing.
+
+        Args:
+            uri: see `checked_uri`. None means `mlflow.db` in the current folder, with artifacts under `mlartifacts`.
+            experiment: name of the MLflow experiment.
+            artifact_location: folder or object store for artifacts; counts when the experiment is created.
+            sweep_id: identity of the sweep, the value of the tag under which its parent run is found again.
+
+        Raises:
+            ValueError: the URI or the experiment's name is malformed. A store that does not answer is no error.
+        """
+        return cls(TrackingStore(uri, experiment, artifact_location), sweep_id)
+
+    @property
+    def on(self) -> bool:
+        """Whether MLflow has answered so far."""
+        return self._store.on
+
+    def parent(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str:
+        """Find the sweep's parent run or create it, and return its id (empty when tracking is off).
+
+        Params cannot change in MLflow: a parent found again gets new ones only, and a warning names those that differ.
+        What may change between two runs of the same sweep (commit, worker count) belongs in `tags`.
+        """
+        run = self._store.attempt(lambda: self._store.resume_or_create("sweep_id", self._sweep_id, name, params, tags))
+        self._parent_id = run.info.run_id if run else None
+        self._children = None
+        return self._parent_id or ""
+
+    def progress(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log how the sweep stands (trials done, examples a second, seconds left, cache hits) on the parent."""
+        self._on_parent(lambda parent: self._store.batch(parent, metrics, step=step))
+
+    def trials(self, rows: Iterable[TrialRun], on_done: Callable[[TrialRun], None] | None = None) -> int:
+        """Write one child run a trial and return how many were written.
+
+        A complete child of the same content stays as it is. Anything else under the trial's id (half-written, other
+        content, a duplicate from a repeated request) goes to MLflow's trash and is written afresh, because params
+        cannot change and a metric that is gone would stay. `on_done` is called for every row, written or found.
+        """
+        children = self._children
+        if children is None:
+            children = self._children = self._on_parent(self._load_children)
+        written = 0
+        for row in rows:
+            if children is None or not self.on:
+                break
+            written += bool(self._on_parent(partial(self._write, row, children)))
+            if on_done is not None and self.on:
+                on_done(row)
+        return written
+
+    def artifacts(self, folder_or_file: Path, artifact_path: str | None) -> None:
+        """Copy a file, or what is in a folder, to the parent's artifacts under `artifact_path` (None: the root).
+
+        Raises:
+            FileNotFoundError: there is no such file or folder.
+        """
+        path = Path(folder_or_file)
+        if not path.exists():
+            raise FileNotFoundError(f"no file or folder {str(path)!r} to log as an MLflow artifact")
+        method = "log_artifacts" if path.is_dir() else "log_artifact"
+        self._on_parent(lambda parent: getattr(self._store.client, method)(parent, str(path), artifact_path))
+
+    def dataset(self, name: str, digest: str, rows: int) -> None:
+        """Note on the parent which examples were used. MLflow holds 36 characters of a digest; longer ones are cut."""
+        self._on_parent(lambda parent: self._store.client.log_inputs(parent, [_dataset_input(name, digest, rows)]))
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+        """Close the parent run. The tracker can be used again after another `parent`."""
+        if self._parent_id is not None:
+            self._on_parent(lambda parent: self._store.client.set_terminated(parent, status))
+            self._parent_id = None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish("FINISHED")
+        else:
+            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+    def _on_parent(self, action: Callable[[str], T]) -> T | None:
+        if not self.on:
+            return None
+        if self._parent_id is None:
+            raise RuntimeError("the sweep has no open parent run; call Tracker.parent first")
+        parent = self._parent_id
+        return self._store.attempt(lambda: action(parent))
+
+    def _load_children(self, parent: str) -> dict[str, list[_Child]]:
+        children: dict[str, list[_Child]] = {}
+        page_token = None
+        while True:
+            page = self._store.client.search_runs(
+                [self._store.experiment_id],
+                f"tags.`mlflow.parentRunId` = '{parent}'",
+                max_results=_RUNS_A_PAGE,
+                order_by=["attributes.start_time ASC"],
+                page_token=page_token,
+            )
+            for run in page:
+                complete = run.info.status == "FINISHED"
+                child = _Child(run.info.run_id, run.data.tags.get("fingerprint") if complete else None)
+                children.setdefault(run.data.tags.get("trial_id", ""), []).append(child)
+            page_token = page.token
+            if not page_token:
+                return children
+
+    def _write(self, row: TrialRun, children: dict[str, list[_Child]], parent: str) -> bool:
+        """Leave exactly one active child for the trial, complete and with the row's content; True if it was written."""
+        client, fingerprint = self._store.client, row.fingerprint
+        known = children.get(row.trial_id, [])
+        kept = next((child for child in known if child.fingerprint == fingerprint), None)
+        for child in known:
+            if child is not kept:
+                client.delete_run(child.run_id)
+        if kept is not None:
+            children[row.trial_id] = [kept]
+            return False
+        identity = {"mlflow.parentRunId": parent, "trial_id": row.trial_id, "fingerprint": fingerprint}
+        run = client.create_run(self._store.experiment_id, run_name=row.name, tags={**row.tags, **identity})
+        self._store.batch(run.info.run_id, row.metrics, row.params)
+        for step, metrics in enumerate(row.steps, start=1):
+            self._store.batch(run.info.run_id, metrics, step=step)
+        client.set_terminated(run.info.run_id)
+        children[row.trial_id] = [_Child(run.info.run_id, fingerprint)]
+        return True
+
+
+def _dataset_input(name: str, digest: str, rows: int) -> Any:
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    # A dvc:// source would not resolve, so the source only says how large the table is; the digest identifies it.
+    dataset = MetaDataset(CodeDatasetSource({"rows": rows}), name=name, digest=digest[:_DIGEST_CHARACTERS])
+    return DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "sweep")])

@@ -1,0 +1,51 @@
+"""The curves of a training run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+from pipelines.tracking.runs import mlflow_metrics
+from pipelines.tracking.store import TrackingStore
+
+
+@contextlib.contextmanager
+def training_log(
+    uri: str | None,
+    experiment: str,
+    run_name: str,
+    *,
+    training_id: str,
+    params: Mapping[str, object] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Yield `log(step, metrics)` for the curves of one training run.
+
+    The run is found again by `training_id` (identity of the recipe) and continues: steps that a curve already has are
+    skipped, because a training resumed from its last checkpoint repeats them. Outages are handled as for a sweep, and
+    the run ends as FINISHED, KILLED or FAILED.
+
+    Raises:
+        ValueError: the URI or the experiment's name is malformed.
+    """
+    store = TrackingStore(uri, experiment, artifact_location=None)
+    run = store.attempt(lambda: store.resume_or_create("training_id", training_id, run_name, params or {}, tags or {}))
+    run_id, metrics = (run.info.run_id, run.data.metrics) if run else ("", {})
+    logged = store.attempt(lambda: {key: store.client.get_metric_history(run_id, key)[-1].step for key in metrics})
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        fresh = {key: value for key, value in mlflow_metrics(metrics).items() if step > (logged or {}).get(key, -1)}
+        store.attempt(lambda: store.batch(run_id, fresh, step=step))
+
+    status = "FAILED"
+    try:
+        yield log
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        store.attempt(lambda: store.client.set_terminated(run_id, status))

@@ -1,0 +1,256 @@
+"""What is wrong or missing before anything runs, one line each with its remedy: model folder, tables, instruction data,
+weights of grids, stores, cluster, tracking, rights and room on disks.
+
+``make plan`` shows it and exits with code 2 where one is an error; a warning costs nothing now and may be meant. Nothing
+large is read: of a table its columns, first and last row with their images. ``make plan DEEP=1`` reads everything: every
+row, every image, every tensor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from nuwa.benchmarks.own_tables import JsonLines
+from nuwa.benchmarks.rows import ParquetFiles
+from nuwa.errors import UserError
+from nuwa.images import ImageError, read_image
+from nuwa.vlm import adapter_class
+from nuwa.vlm.folder import folder_faults
+from pipelines.addresses import BenchmarkName, hub_address
+from pipelines.data.tables import MissingTables, read_benchmark, table_files
+from pipelines.files.storage import Folder, is_uri
+from pipelines.files.surroundings import surroundings
+from pipelines.settings import SCENES, Settings
+from stages.entry import CACHE, DATA, REPORT, check_tracking, feature_store, published, result_store
+
+REACH_S = 5.0  # for a server to take a connection
+LITTLE_ROOM = 1_000_000_000  # bytes below which a disk is nearly full
+
+
+class Finding(NamedTuple):
+    level: Literal["error", "warning"]
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.line}"
+
+
+def examine(settings: Settings, *, deep: bool = False) -> list[Finding]:
+    """Everything that can be known before a stage runs, errors first."""
+    checks = (_rights, _model, _tables, _lessons, _weights, _stores, _cluster, _tracking, _revision)
+    found: list[Finding] = []
+    for check in checks:
+        try:
+            found += check(settings, deep)
+        except UserError as error:
+            found.append(Finding("error", str(error)))
+        except OSError as error:
+            if (told := surroundings(error)) is None:
+                raise
+            found.append(Finding("error", told))
+    return sorted(found, key=lambda finding: finding.level)
+
+
+def room_for(settings: Settings, features: int, results: int) -> Iterator[Finding]:
+    """Whether what a sweep stores, in bytes, fits on the disks it is stored on, and leaves something."""
+    needed: dict[int, tuple[int, Path]] = {}
+    for store, default, size in (
+        (settings.features.store, feature_store(), features),
+        (settings.sweep.store, result_store(), results),
+    ):
+        if store is None or not is_uri(store):
+            place = _existing(Path(store or default))
+            disk = place.stat().st_dev
+            needed[disk] = (needed.get(disk, (0, place))[0] + size, place)
+    for size, place in needed.values():
+        free = shutil.disk_usage(place).free
+        if size > free:
+            yield Finding(
+                "warning",
+                f"{place}: features and results of the whole grid need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+                "make room, set features.dtype: float16, or name other places in features.store and sweep.store",
+            )
+        elif free - size < LITTLE_ROOM:
+            yield Finding("warning", f"{place}: {max(0, free - size) / 1e9:.1f} GB would be left free; make room")
+
+
+def _rights(_settings: Settings, _deep: bool) -> Iterator[Finding]:
+    for folder in (Path(), DATA, CACHE, REPORT):
+        place = _existing(folder)
+        if not place.is_dir():
+            yield Finding("error", f"{place}: a file stands where a folder should be; move it away")
+        elif not _writable(place):
+            yield Finding(
+                "error", f"{place.absolute()}: may not be written; give yourself the rights (`ls -ld` shows them)"
+            )
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=True)
+
+
+def _existing(place: Path) -> Path:
+    """``place``, or the nearest folder above it that is there."""
+    place = place.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
+def _model(settings: Settings, deep: bool) -> Iterator[Finding]:
+    path = Path(settings.model.path)
+    if path.is_dir():
+        for fault in folder_faults(path, adapter_class, deep=deep):
+            yield Finding("error", f"model.path = {settings.model.path!r}: {fault.removeprefix(f'{path}: ')}")
+    elif published(settings.model.path) != settings.model.path:
+        hub_id = published(settings.model.path)
+        yield Finding(
+            "warning", f"model.path = {settings.model.path!r}: not here yet; `hf download {hub_id} --local-dir {path}`"
+        )
+
+
+def _tables(settings: Settings, deep: bool) -> Iterator[Finding]:
+    for text, location in (settings.prepare.tables or {}).items():
+        if hub_address(location) is not None:
+            continue  # fetched by `prepare`, which names what is wrong
+        name, folder = BenchmarkName.parse(text), Path(location)
+        try:
+            if not folder.exists():
+                yield Finding(
+                    "warning", f"prepare.tables.{text}: {location}: not here yet; put the published files there"
+                )
+            elif deep:
+                yield from _every_row(name, folder)
+            else:
+                _ends(name, folder)
+        except (UserError, OSError) as error:
+            told = str(error) if isinstance(error, UserError) else surroundings(error)
+            if told is None:
+                raise
+            empty = isinstance(error, MissingTables) and not any(folder.iterdir())
+            yield Finding("warning" if empty else "error", f"prepare.tables.{text}: {told}")
+
+
+def _ends(name: BenchmarkName, folder: Path) -> None:
+    """Columns of every file, and first and last row; of a benchmark of several tables their columns."""
+    benchmark = name.benchmark()
+    if benchmark.join is not None:
+        for files in table_files(folder, name):
+            files.schema  # noqa: B018 (opens it)
+        return
+    table = read_benchmark(folder, name)
+    assert isinstance(table, (ParquetFiles, JsonLines))
+    for row in table.ends(benchmark.schema):
+        for example in benchmark.questions_of(row):
+            _look_at(example.image, f"{row.place}: row {row.number} of {benchmark.name}")
+
+
+def _every_row(name: BenchmarkName, folder: Path) -> Iterator[Finding]:
+    seen: set[bytes] = set()
+    for example in name.benchmark().examples(read_benchmark(folder, name), f"{folder} ({name.table})", whole=True):
+        key = example.image[:64] + example.image[-64:] + len(example.image).to_bytes(8, "little")
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            _look_at(example.image, example.example_id)
+        except UserError as error:  # all of them, not the first
+            yield Finding("error", f"prepare.tables.{name.table}: {error}")
+
+
+def _look_at(image: bytes, place: str) -> None:
+    try:
+        read_image(image)
+    except ImageError as error:
+        raise ImageError(f"{place}: {error}; mend or drop the row, or fetch the file again") from None
+
+
+def _lessons(settings: Settings, deep: bool) -> Iterator[Finding]:
+    recipe = settings.pruner
+    if recipe.data == SCENES:
+        return
+    path = Path(recipe.data)
+    if not path.is_file():
+        yield Finding("warning", f"pruner.data = {recipe.data!r}: no such file yet; fetch the instruction data")
+    elif deep:
+        from nuwa.pruner.instructions import read_instructions
+
+        read_instructions(path, Path(recipe.images_folder or path.parent), recipe.seed, recipe.share)
+    else:
+        with path.open("rb") as content:
+            if content.read(64).lstrip()[:1] != b"[":
+                yield Finding(
+                    "error", f"pruner.data = {recipe.data!r}: no list of conversations in JSON; fetch it again"
+                )
+
+
+def _weights(settings: Settings, _deep: bool) -> Iterator[Finding]:
+    """Trained modules that grids name by file: whole, whatever encoder they are of."""
+    from nuwa.stage1.learnpruner import WeightsError, read_lpm
+
+    for path in dict.fromkeys(_named_weights([entry.model_dump() for entry in settings.sweep.grids])):
+        try:
+            read_lpm(Path(path))
+        except WeightsError as error:
+            yield Finding("error", str(error))
+
+
+def _named_weights(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, held in value.items():
+            if key == "weights":
+                yield from (one for one in (held if isinstance(held, list) else [held]) if isinstance(one, str))
+            else:
+                yield from _named_weights(held)
+    elif isinstance(value, list):
+        for held in value:
+            yield from _named_weights(held)
+
+
+def _stores(settings: Settings, _deep: bool) -> Iterator[Finding]:
+    for key, store in (("features.store", settings.features.store), ("sweep.store", settings.sweep.store)):
+        if store is None:
+            continue
+        if is_uri(store):
+            Folder.at(store).sizes()
+            continue
+        place = _existing(Path(store))
+        if not place.is_dir() or not _writable(place):
+            yield Finding("error", f"{key} = {str(store)!r}: {place} may not be written; name another place")
+
+
+def _cluster(settings: Settings, _deep: bool) -> Iterator[Finding]:
+    if settings.cluster.resolved_address is not None:
+        importlib.import_module("pipelines.workers.joining").probe(settings.cluster.resolved_address)
+    elif settings.cluster.gpus:
+        import torch
+
+        if not torch.cuda.is_available():
+            yield Finding("warning", f"cluster.gpus = {settings.cluster.gpus:g}: torch sees no GPU on this machine")
+
+
+def _tracking(settings: Settings, _deep: bool) -> Iterator[Finding]:
+    check_tracking(settings)
+    server = urlsplit(settings.tracking.resolved_uri or "")
+    if server.scheme in ("http", "https"):
+        port = server.port or (443 if server.scheme == "https" else 80)
+        try:
+            socket.create_connection((server.hostname or "", port), timeout=REACH_S).close()
+        except OSError as error:
+            yield Finding(
+                "warning",
+                f"tracking.uri: {server.hostname}:{port} does not answer ({error.strerror or error}); results are kept all "
+                "the same, and `make track` shows them once it does",
+            )
+
+
+def _revision(_settings: Settings, _deep: bool) -> Iterator[Finding]:
+    if shutil.which("git") is None:
+        yield Finding("warning", "git is not installed: runs are logged without a revision; install git")

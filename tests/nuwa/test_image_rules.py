@@ -1,0 +1,159 @@
+"""Pixel limits and layouts as protocols pin them: token counts typed out from the harnesses' own runs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+
+from nuwa.image_rules import PINS, ImageRules, ImageRulesError
+from nuwa.vlm import LlavaNextAdapter, Qwen2_5VLAdapter, usual_image_processor
+from nuwa.vlm.processors import load_processor
+from nuwa.vlm.shapes import model_shape
+
+QWEN, NEXT = "Qwen/Qwen2.5-VL-7B-Instruct", "llava-hf/llava-v1.6-vicuna-7b-hf"
+
+
+def layout(path: str, rules: ImageRules, size: tuple[int, int]):
+    config = model_shape(path)
+    family = {"qwen2_5_vl": Qwen2_5VLAdapter, "llava_next": LlavaNextAdapter}[config.model_type]
+    processor = rules.framed(usual_image_processor(config), config.model_type)
+    return family.layout_for(config, processor, size)
+
+
+@pytest.mark.parametrize(
+    ("rules", "tokens"),
+    [
+        (ImageRules(), 63),
+        (ImageRules("vscan"), 63),
+        (ImageRules("lmms_eval"), 285),  # two resizes, see below
+        (ImageRules("lmms_eval_0_3"), 270),
+        (ImageRules("lmms_eval_0_3", min_pixels=3136), 63),
+        (ImageRules(min_pixels=200_704), 270),
+    ],
+)
+def test_a_small_photo_is_shown_larger_by_the_harness(rules, tokens):
+    assert layout(QWEN, rules, (250, 200)).tokens == tokens
+
+
+def test_two_resizes_end_at_another_size_than_one():
+    """The chat class of lmms-eval 0.7.2 resizes by the checkpoint's limits and then by its own."""
+    views = {name: layout(QWEN, ImageRules(name), (300, 200)).views[0].grid for name in ("lmms_eval", "lmms_eval_0_3")}
+    sizes = {name: (28 * grid.width, 28 * grid.height) for name, grid in views.items()}
+    assert sizes == {"lmms_eval": (588, 364), "lmms_eval_0_3": (560, 392)}
+
+
+def test_large_photos_meet_the_upper_limit():
+    def pixels(name: str) -> int:
+        return 784 * layout(QWEN, ImageRules(name), (4000, 3000)).tokens
+
+    assert pixels("lmms_eval") <= 1_605_632 < pixels("testbed") <= 12_845_056
+    assert pixels("vscan") == pixels("testbed"), "both are the checkpoint's"
+
+
+@pytest.mark.parametrize(
+    ("size", "transformers", "llava"),
+    [
+        ((300, 200), 1464, 976),  # both sides at most 336: two pinpoints fit alike
+        ((200, 300), 576 + 24 * 17, 576 + 36 * 25),
+        ((336, 336), 576 + 24 * 25, 576 + 24 * 25),
+        ((640, 480), 576 + 36 * 49, 576 + 36 * 49),
+        ((672, 336), 576 + 24 * 49, 576 + 24 * 49),
+    ],
+)
+def test_llavas_grid_stands_upright_on_small_images(size, transformers, llava):
+    assert layout(NEXT, ImageRules(), size).tokens == layout(NEXT, ImageRules(grid="transformers"), size).tokens
+    assert layout(NEXT, ImageRules(), size).tokens == transformers
+    for rules in (ImageRules(grid="llava"), ImageRules("lmms_eval"), ImageRules("llava"), ImageRules("lmms_eval_0_3")):
+        assert layout(NEXT, rules, size).tokens == llava
+    assert layout(NEXT, ImageRules("lmms_eval", grid="transformers"), size).tokens == transformers
+
+
+def llava_grid(size: tuple[int, int]) -> tuple[int, int]:
+    """LLaVA's own choice, from its rule: of pinpoints (width, height) the one that keeps most pixels of the image, then
+    wastes least, then stands first. Crops across and down."""
+    width, height = size
+    best, most, least = (0, 0), -1, float("inf")
+    for across, down in [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]:
+        scale = min(across / width, down / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = across * down - kept
+        if kept > most or (kept == most and wasted < least):
+            best, most, least = (across, down), kept, wasted
+    return best[0] // 336, best[1] // 336
+
+
+def test_sixty_sizes_lie_as_llava_lays_them():
+    sizes = [(40 + 97 * n % 900, 40 + 61 * n % 700) for n in range(60)]
+    config, small = model_shape(NEXT), 0
+    for size in sizes:
+        across, down = llava_grid(size)
+        local = layout(NEXT, ImageRules("llava"), size).views[1]
+        assert local.crops == across * down
+        # The picture fills its grid across or down.
+        assert local.grid.width == 24 * across or local.grid.height == 24 * down
+        small += layout(NEXT, ImageRules(), size) != layout(NEXT, ImageRules("llava"), size)
+    assert 0 < small < 30 and config.model_type == "llava_next"
+
+
+@pytest.mark.parametrize(
+    ("rules", "family", "message"),
+    [
+        (ImageRules(min_pixels=9), "llava", "min_pixels is not for llava models; allowed: null"),
+        (ImageRules(max_pixels=9), "llava_next", "max_pixels is not for llava_next models; allowed: null"),
+        (ImageRules(grid="llava"), "qwen2_5_vl", "image_grid 'llava' is not for qwen2_5_vl models; allowed: null"),
+        (
+            ImageRules("lmms_eval", min_pixels=2_000_000),
+            "qwen2_5_vl",
+            "min_pixels 2000000 must not be above max_pixels 1605632",
+        ),
+    ],
+)
+def test_rules_that_a_family_does_not_have_are_refused(rules, family, message):
+    paths = {"qwen2_5_vl": QWEN, "llava_next": NEXT, "llava": "llava-hf/llava-1.5-7b-hf"}
+    with pytest.raises(ImageRulesError) as caught:
+        rules.framed(usual_image_processor(model_shape(paths[family])), family)
+    assert str(caught.value) == message
+
+
+def test_nobody_elses_processor_is_changed():
+    config = model_shape(QWEN)
+    processor = usual_image_processor(config)
+    before = copy.deepcopy(processor.to_dict())
+    framed = ImageRules("lmms_eval").framed(processor, "qwen2_5_vl")
+    assert processor.to_dict() == before and framed.to_dict() != before
+    assert ImageRules().framed(processor, "qwen2_5_vl") is processor
+    assert ImageRules("lmms_eval").framed(processor, "llava") is processor, "nothing is pinned for LLaVA-1.5"
+    assert set(PINS) == {"testbed", "lmms_eval", "lmms_eval_0_3", "llava", "vscan"}
+
+
+@pytest.mark.parametrize(("path", "family"), [(QWEN, "qwen2_5_vl"), (NEXT, "llava_next")])
+def test_rules_that_hold_already_change_nothing_more(path, family):
+    rules = ImageRules("lmms_eval")
+    once = rules.framed(usual_image_processor(model_shape(path)), family)
+    assert rules.framed(once, family).to_dict() == once.to_dict()
+
+
+def test_the_encoder_sees_what_the_layout_says(tiny_qwen):
+    """Both steps of the harness, on pictures: as many tokens as planned, and another identity of the encoder."""
+    from nuwa.vlm import adapt
+
+    limits = {"min_pixels": 28 * 28 * 16, "max_pixels": 28 * 28 * 40}
+    plain, framed = (
+        adapt(tiny_qwen.model, tiny_qwen.processor, image_rules=rules)
+        for rules in (ImageRules(), ImageRules("lmms_eval", **limits))
+    )
+    image = Image.effect_noise((90, 61), 60).convert("RGB")
+    (encoded,) = framed.encode_images([image])
+    assert encoded.layout == framed.layout_of(image.size) != plain.layout_of(image.size)
+    assert torch.isfinite(encoded.signals["features"]).all()
+    assert framed.encoder_identity != plain.encoder_identity
+
+
+def test_torchvision_is_refused_where_it_is_not_installed(tmp_path):
+    with pytest.raises(
+        ImageRulesError, match=r"^image_backend 'torchvision' needs torchvision, which is not installed"
+    ):
+        load_processor(tmp_path, "torchvision")

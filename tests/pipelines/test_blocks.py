@@ -1,0 +1,208 @@
+"""Half precision: the same settings give the same bytes, whatever the workers, the kills and the steps in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from bench import BENCHMARKS, SLOW, Bench, Swept, same
+
+from pipelines.data.datasets import choose_questions
+from pipelines.features.encoding import encode_missing
+from pipelines.features.loading import Loading
+from pipelines.settings import ClusterSettings, FeatureSettings
+from pipelines.sweep.answers import SweepSpec, run_sweep
+from pipelines.sweep.results import ResultStore
+from pipelines.sweep.trials import Trial
+from pipelines.sweep.units import Blocks, Example, plan_units, read_examples
+
+BLOCKS = Blocks(3, seed=5)
+ONE = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
+SETTINGS = FeatureSettings(dtype="float16", shard_images=5, batch_size=3)
+
+
+class Killed(Exception):
+    """As a driver that goes: what is stored stays."""
+
+
+@dataclass
+class HalfBench:
+    """The bench's sweep in half precision."""
+
+    bench: Bench
+    spec: SweepSpec
+    trials: list[Trial]
+
+    def examples(self, images: int | None = None) -> list[Example]:
+        """Of the first so many ``images`` of every benchmark."""
+        table = choose_questions(self.bench.questions.examples, BENCHMARKS, images, BLOCKS.seed).examples
+        return read_examples(table, "context", None, BLOCKS)
+
+    def run(
+        self,
+        results: Path,
+        images: int | None = None,
+        cluster: ClusterSettings = ONE,
+        speed: float = SLOW,
+        kill: int = 0,
+    ) -> tuple[Swept, int]:
+        """The sweep's tables and how many answers were made; ``kill``: after so many units."""
+        made = []
+
+        def done(unit_id: str, report: object) -> None:
+            made.append(report.answers)
+            if len(made) == kill:
+                raise Killed
+
+        outcome = run_sweep(
+            replace(self.spec, results=str(results)),
+            self.trials,
+            self.examples(images),
+            self.bench.costs,
+            speed,
+            BLOCKS.images,
+            cluster,
+            lambda units, cached: None,
+            done,
+            in_process=cluster.workers == 1,
+        )
+        assert not outcome.failures
+        return Swept.of(outcome, results, self.trials, self.examples(images)), sum(made)
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def half(request, bench, tmp_path_factory) -> HalfBench:
+    root, loading = tmp_path_factory.mktemp("half"), Loading(request.param)
+    store, _ = encode_missing(bench.model, bench.images, root, SETTINGS, ONE, loading=loading, in_process=True)
+    spec = replace(
+        bench.spec(root),
+        feature_root=str(root),
+        feature_identity=store.identity,
+        loading=loading,
+        images=str(bench.images),
+    )
+    chosen = {trial.spec.method: trial for trial in bench.trials}  # one a method, with its cuts
+    return HalfBench(bench, spec, list(chosen.values()))
+
+
+@pytest.fixture(scope="module")
+def whole(half, tmp_path_factory) -> Swept:
+    swept, made = half.run(tmp_path_factory.mktemp("whole"))
+    assert made == len(half.trials) * len(half.examples())
+    return swept
+
+
+def test_units_of_another_size_give_the_same_bytes(half, whole, tmp_path):
+    fast, _ = half.run(tmp_path, speed=1e15)
+    assert same(fast, whole)
+    assert len(ResultStore(tmp_path).done()) == len({example.block for example in half.examples()})
+
+
+def test_a_killed_sweep_goes_on_to_the_same_bytes(half, whole, tmp_path):
+    with pytest.raises(Killed):
+        half.run(tmp_path, kill=4)
+    resumed, made = half.run(tmp_path)
+    assert 0 < made < len(half.trials) * len(half.examples())
+    assert same(resumed, whole)
+
+
+def test_more_images_in_two_steps_give_the_same_bytes(half, whole, tmp_path):
+    """Whole blocks are kept; the last of each benchmark is asked again."""
+    _, first = half.run(tmp_path, images=4)
+    _, second = half.run(tmp_path, images=8)
+    grown, third = half.run(tmp_path)
+    assert same(grown, whole)
+    images = dict(zip(*np.unique([example.image for example in half.examples()], return_counts=True), strict=True))
+    assert set(images) and first + second + third > len(half.trials) * len(half.examples())
+    again = half.run(tmp_path)
+    assert again[1] == 0
+
+
+def test_workers_of_a_cluster_give_the_same_bytes(half, whole, cluster, tmp_path):
+    if half.spec.loading.dtype == "float16":
+        pytest.skip("one dtype is enough for what Ray adds")
+    assert cluster.workers == 2
+    assert same(half.run(tmp_path, cluster=cluster)[0], whole)
+
+
+# How questions are cut
+
+
+def table(images: int) -> pd.DataFrame:
+    """Three questions an image of ``one``, one an image of ``two``."""
+    rows = [("one", f"{image:02d}", number) for image in range(images) for number in range(3)]
+    rows += [("two", f"{image:02d}", 0) for image in range(images)]
+    return pd.DataFrame(
+        {
+            "benchmark": [name for name, *_ in rows],
+            "example_id": [f"{name} {image} {number}" for name, image, number in rows],
+            "image": [image for _, image, _ in rows],
+            "prompt": "what ?",
+            "max_new_tokens": 3,
+        }
+    )
+
+
+def blocks(questions: pd.DataFrame, cut: Blocks = BLOCKS) -> dict[str, list[Example]]:
+    held: dict[str, list[Example]] = {}
+    for example in read_examples(questions, "context", None, cut):
+        held.setdefault(example.block, []).append(example)
+    return held
+
+
+def test_a_block_is_a_run_of_images_with_all_that_one_benchmark_asks_of_them():
+    cut = blocks(table(8))
+    assert sorted(example.example_id for block in cut.values() for example in block) == sorted(table(8)["example_id"])
+    assert sorted(len(block) for block in cut.values()) == [2, 3, 3, 6, 9, 9]
+    for block in cut.values():
+        assert len({example.example_id.partition(" ")[0] for example in block}) == 1
+    assert list(cut) == list(blocks(table(8).sample(frac=1, random_state=1))), "whatever the order of rows"
+    assert blocks(table(8), Blocks(3, seed=6)).keys() != cut.keys()
+    assert blocks(table(8), Blocks(4, seed=5)).keys().isdisjoint(cut)
+
+
+def test_whole_blocks_stay_what_they_are():
+    few = choose_questions(table(20), ["one", "two"], 7, BLOCKS.seed).examples
+    many = choose_questions(table(20), ["one", "two"], 14, BLOCKS.seed).examples
+    before, after = blocks(few), blocks(many)
+    kept = before.keys() & after.keys()
+    assert sorted(len(before[name]) for name in kept) == [3, 3, 9, 9]
+    digests = {example.digest for block in after.values() for example in block}
+    assert {example.digest for name in before.keys() - kept for example in before[name]}.isdisjoint(digests)
+
+
+def test_a_block_is_never_cut(half):
+    """Not by the plan, not for want of memory, and not for an example that is given up."""
+    examples = half.examples()
+    units, _ = plan_units(half.trials, examples, [], half.bench.costs, SLOW, 1)
+    sizes = {block: sum(example.block == block for example in examples) for block in {one.block for one in examples}}
+    for unit in units.values():
+        assert {example.block for example in unit.examples} == {unit.block}
+        assert len(unit.examples) == sizes[unit.block]
+    unit = max(units.values(), key=lambda unit: len(unit.trials))
+    assert all(part.examples == unit.examples for part in unit.split().values())
+    alone = unit.only(unit.trials[:1])
+    assert alone.split() == {}
+    assert alone.suspects == {
+        ("trial", unit.trials[0].trial_id): unit.block,
+        ("block", unit.block): unit.trials[0].trial_id,
+    }
+    for member in (("block", unit.block), ("example", unit.examples[0].example_id), ("image", unit.images[-1])):
+        assert unit.without({member}) == (None, [unit]), "nothing of it is asked without the rest"
+    rest, (taken,) = unit.without({("trial", unit.trials[0].trial_id)})
+    assert rest.examples == taken.examples == unit.examples
+
+
+def test_a_block_of_which_anything_is_missing_is_asked_whole(half):
+    examples = half.examples()
+    trial, block = half.trials[0], examples[0].block
+    digests = [example.digest for example in examples if example.block == block]
+    units, cached = plan_units([trial], examples, [([trial.trial_id], digests[:-1])], half.bench.costs, SLOW, 1)
+    assert cached == 0
+    assert sum(len(unit.examples) for unit in units.values()) == len(examples)
+    units, cached = plan_units([trial], examples, [([trial.trial_id], digests)], half.bench.costs, SLOW, 1)
+    assert cached == len(digests)
+    assert block not in {unit.block for unit in units.values()}

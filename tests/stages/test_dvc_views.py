@@ -1,0 +1,128 @@
+"""What DVC's own commands show of a sweep: one short row of metrics, differences by name, one line a method."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
+
+ROOT = Path(__file__).parents[2]
+BUDGETS = [16.0, 32.0]
+RETENTION = {("nuwa", "pesp"): 0.7, ("visionzip", "perc"): 0.1, ("visionzip", "pesp"): 0.6}
+METHODS = {"nuwa (paper)", "nuwa (released)", "visionzip"}
+
+
+def sweep_tables() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Unpruned, VisionZip under two position strategies and two presets of Nüwa, at two budgets."""
+    trials = [{"trial_id": "u", "label": "unpruned", "method": "unpruned", "preset": "", "position": "pesp"}]
+    trials[0] |= {"average_tokens": 144.0, "budgets": [144.0], "grids": ["main"]}
+    scores = [row("u", "pope", "vqa", 0.9), row("u", "refcoco", "grounding", 0.8)]
+    for (method, position), retention in RETENTION.items():
+        for preset in ("released", "paper") if method == "nuwa" else ("released",):
+            for budget in BUDGETS:
+                trial = f"{method} {preset} {position} {budget:g}"
+                trials.append({"trial_id": trial, "label": trial, "method": method, "preset": preset})
+                trials[-1] |= {"position": position, "average_tokens": budget - 0.25, "budgets": [budget]}
+                trials[-1] |= {"grids": ["main"]}
+                share = retention + 0.1 * (budget == 32) - 0.05 * (preset == "paper")
+                scores += [row(trial, "mean", "grounding", share), row(trial, "mean", "vqa", share + 0.2)]
+    return pd.DataFrame(trials), pd.DataFrame(scores)
+
+
+def row(trial: str, benchmark: str, family: str, score: float) -> dict:
+    score = round(score, 4)
+    place = {"trial_id": trial, "benchmark": benchmark, "family": family, "headline": benchmark != "mean"}
+    return place | {"score": score, "low": score - 0.05, "high": score + 0.05}
+
+
+def test_headline_metrics_are_nuwas_best_and_the_best_of_the_others():
+    metrics = headline_metrics(*sweep_tables(), 16.0)
+    assert metrics == {
+        "unpruned": {"vg": 0.8, "vqa": 0.9},
+        "nuwa": {"vg": 0.7, "vqa": 0.9},
+        "rival": {"vg": 0.6, "vqa": 0.8},
+        "lead": {"vg": 0.1, "vqa": 0.1},
+    }
+
+
+def test_what_a_sweep_lacks_is_null_under_the_same_names():
+    trials, scores = sweep_tables()
+    without = trials[trials["method"] != "nuwa"]
+    scores = scores[scores["trial_id"].isin(without["trial_id"]) & (scores["family"] == "vqa")]
+    metrics = headline_metrics(without, scores, 16.0)
+    assert metrics["nuwa"] == metrics["lead"] == {"vg": None, "vqa": None}
+    assert metrics["rival"] == {"vg": None, "vqa": 0.8} and metrics["unpruned"]["vg"] is None
+
+
+def test_the_table_holds_every_main_trial_of_the_budget():
+    table = headline_table(*sweep_tables(), 32.0)
+    assert list(table["label"]) == sorted(table["label"]) and len(table) == 4
+    released = table[table["label"] == "nuwa released pesp 32"].iloc[0]
+    assert released[["grounding", "grounding low", "vqa high"]].tolist() == [0.8, 0.75, 1.05]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A working copy with the project's own dvc.yaml, at a commit with one headline budget and changed to another."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("dvc.yaml", "params.yaml", ".dvc/config", ".dvc/plots"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / name).parent.mkdir(exist_ok=True)
+        copy(ROOT / name, folder / name)
+    trials, scores = sweep_tables()
+    (folder / "data/plots").mkdir(parents=True)
+    for family, table in budget_curves(trials, scores).items():
+        table.to_csv(folder / f"data/plots/{family}_retention.csv", index=False)
+
+    write = (folder / "data/metrics.json").write_text
+    write(json.dumps(headline_metrics(trials, scores, 16.0)))
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A", "-f"], [*who, "commit", "-qm", "16 tokens"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    write(json.dumps(headline_metrics(trials, scores, 32.0)))
+    return folder
+
+
+def dvc(repository: Path, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *command], cwd=repository, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_metrics_fit_a_terminal(repository):
+    shown = dvc(repository, "metrics", "show").splitlines()
+    assert len(shown) == 2 and max(map(len, shown)) <= 120
+    assert shown[0].split() == ["Path", *(f"{who}.{family}" for who in KEYS for family in ("vg", "vqa"))]
+
+
+KEYS = ["lead", "nuwa", "rival", "unpruned"]
+
+
+def test_a_difference_across_budgets_is_by_the_same_names(repository):
+    difference = json.loads(dvc(repository, "metrics", "diff", "--json", "--all"))["data/metrics.json"]
+    assert set(difference) == {f"{who}.{family}" for who in KEYS for family in ("vg", "vqa")}
+    assert difference["nuwa.vg"] == {"old": 0.7, "new": 0.8, "diff": pytest.approx(0.1)}
+
+
+def test_plots_draw_one_line_a_method(repository):
+    dvc(repository, "plots", "show", "--out", "plots")
+    page = (repository / "plots/index.html").read_text()
+    specs = [json.loads(found) for found in re.findall(r"var spec = (\{.*?\});\s", page, re.DOTALL)]
+    assert len(specs) == 2, "grounding and VQA, and no chart beside them"
+    for spec in specs:
+        rows = spec["data"]["values"]
+        assert spec["spec"]["encoding"]["color"]["field"] == "method"
+        assert spec["facet"]["column"]["field"] == "position" and spec["facet"]["row"]["field"] == "rev"
+        assert {point["method"] for point in rows} == METHODS
+        lines = pd.DataFrame(rows).groupby(["rev", "position", "method"])["average_tokens"]
+        assert (lines.nunique() == lines.size()).all() and (lines.size() == len(BUDGETS)).all()

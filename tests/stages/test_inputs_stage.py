@@ -1,0 +1,87 @@
+"""What lies where only params.yaml knows is digested, cheaply, and DVC runs again just what reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.files.digests import DigestMemo
+from stages.inputs import inputs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (folder / "pope.parquet").write_bytes(b"first")
+    return folder
+
+
+def digest(tables: Path, memo: Path) -> str | None:
+    memory = DigestMemo(memo)
+    found = inputs({"prepare": {"tables": {"pope": str(tables)}}, "model": {"path": "m"}}, memory)
+    memory.save()
+    return found["tables"][str(tables)]
+
+
+def test_a_replaced_table_changes_the_digest_and_a_touched_one_does_not(tables, tmp_path):
+    memo = tmp_path / "memo.json"
+    first = digest(tables, memo)
+    os.utime(tables / "pope.parquet", ns=(1, 1))
+    assert digest(tables, memo) == first
+    (tables / "pope.parquet").write_bytes(b"other")
+    changed = digest(tables, memo)
+    assert changed is not None and changed != first
+    (tables / "more.parquet").write_bytes(b"")
+    assert digest(tables, memo) not in (first, changed)
+    shutil.rmtree(tables)
+    assert digest(tables, memo) is None
+
+
+def test_files_are_not_read_again_while_size_and_time_stand_still(tables, tmp_path):
+    memo, path = tmp_path / "memo.json", tables / "pope.parquet"
+    first, state = digest(tables, memo), path.stat()
+    path.write_bytes(b"FIRST")  # as long as before
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert digest(tables, memo) == first  # its bytes were not looked at
+    memo.write_text("{torn")
+    assert digest(tables, memo) != first  # a damaged memo costs reading again, and hides nothing
+
+
+def test_weights_of_grids_and_of_searches_are_found_however_deep():
+    params = {
+        "sweep": {"grids": [{"parameters": {"weights": ["a.safetensors", "b.safetensors"]}}, {"parameters": {}}]},
+        "search": {"swarm": {"space": {"parameters": {"weights": "c.safetensors"}}}},
+        "pruner": {"data": "lessons.json", "images_folder": "photos"},
+    }
+    found = inputs(params, DigestMemo(Path("nowhere")))
+    assert list(found["weights"]) == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    assert list(found["lessons"]) == ["lessons.json"]
+    assert inputs({"pruner": {"data": "scenes"}}, DigestMemo(Path("nowhere")))["lessons"] == {}
+
+
+def test_the_stage_is_light_and_its_files_are_what_others_depend_on(tmp_path):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "stages.inputs"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "pandas", "pyarrow", "nuwa"}
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for out in stages["inputs"]["outs"]:
+        assert json.loads((tmp_path / out).read_text()) is not None
+        assert any(out in stage.get("deps", []) for stage in stages.values())
