@@ -31,7 +31,7 @@ from PIL import Image
 
 import nuwa
 from nuwa.budget import budget_on
-from nuwa.generation import answer_encoded
+from nuwa.generation import ImageBatch, answer_encoded
 from nuwa.layout import VisualLayout
 from nuwa.methods import MethodSpec, specify
 from nuwa.testbed.benchmark import make_testbed_benchmark
@@ -102,8 +102,9 @@ class Subject:
             encoded = [one for picture in pictures for one in self.vlm.encode_images([picture])]
             kept = [_through_a_store(image, dtype) for image in encoded]
             names = [f"{number:064x}" for number in range(start, start + len(pictures))]
-            asked = [[question] for question in self.questions[start : start + 8]]
-            made = answer_encoded(self.vlm, kept, names, asked, _spec_of, self.limit, pictures)
+            questions = [[question] for question in self.questions[start : start + 8]]
+            batch = ImageBatch(encoded=kept, names=names, questions=questions, pictures=pictures)
+            made = answer_encoded(self.vlm, batch, _spec_of, self.limit)
             answers += [_until_the_end(answer.tokens, self.vlm.end_tokens) for (answer,) in made]
         return answers
 
@@ -132,8 +133,8 @@ def testbed(images: int, dtype: torch.dtype) -> Subject:
         write_examples(dict.fromkeys(QUESTIONS, folder), "testbed", folder / "e.parquet", folder / "i.parquet")
         table = pd.read_parquet(folder / "e.parquet")
         pictures = read_images(folder / "i.parquet", sorted(set(table["image"])))
-    asked = [pictures[image] for image in table["image"]]
-    return Subject("testbed", load_adapter(TESTBED, dtype=dtype), asked, table["prompt"].tolist(), 16)
+    image_of_each = [pictures[image] for image in table["image"]]
+    return Subject("testbed", load_adapter(TESTBED, dtype=dtype), image_of_each, table["prompt"].tolist(), 16)
 
 
 def tiny(name: str, images: int, dtype: torch.dtype) -> Subject:

@@ -31,7 +31,7 @@ import torch
 from benchmarks.gpu.families import write_text_tower
 from benchmarks.sweep import MODEL, Bench, _sample, clock
 from nuwa.decoder import Trunk
-from nuwa.generation import select
+from nuwa.generation import ImageBatch, select
 from nuwa.methods import select_views
 from nuwa.vlm import LlavaAdapter, view_signals
 from pipelines.features.images import read_images
@@ -113,9 +113,8 @@ def papers_way(bench: Bench, trial: Trial, asked: Sequence[Example], tower: str)
 
     def answer() -> None:
         for example in asked:
-            own = select(
-                vlm, trial.plan, vlm.layout, [signals[example.image]], [example.image], None, [[example.prompt]]
-            )
+            alone = ImageBatch(encoded=[signals[example.image]], names=[example.image], questions=[[example.prompt]])
+            own = select(vlm, trial.plan, vlm.layout, alone)
             trunk = Trunk(vlm, own, [[vlm.encode_prompt(example.prompt)]], trial.spec.position, [example.image])
             trunk.answer(trial.spec.running_cuts(trial.schedule), [example.max_new_tokens], trial.spec.seed)
 

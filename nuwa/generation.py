@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from nuwa import UNPRUNED
-from nuwa.budget import budget_on
+from nuwa.budget import budget_on, check_budget_share
 from nuwa.decoder import Trunk
 from nuwa.images import upright_rgb
 from nuwa.layout import VisualLayout
@@ -106,74 +106,96 @@ def generate(
         raise ValueError("the model is in training mode; call model.eval() first")
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images but {len(questions)} questions; give one, or a list, for each image")
-    if any(not isinstance(asked, str) and not asked for asked in questions):
+    if any(not isinstance(of_image, str) and not of_image for of_image in questions):
         raise ValueError("every image needs at least one question")
-    choose = _budget(method, average_tokens, retention)
 
-    def spec_of(layout: VisualLayout) -> MethodSpec:
-        return specify(
-            method,
-            preset=preset,
-            position=position,
-            budget=choose(layout),
-            stage2=stage2,
-            without_stage2=without_stage2,
-            seed=seed,
-            parameters=parameters,
-        )
-
+    budget_of = _budget(method, average_tokens, retention)
+    configured: dict[str, Any] = {"preset": preset, "position": position, "stage2": stage2, "seed": seed}
+    configured |= {"without_stage2": without_stage2, "parameters": parameters}
     framing: dict[str, Any] = {"conversation": conversation, "image_aspect_ratio": image_aspect_ratio}
     vlm = adapt(model, processor, **framing, text_tower=text_tower)
-    asked = [[mine] if isinstance(mine, str) else list(mine) for mine in questions]
-    found: list[list[Generation]] = []
+
+    def spec_of(layout: VisualLayout) -> MethodSpec:
+        return specify(method, budget=budget_of(layout), **configured)
+
+    generations = []
     for start in range(0, len(images), batch_images):
         batch = slice(start, start + batch_images)
-        began = time.perf_counter()
-        pictures = [upright_rgb(image) for image in images[batch]]
-        encoded = vlm.encode_images(pictures, spec_of(vlm.layout_of(pictures[0].size)).further_signals)
-        seconds = _seconds(vlm, began)
-        names = [image_id(picture) for picture in pictures]
-        answers = answer_encoded(vlm, encoded, names, asked[batch], spec_of, max_new_tokens, pictures)
-        found += [[replace(one, timings={"encode": seconds, **one.timings}) for one in mine] for mine in answers]
-    shaped = [mine if not isinstance(given, str) else mine[0] for mine, given in zip(found, questions, strict=True)]
+        listed = [[of_image] if isinstance(of_image, str) else list(of_image) for of_image in questions[batch]]
+        generations += _answer_batch(vlm, images[batch], listed, spec_of, max_new_tokens)
+
+    shaped = [
+        of_image[0] if isinstance(given, str) else of_image
+        for of_image, given in zip(generations, questions, strict=True)
+    ]
     return cast("list[Generation] | list[list[Generation]]", shaped)  # as the questions were
+
+
+def _answer_batch(
+    vlm: Adapter,
+    images: Sequence[Image.Image],
+    questions: Sequence[Sequence[str]],
+    spec_of: Callable[[VisualLayout], MethodSpec],
+    max_new_tokens: int,
+) -> list[list[Generation]]:
+    """Answers about images as people have them, which are read, encoded and asked together."""
+    began = time.perf_counter()
+    pictures = [upright_rgb(image) for image in images]
+    # Which signals a method reads is the same on every layout: the first image's specification stands for all.
+    encoded = vlm.encode_images(pictures, spec_of(vlm.layout_of(pictures[0].size)).further_signals)
+    encoding = {"encode": _seconds(vlm, began)}
+
+    batch = ImageBatch(
+        encoded=encoded, names=[image_id(picture) for picture in pictures], questions=questions, pictures=pictures
+    )
+    return [
+        [replace(answer, timings=encoding | answer.timings) for answer in of_image]
+        for of_image in answer_encoded(vlm, batch, spec_of, max_new_tokens)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Encoded images, and what is asked about them.
+
+    ``names`` seed what is random. ``questions``: of each image; empty where nothing reads them. ``pictures``: the images
+    themselves, for methods that encode them anew; null: not at hand.
+    """
+
+    encoded: Sequence[EncodedImage]
+    names: Sequence[str]
+    questions: Sequence[Sequence[str]] = ()
+    pictures: Sequence[Image.Image] | None = None
+
+    def of(self, numbers: Sequence[int]) -> ImageBatch:
+        """Some of its images, by their places."""
+        return ImageBatch(
+            encoded=[self.encoded[number] for number in numbers],
+            names=[self.names[number] for number in numbers],
+            questions=[self.questions[number] for number in numbers],
+            pictures=None if self.pictures is None else [self.pictures[number] for number in numbers],
+        )
 
 
 @torch.inference_mode()
 def answer_encoded(
-    vlm: Adapter,
-    encoded: Sequence[EncodedImage],
-    image_ids: Sequence[str],
-    questions: Sequence[Sequence[str]],
-    spec_of: Callable[[VisualLayout], MethodSpec],
-    max_new_tokens: int,
-    images: Sequence[Image.Image] | None = None,
+    vlm: Adapter, batch: ImageBatch, spec_of: Callable[[VisualLayout], MethodSpec], max_new_tokens: int
 ) -> list[list[Generation]]:
     """Answers about images that are encoded already; images of one layout are answered together.
 
-    ``spec_of``: the configured method for images of a layout; their budgets may differ. ``images``: the images
-    themselves, for methods that encode them anew.
+    ``spec_of``: the configured method for images of a layout; their budgets may differ.
     """
     groups: dict[VisualLayout, list[int]] = {}
-    for number, image in enumerate(encoded):
+    for number, image in enumerate(batch.encoded):
         groups.setdefault(image.layout, []).append(number)
     plans = {layout: plan(vlm, spec_of(layout), layout) for layout in groups}  # refuses before anything is computed
-    found: list[list[Generation]] = [[] for _ in encoded]
 
+    generations: list[list[Generation]] = [[] for _ in batch.encoded]
     for layout, numbers in groups.items():
-        answers = _answer_layout(
-            vlm,
-            plans[layout],
-            layout,
-            [encoded[number] for number in numbers],
-            [image_ids[number] for number in numbers],
-            [questions[number] for number in numbers],
-            max_new_tokens,
-            None if images is None else [images[number] for number in numbers],
-        )
-        for number, mine in zip(numbers, answers, strict=True):
-            found[number] = mine
-    return found
+        answers = _answer_layout(vlm, plans[layout], layout, batch.of(numbers), max_new_tokens)
+        for number, of_image in zip(numbers, answers, strict=True):
+            generations[number] = of_image
+    return generations
 
 
 def plan(vlm: Adapter, spec: MethodSpec, layout: VisualLayout) -> LayoutPlan:
@@ -185,67 +207,54 @@ def plan(vlm: Adapter, spec: MethodSpec, layout: VisualLayout) -> LayoutPlan:
     return spec.on(layout, vlm.layers)
 
 
-def select(
-    vlm: Adapter,
-    planned: LayoutPlan,
-    layout: VisualLayout,
-    encoded: Sequence[EncodedImage],
-    image_ids: Sequence[str],
-    images: Sequence[Image.Image] | None = None,
-    questions: Sequence[Sequence[str]] | None = None,
-) -> Selection:
-    """Stage 1 on every view of images of one layout, over slots; ``images`` where they are at hand.
+def select(vlm: Adapter, planned: LayoutPlan, layout: VisualLayout, batch: ImageBatch) -> Selection:
+    """Stage 1 on every view of images of one layout, over slots.
 
-    ``questions``: of each image, for methods that read them; the selection then has a row for each question.
+    A row for each image, or for each question where the method reads them and the batch holds them.
     """
-    resized = None if images is None else lambda grid: vlm.encode_resized(images, grid)
-    names = [name for name in (*SIGNAL_NAMES, *OPTIONAL_SIGNALS) if name in encoded[0].signals]
-    together: dict[str, torch.Tensor] = {
-        name: torch.stack([image.signals[name] for image in encoded]) for name in names
+    pictures = batch.pictures
+    resized = None if pictures is None else lambda grid: vlm.encode_resized(pictures, grid)
+    signals = batch.encoded[0].signals
+    stacked: dict[str, torch.Tensor] = {
+        name: torch.stack([image.signals[name] for image in batch.encoded])
+        for name in (*SIGNAL_NAMES, *OPTIONAL_SIGNALS)
+        if name in signals
     }
-    views = view_signals(layout, together, image_ids, resized, heads=vlm.heads, project=vlm.project)
-    if planned.spec.reads_question and questions is not None:
-        views = vlm.read_questions(views, questions)
+
+    views = view_signals(layout, stacked, batch.names, resized, heads=vlm.heads, project=vlm.project)
+    if planned.spec.reads_question and batch.questions:
+        views = vlm.read_questions(views, batch.questions)
     return select_views(planned, layout, views)
 
 
 def _answer_layout(
-    vlm: Adapter,
-    planned: LayoutPlan,
-    layout: VisualLayout,
-    encoded: Sequence[EncodedImage],
-    image_ids: Sequence[str],
-    questions: Sequence[Sequence[str]],
-    max_new_tokens: int,
-    images: Sequence[Image.Image] | None,
+    vlm: Adapter, planned: LayoutPlan, layout: VisualLayout, batch: ImageBatch, max_new_tokens: int
 ) -> list[list[Generation]]:
-    spec, schedule, asked = planned.spec, planned.schedule, questions
+    spec, schedule = planned.spec, planned.schedule
     began = time.perf_counter()
-    selection = select(vlm, planned, layout, encoded, image_ids, images, questions)
-    if spec.reads_question:  # each with a sequence of its own
-        image_ids = [name for name, mine in zip(image_ids, questions, strict=True) for _ in mine]
-        questions = [[text] for mine in questions for text in mine]
-    selected = _seconds(vlm, began)
-    began = time.perf_counter()
-    prompts = [[vlm.encode_prompt(text) for text in mine] for mine in questions]
-    trunk = Trunk(vlm, selection, prompts, spec.position, image_ids, layout)
-    limits = [max_new_tokens] * sum(map(len, questions))
-    answers = trunk.answer(spec.running_cuts(schedule), limits, spec.seed)
+    selection = select(vlm, planned, layout, batch)
+    select_seconds = _seconds(vlm, began)
 
-    timings = {"select": selected, "answer": _seconds(vlm, began)}
+    # Sequences are rows of the selection: an image's questions share one, unless stage 1 keeps other tokens for each.
+    names, rows = batch.names, batch.questions
+    if spec.reads_question:
+        names = [name for name, questions in zip(names, rows, strict=True) for _ in questions]
+        rows = [[question] for questions in rows for question in questions]
+
+    began = time.perf_counter()
+    prompts = [[vlm.encode_prompt(question) for question in row] for row in rows]
+    trunk = Trunk(vlm, selection, prompts, spec.position, names, layout)
+    limits = [max_new_tokens] * sum(map(len, rows))
+    answers = trunk.answer(spec.running_cuts(schedule), limits, spec.seed)
+    timings = {"select": select_seconds, "answer": _seconds(vlm, began)}
+
     kept = _kept(selection, layout, spec, len(trunk.before))
-    told = iter(answers)
-    found = [
-        [
-            Generation(vlm.decode_text(list(one.tokens)), one.tokens, kept[row], one.kept, schedule, timings)
-            for one in (next(told) for _ in mine)
-        ]
-        for row, mine in enumerate(questions)
-    ]
-    if not spec.reads_question:
-        return found
-    each = iter([one for (one,) in found])
-    return [[next(each) for _ in mine] for mine in asked]
+    kept_of_answers = [kept[number] for number, row in enumerate(rows) for _ in row]
+    generations = iter(
+        Generation(vlm.decode_text(list(answer.tokens)), answer.tokens, entered, answer.kept, schedule, timings)
+        for answer, entered in zip(answers, kept_of_answers, strict=True)
+    )
+    return [[next(generations) for _ in questions] for questions in batch.questions]
 
 
 def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: int) -> list[Kept]:
@@ -258,15 +267,16 @@ def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: i
     slots = selection.indices.cpu()
     positions = visual_positions(slots, spec.position, start, layout)
     newlines, pillars = layout.newlines.tolist(), selection.pillars.tolist()
-    found = []
-    for row, mine in enumerate(slots.tolist()):
+
+    kept = []
+    for row, in_row in enumerate(slots.tolist()):
         roles = [
             NEWLINE if newlines[slot] else PILLAR if pillar else COLLECTOR
-            for slot, pillar in zip(mine, pillars[row], strict=True)
+            for slot, pillar in zip(in_row, pillars[row], strict=True)
         ]
         ids = positions[:, row].T.tolist()
-        found.append(Kept(tuple(mine), tuple(places[slot] for slot in mine), tuple(map(tuple, ids)), tuple(roles)))
-    return found
+        kept.append(Kept(tuple(in_row), tuple(places[slot] for slot in in_row), tuple(map(tuple, ids)), tuple(roles)))
+    return kept
 
 
 def _budget(
@@ -278,8 +288,7 @@ def _budget(
             raise ValueError("method 'unpruned' takes neither average_tokens nor retention; leave them out")
         return lambda layout: None
     if retention is not None and average_tokens is None:
-        if not 0 < retention <= 1:
-            raise ValueError(f"retention {retention:g} must lie in (0, 1]")
+        check_budget_share(f"retention {retention:g}", retention)
         return lambda layout: budget_on(layout, retention, "share", dynamic=True)
     if average_tokens is not None and retention is None:
         return lambda layout: budget_on(layout, average_tokens, "tokens", dynamic=True)

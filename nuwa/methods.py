@@ -63,10 +63,11 @@ class Stage2:
         scorer = get_scorer(self.scorer)
         if self.options is not None:
             scorer = replace(scorer, options=self.options)
-        found = [scorer, *[get_scorer(self.later_scorer) if self.later_scorer else scorer] * (cuts - 1)]
+        later = get_scorer(self.later_scorer) if self.later_scorer else scorer
+        scorers = [scorer, *[later] * (cuts - 1)]
         if self.coordinates is not None:
-            found = [with_coordinates(one, self.coordinates) for one in found]
-        return found[:cuts]
+            scorers = [with_coordinates(scorer, self.coordinates) for scorer in scorers]
+        return scorers[:cuts]
 
     @property
     def scorer_names(self) -> tuple[str, ...]:
@@ -76,26 +77,27 @@ class Stage2:
     @property
     def identity(self) -> list[Any]:
         """What decides answers beside layers, numbers, scorer and recycling; empty where nothing more does."""
-        named = {
+        parts = {
             "later_scorer": self.later_scorer,
             "options": None if self.options is None else asdict(self.options),
             "trims": self.trims or None,
             "coordinates": self.coordinates,
         }
-        there = {name: value for name, value in named.items() if value is not None}
-        return [there] if there else []
+        given = {name: value for name, value in parts.items() if value is not None}
+        return [given] if given else []
 
     def layers_of(self, layers: int) -> tuple[int, ...]:
         """The layers before which a model of ``layers`` layers is cut."""
         if self.layers is not None:
             return self.layers
-        found = tuple(max(1, round(depth * layers)) for depth in self.depths)
-        if list(found) != sorted(set(found)) or found[-1] >= layers:
+
+        cuts = tuple(max(1, round(depth * layers)) for depth in self.depths)
+        if list(cuts) != sorted(set(cuts)) or cuts[-1] >= layers:
             raise ValueError(
-                f"{layers} layers are too few for this method's {len(found)} cuts: they would fall before layers "
-                f"{', '.join(map(str, found))}; name {len(found)} ascending layers of 1..{layers - 1} in stage2_layer"
+                f"{layers} layers are too few for this method's {len(cuts)} cuts: they would fall before layers "
+                f"{', '.join(map(str, cuts))}; name {len(cuts)} ascending layers of 1..{layers - 1} in stage2_layer"
             )
-        return found
+        return cuts
 
 
 @dataclass(frozen=True)
@@ -307,8 +309,8 @@ class MethodSpec:
         tables = {name: value for name, value in values.items() if isinstance(value, ByBudget)}
         if not tables:
             return self
-        there = {name: table.at(self.budget, tokens) for name, table in tables.items()}
-        return replace(self, config=replace(self.config, **there))
+        at_budget = {name: table.at(self.budget, tokens) for name, table in tables.items()}
+        return replace(self, config=replace(self.config, **at_budget))
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -334,12 +336,13 @@ class MethodSpec:
 
         Raises ``UnreachableBudget`` or ``ValueError`` with the range that can be reached.
         """
-        asked = self._solved(layout, layers)
-        keeps = tuple(shares(layout, asked.stage1_keep))
+        solved = self._solved(layout, layers)
+        keeps = tuple(shares(layout, solved.stage1_keep))
+
         kept = get_method(self.stage1).kept
         entering = sum(kept(view.grid, keep, self.config) for view, keep in zip(layout.views, keeps, strict=True))
         entering += layout.tokens - layout.patches
-        schedule = replace(asked, stage1_keep=entering, cuts=self._kept(asked, entering))
+        schedule = replace(solved, stage1_keep=entering, cuts=self._kept(solved, entering))
         return LayoutPlan(self.resolved(layout.tokens), keeps, schedule)
 
     def _solved(self, layout: VisualLayout, layers: int) -> TokenSchedule:
@@ -348,21 +351,21 @@ class MethodSpec:
             return TokenSchedule(layout.tokens, layers, layout.tokens)
         if self.stage2 is None:
             return _solve_once(self.budget, layout.tokens, layers, (), None)
-        stage2 = self.stage2
-        if isinstance(stage2.keep, Withdrawal):
-            return stage2.keep.schedule(self.budget, layout.tokens, layers, stage2.layers or ())
-        keep = stage2.keep
+
+        stage2, keep = self.stage2, self.stage2.keep
+        if isinstance(keep, Withdrawal):
+            return keep.schedule(self.budget, layout.tokens, layers, stage2.layers or ())
         if isinstance(keep, GridUnion):
             stride = (stage2.options or get_scorer(stage2.scorer).options).stride
             keep = GridUnion(int(grid_tokens(layout, stride).sum()) / layout.tokens)
-        asked = _solve_once(self.budget, layout.tokens, layers, stage2.layers_of(layers), keep)
-        return replace(asked, trimmed=True) if stage2.trims else asked
+        solved = _solve_once(self.budget, layout.tokens, layers, stage2.layers_of(layers), keep)
+        return replace(solved, trimmed=True) if stage2.trims else solved
 
-    def _kept(self, asked: TokenSchedule, entering: int) -> tuple[tuple[int, int], ...]:
+    def _kept(self, solved: TokenSchedule, entering: int) -> tuple[tuple[int, int], ...]:
         """Cuts with what their scorers really keep of what enters them."""
         cuts = []
-        scorers = self.stage2.scorers(len(asked.cuts)) if self.stage2 else []
-        for (layer, keep), scorer in zip(asked.cuts, scorers, strict=True):
+        scorers = self.stage2.scorers(len(solved.cuts)) if self.stage2 else []
+        for (layer, keep), scorer in zip(solved.cuts, scorers, strict=True):
             entering = scorer.kept(entering, min(keep, entering), scorer.options)
             cuts.append((layer, entering))
         return tuple(cuts)
@@ -430,6 +433,7 @@ def check_encoder(spec: MethodSpec, vlm: Encoder | type[Encoder], text_tower: st
             f"method {spec.method!r} needs the attention of a CLS token, and {vlm.encoder} has none; "
             f"methods that do without: {without}"
         )
+
     if spec.reads_question and not vlm.pairs_text:
         raise ValueError(
             f"method {spec.method!r} reads the relevance of tokens to the question, which takes CLIP's text tower, and "
@@ -441,6 +445,7 @@ def check_encoder(spec: MethodSpec, vlm: Encoder | type[Encoder], text_tower: st
             "none is named: name the folder of the encoder's CLIP model as text_tower (model.text_tower in params.yaml), "
             "or set relevance: none"
         )
+
     if method.reads_images and not vlm.resizes:
         raise ValueError(
             f"method {spec.method!r} makes images smaller before the encoder, and {vlm.encoder} chooses sizes by itself; "
@@ -477,34 +482,39 @@ def specify(
     preset = preset or stage1.default_preset
     if preset not in recipe.presets:
         raise ValueError(f"{method} has no preset {preset!r}; allowed: {', '.join(recipe.presets)}")
+
     cut = None if without_stage2 else recipe.default_stage2(preset)
     if stage2 and not without_stage2:
         cut = _override(cut or Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)), **stage2)
         get_scorer(cut.scorer)
+
     parameters = dict(parameters or {})
     if (coordinates := parameters.pop("coordinates", None)) is not None:
-        if cut is None:
-            raise ValueError(
-                f"{method} makes no cut inside the language model that could keep coordinates; leave them out"
-            )
-        check_share("coordinates", coordinates)
-        cut = replace(cut, coordinates=coordinates)
+        cut = _keeping_coordinates(method, cut, coordinates)
     own, of_scorer = _parameters(method, stage1, cut, parameters)
     if of_scorer and cut is not None:
         usual = get_scorer(cut.scorer).options
         options = replace(cut.options or usual, **of_scorer)
-        cut = replace(cut, options=None if options == usual else options)
+        cut = replace(cut, options=None if options == usual else options)  # the usual ones spelt out: no other trial
     config = stage1.configure(None if preset in recipe.only_stage2_presets else preset, **own)
-    if without_stage2 and recipe.stage1 == "unpruned" and budget is not None:
+
+    _check_prunes(method, recipe, budget, cut, without_stage2)
+    return MethodSpec(method, preset, config, strategy, budget, cut, seed)
+
+
+def _check_prunes(method: str, recipe: Recipe, budget: float | None, cut: Stage2 | None, without_stage2: bool) -> None:
+    """Refuse a budget that no stage could meet, and a method that prunes without one; raises ``ValueError``."""
+    keeps_all = recipe.stage1 == "unpruned"
+    if without_stage2 and keeps_all and budget is not None:
         raise ValueError(f"{method} prunes in stage 2 only; stage2_layer: off would leave nothing of it")
     ratio = getattr(cut.keep, "ratio", None) if cut is not None else None
-    if recipe.stage1 == "unpruned" and ratio is not None:
+    if keeps_all and ratio is not None:
         raise ValueError(f"{method} keeps all tokens in stage 1; a stage-2 ratio of {ratio:g} would not: leave it out")
+
     if method == "unpruned" and budget is not None:
         raise ValueError(f"unpruned takes no budget, not {budget:g}; leave it out")
     if method != "unpruned" and budget is None:
         raise ValueError(f"{method} needs a budget of average tokens")
-    return MethodSpec(method, preset, config, strategy, budget, cut, seed)
 
 
 def preset_values(method: str, preset: str) -> dict[str, Any]:
@@ -532,6 +542,14 @@ def _parameters(
             raise ValueError(f"{method} has no parameter {name!r}; allowed: {', '.join(names) or 'none'}")
         check_type(scorer.name, name, value, type_hints(options)[name])
     return own, rest
+
+
+def _keeping_coordinates(method: str, cut: Stage2 | None, share: float) -> Stage2:
+    """The stage 2 that keeps ``share`` of the tokens as coordinates, for the cosine and again for the sine."""
+    if cut is None:
+        raise ValueError(f"{method} makes no cut inside the language model that could keep coordinates; leave them out")
+    check_share("coordinates", share)
+    return replace(cut, coordinates=share)
 
 
 def _override(

@@ -236,8 +236,9 @@ class Withdrawal:
         """
         if len(cuts) > 1:
             raise ValueError(f"all visual tokens can be withdrawn once, not before layers {', '.join(map(str, cuts))}")
-        if cuts and not 1 <= cuts[0] <= layers - 1:
-            raise ValueError(f"stage-2 layer {cuts[0]} must lie in 1..{layers - 1}: the model has {layers} layers")
+        for layer in cuts:
+            _check_layer(layer, layers)
+
         nearest = math.floor(average * layers / tokens + 1 / 2)
         steps = f"multiples of {tokens / layers:g} below {tokens} average tokens, within half of one"
         if average == tokens and not cuts:
@@ -247,6 +248,11 @@ class Withdrawal:
             allowed = f"{cuts[0] * tokens / layers:g}" if cuts else steps
             raise UnreachableBudget(f"budget {average:g} is out of reach{where}: allowed {allowed}")
         return TokenSchedule(tokens, layers, tokens, ((nearest, 0),), least=0)
+
+
+def _check_layer(layer: int, layers: int) -> None:
+    if not 1 <= layer <= layers - 1:
+        raise ValueError(f"stage-2 layer {layer} must lie in 1..{layers - 1}: the model has {layers} layers")
 
 
 Solved = Decay | Published | GridUnion  # by solve_schedule
@@ -264,8 +270,7 @@ def solve_schedule(
     """
     previous = 0
     for layer in cuts:
-        if not 1 <= layer <= layers - 1:
-            raise ValueError(f"stage-2 layer {layer} must lie in 1..{layers - 1}: the model has {layers} layers")
+        _check_layer(layer, layers)
         if layer <= previous:
             raise ValueError(f"stage-2 layers {', '.join(map(str, cuts))} must ascend")
         previous = layer

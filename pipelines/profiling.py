@@ -28,7 +28,7 @@ from transformers.utils import is_flash_attn_2_available
 from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, kv_cache_bytes
 from nuwa.decoder import Answer, Trunk
-from nuwa.generation import LayoutPlan, plan, select
+from nuwa.generation import ImageBatch, LayoutPlan, plan, select
 from nuwa.layout import VisualLayout
 from nuwa.methods import MethodSpec, check_encoder, specify
 from nuwa.schedule import UnreachableBudget
@@ -157,7 +157,8 @@ class Bench:
         self.encoded = self.encoder.encode_images(self.images)
 
     def _select(self, planned: LayoutPlan) -> Selection:
-        return select(self.adapter, planned, self.layout, self.encoded, self.names, self.images)
+        batch = ImageBatch(encoded=self.encoded, names=self.names, pictures=self.images)
+        return select(self.adapter, planned, self.layout, batch)
 
     @torch.inference_mode()
     def answer(self, selection: Selection, planned: LayoutPlan, tokens: int) -> list[Answer]:

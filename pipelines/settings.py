@@ -27,7 +27,7 @@ from pydantic import (
 
 from nuwa import UNPRUNED
 from nuwa.benchmarks import PROTOCOLS, TESTBED
-from nuwa.budget import BudgetUnit
+from nuwa.budget import BudgetUnit, check_budget_share
 from nuwa.errors import UserError
 from nuwa.image_rules import ImageRules
 from nuwa.methods import RECIPES, MethodSpec, specify
@@ -274,6 +274,11 @@ class ClusterSettings(Section):
         return os.environ.get("RAY_ADDRESS") or self.address
 
 
+def _off(layer: Any) -> Any:
+    """YAML 1.1 reads a bare ``off`` as False; among layers it is the word."""
+    return "off" if layer is False else layer
+
+
 class GridBlock(Section):
     """One block of trials: every list is an axis, and the block is the product of its axes (``pipelines.axes``)."""
 
@@ -287,11 +292,10 @@ class GridBlock(Section):
     @model_validator(mode="before")
     @classmethod
     def _off_is_a_word(cls, values: Any) -> Any:
-        """YAML 1.1 reads a bare ``off`` as False; here it is the word."""
         if isinstance(values, dict) and "stage2_layer" in values:
             layer = values["stage2_layer"]
-            mend = lambda value: "off" if value is False else value  # noqa: E731
-            values = {**values, "stage2_layer": [mend(v) for v in layer] if isinstance(layer, list) else mend(layer)}
+            worded = [_off(one) for one in layer] if isinstance(layer, list) else _off(layer)
+            values = {**values, "stage2_layer": worded}
         return values
 
     def axes(self, budgets: list[float]) -> dict[str, list[Any]]:
@@ -354,11 +358,13 @@ class SweepSettings(Section):
                 raise ValueError(
                     f"benchmark {name.table!r} is named more than once; a sweep scores one variant of each"
                 )
+
         for limited in self.images if isinstance(self.images, dict) else ():
             if limited not in self.benchmarks:
                 raise ValueError(
                     f"images: {limited!r} is not in sweep.benchmarks; allowed: {', '.join(self.benchmarks)}"
                 )
+
         for entry in self.grids:
             axes = entry.axes(self.budgets)
             for method in axes["method"]:
@@ -366,9 +372,8 @@ class SweepSettings(Section):
                     raise ValueError(
                         f"method {method!r} of grid {entry.name!r} is unknown; allowed: {', '.join(sorted(RECIPES))}"
                     )
-            above = [budget for budget in axes["budget"] if budget > 1]
-            if self.budget_unit == "share" and above:
-                raise ValueError(f"budget {above[0]:g} of grid {entry.name!r} must lie in (0, 1]: budget_unit is share")
+            for budget in axes["budget"] if self.budget_unit == "share" else ():
+                check_budget_share(f"budget {budget:g} of grid {entry.name!r}", budget, ": budget_unit is share")
         return self
 
 
@@ -481,9 +486,8 @@ class SpaceSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _off_is_a_word(cls, values: Any) -> Any:
-        """As in a grid, a bare ``off`` among the layers is the word."""
         if isinstance(values, dict) and isinstance(layers := values.get("stage2_layer"), list):
-            values = {**values, "stage2_layer": ["off" if layer is False else layer for layer in layers]}
+            values = {**values, "stage2_layer": [_off(layer) for layer in layers]}
         return values
 
     @model_validator(mode="after")
@@ -649,14 +653,16 @@ class Settings(Section):
             return values
         if protocol not in PROTOCOLS:
             raise ValueError(f"prepare.protocol: {unknown('protocol', protocol, PROTOCOLS)}")
+
         model = values.get("model")
         if isinstance(model, dict) and model.get("image_rules") is None and protocol != TESTBED:
             values = values | {"model": model | {"image_rules": protocol}}
-        asked = {key: _renamed(sweep.get(key), protocol) for key in ("benchmarks", "images")}
-        told = {key: _renamed(prepare[key], protocol) for key in ("tables", "questions") if key in prepare}
+
+        swept = {key: _renamed(sweep.get(key), protocol) for key in ("benchmarks", "images")}
+        prepared = {key: _renamed(prepare[key], protocol) for key in ("tables", "questions") if key in prepare}
         if prepare.get("tables") is not None:
-            told.pop("questions", None)  # the testbed's are not asked
-        return values | {"prepare": prepare | told, "sweep": sweep | asked}
+            prepared.pop("questions", None)  # the testbed's are not asked
+        return values | {"prepare": prepare | prepared, "sweep": sweep | swept}
 
     @model_validator(mode="after")
     def _protocols_have_words(self) -> Settings:
@@ -681,40 +687,56 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Settings:
-        asked, prepared = self.sweep, self.prepare
-        for text in prepared.questions:
+    def _what_is_prepared_exists(self) -> Settings:
+        for text in self.prepare.questions:
             name = BenchmarkName.parse(text)
             if name.table not in TESTBED_TASKS:
                 raise ValueError(f"prepare.questions: {text!r} is unknown; allowed: {', '.join(TESTBED_TASKS)}")
             _known(f"prepare.questions: {text!r}", name)
-        for text, location in (prepared.tables or {}).items():
+
+        for text, location in (self.prepare.tables or {}).items():
             _known(f"prepare.tables: {text!r}", BenchmarkName.parse(text))
             try:
                 hub_address(location)
             except ValueError as error:
                 raise ValueError(f"prepare.tables.{text}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_swept_is_prepared(self) -> Settings:
+        sweep, prepared = self.sweep, self.prepare
         key = "prepare.questions" if prepared.tables is None else "prepare.tables"
-        for text in asked.benchmarks:
+        for text in sweep.benchmarks:
             if text not in prepared.names:
                 raise ValueError(f"sweep.benchmarks: {text!r} is not in {key}; add it there")
-        wanted = asked.images.values() if isinstance(asked.images, dict) else [asked.images or 0]
-        if prepared.tables is None and max(wanted) > prepared.images:
-            raise ValueError(f"sweep.images = {max(wanted)}: prepare.images makes {prepared.images}")
-        budgets = {budget for entry in asked.grids for budget in entry.axes(asked.budgets)["budget"]}
+
+        images = sweep.images.values() if isinstance(sweep.images, dict) else [sweep.images or 0]
+        if prepared.tables is None and max(images) > prepared.images:
+            raise ValueError(f"sweep.images = {max(images)}: prepare.images makes {prepared.images}")
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_agree(self) -> Settings:
+        sweep, swarm = self.sweep, self.search.swarm
+        budgets = {budget for entry in sweep.grids for budget in entry.axes(sweep.budgets)["budget"]}
         if self.report.headline_budget not in budgets:
             known = ", ".join(f"{budget:g}" for budget in sorted(budgets))
             raise ValueError(
                 f"report.headline_budget = {self.report.headline_budget:g} is swept by no grid; swept: {known}"
             )
-        swarm = self.search.swarm
-        if swarm is not None and asked.budget_unit == "share" and swarm.budget > 1:
-            raise ValueError(f"search.swarm.budget = {swarm.budget:g} must lie in (0, 1]: sweep.budget_unit is share")
-        rungs, outside = len(self.search.shares) - 1, 1 - self.search.confidence
-        if self.evaluate.resamples * outside < rungs:
+
+        if swarm is not None and sweep.budget_unit == "share":
+            check_budget_share(f"search.swarm.budget = {swarm.budget:g}", swarm.budget, ": sweep.budget_unit is share")
+        return self
+
+    @model_validator(mode="after")
+    def _resamples_tell_such_confidence(self) -> Settings:
+        """Rungs share the risk; a rung's share of it must come to one resample at least."""
+        rungs, risk = len(self.search.shares) - 1, 1 - self.search.confidence
+        if self.evaluate.resamples * risk < rungs:
             raise ValueError(
                 f"search.confidence = {self.search.confidence:g} over {rungs} rungs needs evaluate.resamples of at least "
-                f"{math.ceil(rungs / outside - 1e-6)}, not {self.evaluate.resamples}"
+                f"{math.ceil(rungs / risk - 1e-6)}, not {self.evaluate.resamples}"
             )
         return self
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.results import Result
 from benchmarks.gpu.scenes import Scenes, read_scenes
 from benchmarks.gpu.session import Piece, Session
 from nuwa import UNPRUNED
-from nuwa.generation import Generation, answer_encoded, plan, select
+from nuwa.generation import Generation, ImageBatch, answer_encoded, plan, select
 from nuwa.methods import RECIPES, MethodSpec, specify
 from nuwa.positions import STRATEGIES
 from nuwa.signals import OPTIONAL_SIGNALS
@@ -103,7 +103,8 @@ def answer_all(device: str | torch.device, dtype: torch.dtype, scenes: Scenes, t
 def _answer(
     vlm: Adapter, encoded: Sequence[EncodedImage], scenes: Scenes, spec: MethodSpec, tokens: int
 ) -> list[Generation]:
-    answers = answer_encoded(vlm, encoded, scenes.names, scenes.questions, lambda layout: spec, tokens, scenes.images)
+    batch = ImageBatch(encoded=encoded, names=scenes.names, questions=scenes.questions, pictures=scenes.images)
+    answers = answer_encoded(vlm, batch, lambda layout: spec, tokens)
     return [one for about_image in answers for one in about_image]
 
 
@@ -157,12 +158,15 @@ def _compare_family(session: Session, name: str) -> Iterator[Result]:
 
     def tokens(model: Adapter, spec_of: Callable[[Any], MethodSpec]) -> list[tuple[int, ...]]:
         encoded = model.encode_images(images)
-        answers = answer_encoded(model, encoded, names, questions, spec_of, longest, images)
+        batch = ImageBatch(encoded=encoded, names=names, questions=questions, pictures=images)
+        answers = answer_encoded(model, batch, spec_of, longest)
         return [one.tokens for about_image in answers for one in about_image]
 
     unpruned = tokens(vlm, lambda layout: specify(UNPRUNED))
     stock = [
-        one for image, mine in zip(images, questions, strict=True) for one in stock_answers(vlm, image, mine, longest)
+        answer
+        for image, texts in zip(images, questions, strict=True)
+        for answer in stock_answers(vlm, image, texts, longest)
     ]
     yield _agreement(f"{name} like stock generate", unpruned, stock)
 
@@ -201,7 +205,8 @@ def _placement(session: Session, scenes: Scenes) -> Iterator[Result]:
     vlm = load_adapter(TESTBED, str(session.device), torch.float32)
     encoded = vlm.encode_images(scenes.images[:2])
     planned = plan(vlm, specify("nuwa", budget=BUDGET), encoded[0].layout)
-    selection = select(vlm, planned, encoded[0].layout, encoded, scenes.names[:2], scenes.images[:2])
+    batch = ImageBatch(encoded=encoded, names=scenes.names[:2], pictures=scenes.images[:2])
+    selection = select(vlm, planned, encoded[0].layout, batch)
     prompts = [[vlm.encode_prompt(text) for text in texts] for texts in scenes.questions[:2]]
     trunk = open_trunk(vlm, planned, selection, prompts, scenes.names[:2], encoded[0].layout)
     answer_from(trunk, planned, [session.scale.answer_tokens] * sum(map(len, prompts)))

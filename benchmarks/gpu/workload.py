@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText
 from benchmarks.gpu.decoding import answer_from, open_trunk
 from benchmarks.gpu.scale import Lengths, Scale
 from nuwa.decoder import Answer
-from nuwa.generation import plan, select
+from nuwa.generation import ImageBatch, plan, select
 from nuwa.layout import VisualLayout
 from nuwa.methods import LayoutPlan, MethodSpec
 from nuwa.selection import Selection
@@ -97,7 +97,8 @@ class Workload:
         return plan(self.vlm, spec, self.layout)
 
     def select(self, planned: LayoutPlan, encoded: Sequence[EncodedImage]) -> Selection:
-        return select(self.vlm, planned, self.layout, encoded, self.names, self.images)
+        batch = ImageBatch(encoded=encoded, names=self.names, pictures=self.images)
+        return select(self.vlm, planned, self.layout, batch)
 
     def answer(self, planned: LayoutPlan, selection: Selection, tokens: int | None = None) -> list[Answer]:
         """Prefill and decoding, of ``tokens`` tokens an answer where that is given."""
@@ -107,7 +108,7 @@ class Workload:
     def stock_inputs(self, start: int = 0, rows: int | None = None) -> dict[str, Tensor]:
         """What stock ``generate`` takes for ``rows`` questions from ``start``, padded at the left, on the device."""
         owners = [row for row, prompts in enumerate(self.prompts) for _ in prompts]
-        prompts = [prompt for mine in self.prompts for prompt in mine]
+        prompts = [prompt for about_image in self.prompts for prompt in about_image]
         part = slice(start, start + (rows or self.questions))
         image = [self.vlm.image_token] * self.layout.tokens
         ids = [[*prompt.before, *image, *prompt.after] for prompt in prompts[part]]

@@ -7,7 +7,7 @@ import copy
 import pytest
 from pretended_device import SYNCS, UPLOADS, Accelerator, on_device
 
-from nuwa.generation import answer_encoded
+from nuwa.generation import ImageBatch, answer_encoded
 from nuwa.methods import specify
 from nuwa.vlm import Adapter, adapt
 
@@ -39,10 +39,11 @@ def test_waits_per_token_are_few_and_grow_with_neither_questions_nor_layers(
         waits, uploads = [], []
         with Accelerator():
             encoded = vlm.encode_images(photos[:1])
+            batch = ImageBatch(encoded=encoded, names=["one"], questions=[ASKED[:questions]])
             for tokens in (SHORT, LONG):
                 SYNCS.clear()
                 UPLOADS.clear()
-                answer_encoded(vlm, encoded, ["one"], [ASKED[:questions]], SPECS[method], tokens)
+                answer_encoded(vlm, batch, SPECS[method], tokens)
                 waits.append(SYNCS.total())
                 uploads.append(UPLOADS.total())
         found[questions, layers] = tuple((many - few) / (LONG - SHORT) for few, many in (waits, uploads))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import nuwa
-from nuwa.generation import answer_encoded, image_id, plan
+from nuwa.generation import ImageBatch, answer_encoded, image_id, plan
 from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.stage1 import get_method
@@ -70,9 +70,7 @@ def test_the_library_call_has_the_images(tiny_vlm, images):
     with pytest.raises(ValueError) as raised:
         answer_encoded(
             tiny_vlm,
-            tiny_vlm.encode_images(images[:1]),
-            ["x"],
-            [["what digit is blue?"]],
+            ImageBatch(encoded=tiny_vlm.encode_images(images[:1]), names=["x"], questions=[["what digit is blue?"]]),
             lambda layout: specify("downsample", budget=16),
             4,
         )

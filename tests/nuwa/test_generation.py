@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nuwa
-from nuwa.generation import answer_encoded, generate
+from nuwa.generation import ImageBatch, answer_encoded, generate
 from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
@@ -217,14 +217,9 @@ def logits_of(vlm, encoded) -> tuple[list, list[torch.Tensor]]:
     heard: list[torch.Tensor] = []
     listener = vlm.model.lm_head.register_forward_hook(lambda _module, _inputs, out: heard.append(out.clone()))
     try:
-        answers = answer_encoded(
-            vlm,
-            encoded,
-            [f"photo {number}" for number in range(len(encoded))],
-            [[ASKED]] * len(encoded),
-            lambda layout: specify("nuwa", budget=20),
-            MAX_NEW,
-        )
+        names = [f"photo {number}" for number in range(len(encoded))]
+        batch = ImageBatch(encoded=encoded, names=names, questions=[[ASKED]] * len(encoded))
+        answers = answer_encoded(vlm, batch, lambda layout: specify("nuwa", budget=20), MAX_NEW)
     finally:
         listener.remove()
     return [mine[0] for mine in answers], heard

@@ -18,7 +18,7 @@ from PIL import Image
 
 from nuwa.benchmarks import get_benchmark
 from nuwa.budget import budget_on
-from nuwa.generation import answer_encoded
+from nuwa.generation import ImageBatch, answer_encoded
 from nuwa.layout import layout_order
 from nuwa.methods import specify
 from pipelines.data.datasets import IMAGES, write_examples
@@ -215,7 +215,8 @@ def test_every_answer_is_that_of_the_image_alone(dynamic, tmp_path):
         encoded = vlm.encode_images([dynamic.photos[image]])
         mine = dynamic.table[dynamic.table["image"] == image]
         for row in mine.itertuples():
-            ((alone,),) = answer_encoded(vlm, encoded, [image], [[row.prompt]], spec_of, MAX_NEW)
+            batch = ImageBatch(encoded=encoded, names=[image], questions=[[row.prompt]])
+            ((alone,),) = answer_encoded(vlm, batch, spec_of, MAX_NEW)
             there = found.loc[(trial.trial_id, row.example_id)]
             assert (alone.text, alone.kept_last) == (there["prediction"], tuple(there["kept_final"])), trial.label
             assert tuple(kept.loc[(trial.trial_id, image)]["indices"]) == alone.kept.slots
