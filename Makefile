@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+TESTABLE := $(VENV)/.testable
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
@@ -15,6 +16,11 @@ $(READY): requirements.txt constraints.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# What tests alone need comes with the first of them: the main job does not wait for it.
+$(TESTABLE): requirements-test.txt $(READY)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
 # Validate everything first: a wrong parameter must not cost a stage its outputs.
 repro: $(READY)
 	$(RUN) python -m stages.plan
@@ -26,27 +32,27 @@ repro: $(READY)
 plan: $(READY)
 	$(RUN) python -m stages.plan $(PRESET)
 
-test: $(READY) lint
+test: $(TESTABLE) lint
 	$(RUN) python -m pytest -n 2 --dist loadfile
 
 # Twenty kills of workers, nodes and the driver during one sweep on a cluster of three raylets: about three minutes.
-chaos: $(READY)
+chaos: $(TESTABLE)
 	$(RUN) CHAOS_KILLS=20 python -m pytest tests/pipelines/test_chaos.py
 
 # Two hundred damaged tables, model folders, settings and photos: each refused in one line or read for what it says.
-fuzz: $(READY)
+fuzz: $(TESTABLE)
 	$(RUN) python tests/fuzzing/fuzzer.py 200
 
 # One line of the code between image and answer changed at a time, CHANGES of them: no old identity over a new answer.
 CHANGES ?= 300
-mutation: $(READY)
+mutation: $(TESTABLE)
 	$(RUN) PYTHONPATH=tests OMP_NUM_THREADS=1 python -m mutation --changes $(CHANGES)
 
 # Which share of answers differs from stock generate, between batches, and between cached and fresh features, by dtype
 agreement: $(READY)
 	$(RUN) python -m benchmarks.agreement
 
-lint: $(READY)
+lint: $(TESTABLE)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) lint-imports

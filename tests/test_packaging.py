@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def pinned(file: str) -> dict[str, Requirement]:
     lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
-    requirements = [Requirement(line) for line in lines if line and not line.startswith("-c ")]
+    requirements = [Requirement(line) for line in lines if line and not line.startswith(("-c ", "-r "))]
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
@@ -47,8 +47,14 @@ def is_accelerators(name: str) -> bool:
     return name.startswith(("nvidia-", "cuda-")) or name == "triton"
 
 
+def all_pinned() -> dict[str, Requirement]:
+    main, tests = pinned("requirements.txt"), pinned("requirements-test.txt")
+    assert not main.keys() & tests.keys()
+    return main | tests
+
+
 def test_all_that_is_installed_is_pinned():
-    named, constraints = pinned("requirements.txt"), pinned("constraints.txt")
+    named, constraints = all_pinned(), pinned("constraints.txt")
     assert not named.keys() & constraints.keys()
     lacking = brought_along(named) - named.keys() - constraints.keys()
     assert {name for name in lacking if not is_accelerators(name)} == set()
@@ -56,22 +62,22 @@ def test_all_that_is_installed_is_pinned():
         assert [one.operator for one in requirement.specifier] == ["=="], name
 
 
-def test_the_environment_is_the_tested_set():
-    for name, requirement in pinned("requirements.txt").items():
+def test_the_environment_is_the_all_pinned():
+    for name, requirement in all_pinned().items():
         assert requirement.specifier.contains(importlib.metadata.version(name), prereleases=True), name
 
 
 def test_no_file_names_an_index():
-    for file in ("requirements.txt", "constraints.txt", "pyproject.toml"):
+    for file in ("requirements.txt", "requirements-test.txt", "constraints.txt", "pyproject.toml"):
         assert not re.search(r"://|--(extra-)?index-url|--find-links", (ROOT / file).read_text()), file
 
 
 def test_what_is_declared_is_tested():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["pipeline"], *extras["dev"]]
-    named = pinned("requirements.txt")
-    for text in declared:
+    main, tests = pinned("requirements.txt"), pinned("requirements-test.txt")
+    declared = dict.fromkeys([*project["dependencies"], *extras["pipeline"]], main) | dict.fromkeys(extras["dev"], tests)
+    for text, named in declared.items():
         requirement = Requirement(text)
         (version,) = named[canonicalize_name(requirement.name)].specifier
         assert requirement.specifier.contains(version.version, prereleases=True), text
