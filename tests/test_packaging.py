@@ -76,7 +76,9 @@ def test_what_is_declared_is_tested():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     main, tests = pinned("requirements.txt"), pinned("requirements-test.txt")
-    declared = dict.fromkeys([*project["dependencies"], *extras["pipeline"]], main) | dict.fromkeys(extras["dev"], tests)
+    declared = dict.fromkeys([*project["dependencies"], *extras["pipeline"]], main) | dict.fromkeys(
+        extras["dev"], tests
+    )
     for text, named in declared.items():
         requirement = Requirement(text)
         (version,) = named[canonicalize_name(requirement.name)].specifier

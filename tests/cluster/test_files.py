@@ -25,7 +25,8 @@ def load(name: str) -> dict:
 
 
 def pinned(package: str) -> str:
-    return re.search(rf"^{re.escape(package)}==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+    tested = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-test.txt"))
+    return re.search(rf"^{re.escape(package)}==(\S+)$", tested, re.MULTILINE)[1]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

@@ -111,7 +111,9 @@ def mlflow_on_postgres(servers, monkeypatch) -> str:
     lacking = [name for name, path in tools.items() if path is None]
     if lacking:
         pytest.skip(f"PostgreSQL is not installed: no {', '.join(lacking)}; `apt-get install postgresql` brings it")
-    pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed; `pip install -r requirements-test.txt` does")
+    pytest.importorskip(
+        "psycopg2", reason="psycopg2-binary is not installed; `pip install -r requirements-test.txt` does"
+    )
     data, port = servers.folder / "pg", free_port()
     data.mkdir()
     who = {}
