@@ -23,6 +23,7 @@ from nuwa.errors import UserError
 from nuwa.images import ImageError, read_image
 from nuwa.vlm import adapter_class
 from nuwa.vlm.folder import folder_faults
+from nuwa.vlm.remembered import folder_memory
 from pipelines.addresses import BenchmarkName, hub_address
 from pipelines.data.tables import MissingTables, read_benchmark, table_files
 from pipelines.files.storage import Folder, is_uri
@@ -107,7 +108,8 @@ def _existing(place: Path) -> Path:
 def _model(settings: Settings, deep: bool) -> Iterator[Finding]:
     path = Path(settings.model.path)
     if path.is_dir():
-        for fault in folder_faults(path, adapter_class, deep=deep):
+        faults = folder_faults(path, adapter_class, deep=True) if deep else folder_memory(path).faults(adapter_class)
+        for fault in faults:
             yield Finding("error", f"model.path = {settings.model.path!r}: {fault.removeprefix(f'{path}: ')}")
     elif published(settings.model.path) != settings.model.path:
         hub_id = published(settings.model.path)

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nuwa.errors import UserError
 from nuwa.methods import check_encoder
@@ -15,6 +15,7 @@ from nuwa.signals import DERIVED_SIGNALS
 from nuwa.stage1 import get_method
 from nuwa.vlm import Adapter, adapter_class, usual_image_processor
 from nuwa.vlm.adapter import check_framing
+from nuwa.vlm.remembered import Deferred, folder_memory
 from nuwa.vlm.shapes import SHAPES, model_shape
 from pipelines.files.surroundings import surroundings
 from pipelines.files.working_copies import main_copy
@@ -91,6 +92,14 @@ def published(path: str) -> str:
     return hub_id if hub_id in SHAPES and not Path(path).exists() else path
 
 
+def known_shape(path: str) -> Any:
+    """The configuration of the model at ``path``, without importing its classes where the folder is known.
+
+    Raises whatever ``AutoConfig.from_pretrained`` raises for a path that holds no model.
+    """
+    return folder_memory(path).config() if Path(path).is_dir() else model_shape(published(path))
+
+
 def planned_trials(settings: Settings) -> list[Trial]:
     """All trials of the sweep on its model, whose shape is read without its weights; a search's space is checked too.
 
@@ -103,9 +112,9 @@ def planned_trials(settings: Settings) -> list[Trial]:
             f"model.path = {path!r}: there is no such folder; name one that holds a model, or a model of the hub"
         )
     try:
-        config = model_shape(published(path))
+        config = known_shape(path)
         family = adapter_class(config.model_type)
-        usual = usual_image_processor(config)
+        usual = Deferred(lambda: usual_image_processor(config))  # where all images have one layout nobody asks it
         layers = config.get_text_config().num_hidden_layers
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]

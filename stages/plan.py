@@ -8,6 +8,7 @@ tables come from their published sizes. The rest is the same.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,6 +26,7 @@ from rich.table import Table
 from nuwa.layout import VisualLayout
 from nuwa.vlm import Adapter, adapter_class
 from nuwa.vlm.processors import load_processor
+from nuwa.vlm.remembered import folder_memory
 from nuwa.vlm.shapes import SHAPES, model_shape
 from pipelines.addresses import BenchmarkName
 from pipelines.data.datasets import Questions, choose_questions
@@ -45,7 +48,7 @@ from pipelines.sweep.reuse import Changes, explain, summary
 from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.sweep.units import plan_units, read_examples
 from stages.doctor import Finding, examine, room_for
-from stages.entry import BAD_INPUT, EXAMPLES, UNITS_LOG, places, planned_trials, published, run_stage
+from stages.entry import BAD_INPUT, EXAMPLES, UNITS_LOG, known_shape, places, planned_trials, published, run_stage
 from stages.experiment import experiment
 from stages.prepare import prepare_testbed
 
@@ -69,6 +72,8 @@ def plan(settings: Settings) -> None:
         say(f"{EXAMPLES} is not there yet: `dvc repro prepare` makes it, and the next plan says what this costs")
         return
     outlook = Outlook.of(settings, examples, exact)
+    if Path(settings.model.path).is_dir():
+        folder_memory(settings.model.path).save()  # what was asked of its processor
     speed = worker_speed(UNITS_LOG, settings.cluster)
     lines = outlook.left_out + describe(outlook.forecast, outlook.feature_bytes, settings, speed)
     if exact:
@@ -97,7 +102,7 @@ def expected(settings: Settings) -> tuple[pd.DataFrame, list[str]]:
     if prepare.tables is None:
         return _drawn(settings), ["estimate, `dvc repro prepare` has not run: on test scenes drawn for it"]
     examples, unknown = expected_examples(
-        asked.benchmarks, settings.model.prompt_style, model_shape(published(settings.model.path)).model_type
+        asked.benchmarks, settings.model.prompt_style, known_shape(settings.model.path).model_type
     )
     remarks = []
     if len(examples):
@@ -176,24 +181,30 @@ def _at_most(images: int | dict[str, int] | None, examples: pd.DataFrame) -> dic
 def weightless(settings: ModelSettings) -> Adapter:
     """The model's shape and processor; no weights are read. Of a published checkpoint neither must be at hand."""
     path, known = settings.path, published(settings.path)
+    framing: dict[str, Any] = {
+        "conversation": settings.conversation,
+        "image_aspect_ratio": settings.image_aspect_ratio,
+        "image_rules": settings.images,
+    }
+    if settings.text_tower is not None and Path(settings.text_tower).is_dir():  # part of what answers are known by
+        framing["text_tower"] = settings.text_tower
+    if Path(path).is_dir():
+        memory = folder_memory(path)
+        family = adapter_class(memory.config().model_type)
+        outline: Any = memory.outline(family, settings.attention)
+        return family(outline, memory.processor(settings.image_backend), **framing)
+
     config = model_shape(known)
     family = adapter_class(config.model_type)
     with torch.device("meta"):
         model = family.model_class(config)
-    if known in SHAPES and not Path(path).exists():
-        try:
-            processor = load_processor(known, settings.image_backend, local_files_only=True)
-        except OSError:
-            processor = StandInProcessor(config)
-    else:
+    processor: Any = StandInProcessor(config)
+    if known not in SHAPES:
         processor = load_processor(path, settings.image_backend)
-    return family(
-        model,
-        processor,
-        conversation=settings.conversation,
-        image_aspect_ratio=settings.image_aspect_ratio,
-        image_rules=settings.images,
-    )
+    elif not Path(path).exists():
+        with contextlib.suppress(OSError):
+            processor = load_processor(known, settings.image_backend, local_files_only=True)
+    return family(model, processor, **framing)
 
 
 def _grids(settings: Settings, trials: list[Trial]) -> Table:

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from transformers import PretrainedConfig
 
 from nuwa.layout import layout_order
 from nuwa.testbed.benchmark import make_testbed_benchmark
@@ -22,6 +21,9 @@ from pipelines.data.tables import fetch_tables
 from pipelines.files.atomic import atomic_folder
 from pipelines.settings import PrepareSettings, Settings
 from stages.entry import BENCHMARKS, EXAMPLES, IMAGES, published, run_stage
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 AS_PUBLISHED = ImageRules()
 

@@ -8,12 +8,12 @@ family does. Nothing of the model is changed: the layer that runs is a shallow c
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from nuwa.stage2.projections import Projections
 from nuwa.vlm.adapter import Adapter
@@ -65,8 +65,13 @@ def _grouped_sdpa(
     return out.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(PROJECTIONS, _leave)
-AttentionInterface.register(GROUPED, _grouped_sdpa)
+@functools.cache
+def _register_interfaces() -> None:
+    """Make them known to transformers, which is imported when a layer is first run: planning runs none."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PROJECTIONS, _leave)
+    AttentionInterface.register(GROUPED, _grouped_sdpa)
 
 
 def project(vlm: Adapter, number: int, hidden: Tensor, positions: Tensor, rotated: bool = True) -> Projections:
@@ -102,6 +107,7 @@ def grouped_layers(vlm: Adapter, numbers: range) -> list[nn.Module]:
 
 def _with_interface(layer: Any, interface: str) -> nn.Module:
     """A shallow copy of a decoder layer that shares its weights and calls another attention interface."""
+    _register_interfaces()
     attention = _bare_copy(layer.self_attn)
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = interface

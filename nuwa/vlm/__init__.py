@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from nuwa.image_rules import ImageRules, ImageRulesError
 from nuwa.registry import Registry
@@ -16,6 +15,9 @@ from nuwa.vlm.folder import check_folder
 from nuwa.vlm.llava import LlavaAdapter
 from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.qwen2_5_vl import Qwen2_5VLAdapter
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # By the model_type of a model's configuration.
 ADAPTERS: Registry[type[Adapter]] = Registry("model type")
@@ -40,6 +42,8 @@ def load_adapter(path: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     A folder is looked over first. Raises :class:`nuwa.vlm.checkpoint.CheckpointError`: what is missing or wrong there,
     in one line; ``UnknownName`` for a model type of no family.
     """
+    from transformers import AutoConfig
+
     if Path(path).is_dir():
         check_folder(Path(path), adapter_class)
     return adapter_class(AutoConfig.from_pretrained(path).model_type).load(path, device, dtype, **options)

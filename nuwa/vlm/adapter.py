@@ -15,12 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from nuwa.errors import UserError
 from nuwa.grid import PatchGrid
@@ -34,6 +33,9 @@ from nuwa.vlm.language import TEXT_FAMILIES, TextModel
 from nuwa.vlm.processors import load_processor
 from nuwa.vlm.text_tower import TextTower
 from nuwa.vlm.weights import check_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The system prompt by name of the conversation; ``template``: what the model's own chat template says.
 CONVERSATIONS = {
@@ -117,6 +119,19 @@ def view_signals(
     return of_views
 
 
+class FromTransformers:
+    """A class of transformers by its name, imported when it is first asked for: a model's takes seconds, and planning
+    needs none."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        import transformers
+
+        return getattr(transformers, self.name)
+
+
 class Adapter(ABC):
     """One loaded model.
 
@@ -138,7 +153,7 @@ class Adapter(ABC):
     an encoder of CLIP's (``pairs_text``) has one.
     """
 
-    model_class: ClassVar[type[PreTrainedModel]]
+    model_class: ClassVar[type[PreTrainedModel] | FromTransformers]
     encoder: ClassVar[str]  # what messages call it
     offers_cls: ClassVar[bool]
     resizes: ClassVar[bool] = False

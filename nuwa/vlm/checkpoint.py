@@ -166,11 +166,11 @@ def _remembered_digests(folder: Path, memory: Path) -> dict[str, dict[str, str]]
         known = held.get(path.name)
         fresh[path.name] = known if known and known[0] == stamp else [stamp, _tensor_digests(path)]
     if fresh != held:
-        _remember(memo, fresh)
+        keep_json(memo, fresh)
     return {name: digests for name, (_, digests) in fresh.items()}
 
 
-def _remember(memo: Path, content: Any) -> None:
+def keep_json(memo: Path, content: Any) -> None:
     """Whole or not at all; a place that cannot be written to costs the next run some reading."""
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)

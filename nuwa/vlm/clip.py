@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from nuwa.vlm.adapter import UnavailableSignal
 from nuwa.vlm.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Nüwa averages hidden states 16..24 of CLIP-L's 24 layers: the last third, both ends included.
 SIMILARITY_FROM = 2 / 3

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from nuwa.errors import UserError
 from nuwa.vlm.adapter import (
@@ -138,6 +137,8 @@ def read_folder(path: Path, families: Callable[[str], type[Adapter]]) -> Folder:
     if not isinstance(kind, str):
         raise CheckpointError(f"{path / 'config.json'}: no model_type; fetch it again")
     family = families(kind)  # refuses an unknown one by name
+    from transformers import AutoConfig
+
     try:
         return Folder(path, AutoConfig.from_pretrained(path), family)
     except Exception as error:  # values of wrong type or range raise whatever the configuration class makes of them
@@ -232,14 +233,7 @@ def check_placeholders(folder: Folder, processor: Any) -> None:
 def check_settings(folder: Folder) -> None:
     """Refuse generation settings that are not obeyed, and a model that never ends an answer."""
     path = folder.path / "generation_config.json"
-    if path.exists():
-        _json(path)
-        try:
-            settings = GenerationConfig.from_pretrained(folder.path)
-        except Exception as error:
-            raise CheckpointError(f"{path}: no valid settings ({_words(error)})") from None
-    else:
-        settings = GenerationConfig.from_model_config(folder.config)
+    settings = generation_settings(folder.path, folder.config)
     check_generation(settings)
     check_values(settings, folder.config.text_config.vocab_size)
     ends = check_end_tokens(settings, folder.config)
@@ -247,6 +241,24 @@ def check_settings(folder: Folder) -> None:
         raise CheckpointError(
             f"{path}: names no eos_token_id, so transformers would end no answer where config.json does; set it to {ends[0]}"
         )
+
+
+def generation_settings(folder: Path, config: Any) -> Any:
+    """The generation settings of a folder whose configuration is ``config``, as a loaded model has them.
+
+    Raises:
+        CheckpointError: its ``generation_config.json`` is no valid one.
+    """
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return GenerationConfig.from_model_config(config)
+    _json(path)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"{path}: no valid settings ({_words(error)})") from None
 
 
 def load_processor(path: Path) -> Any:
@@ -265,6 +277,8 @@ def load_processor(path: Path) -> Any:
         raise CheckpointError(f"{path}: no {PROCESSOR_FILES[1]}, which says how images are prepared; fetch it")
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         raise CheckpointError(f"{path}: no tokenizer.json or tokenizer.model; fetch the tokenizer's files")
+    from transformers import AutoProcessor
+
     try:
         processor = AutoProcessor.from_pretrained(path)
     except ImportError:

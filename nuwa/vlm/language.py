@@ -8,13 +8,15 @@ entry is refused by name when it is loaded. Every entry is tested on a tiny rand
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from nuwa.errors import UserError
 from nuwa.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # as in ``layer_types`` of a configuration
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary tables that change with the longest sequence of a batch

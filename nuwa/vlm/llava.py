@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.signals import VisionSignals
-from nuwa.vlm.adapter import Adapter, EncodedImage, view_signals
+from nuwa.vlm.adapter import Adapter, EncodedImage, FromTransformers, view_signals
 from nuwa.vlm.clip import (
     LLAVA_TURN,
     SIMILARITY_FROM,
@@ -27,9 +25,13 @@ from nuwa.vlm.clip import (
 )
 from nuwa.vlm.shapes import CLIP_L_336, SHAPES, VICUNA_7B, VICUNA_13B
 
+if TYPE_CHECKING:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
 
 class LlavaAdapter(Adapter):
-    model_class = LlavaForConditionalGeneration
+    model_class = FromTransformers("LlavaForConditionalGeneration")
     encoder = "LLaVA's CLIP tower"
     offers_cls = True
     resizes = True
@@ -62,6 +64,8 @@ class LlavaAdapter(Adapter):
 
     @classmethod
     def usual_image_processor(cls, config: Any) -> CLIPImageProcessorPil:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
         return CLIPImageProcessorPil(**clip_sizes(config))
 
     @classmethod
@@ -132,6 +136,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 def _shape(language: dict[str, Any]) -> LlavaConfig:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**CLIP_L_336), text_config=LlamaConfig(**language), image_token_id=32000
     )

@@ -9,19 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.selection import Selection
-from nuwa.vlm.adapter import WHOLE, Adapter, EncodedImage, Frame
+from nuwa.vlm.adapter import WHOLE, Adapter, EncodedImage, Frame, FromTransformers
 from nuwa.vlm.clip import (
     LLAVA_TURN,
     SIMILARITY_FROM,
@@ -32,9 +29,13 @@ from nuwa.vlm.clip import (
 )
 from nuwa.vlm.shapes import CLIP_L_336, SHAPES, VICUNA_7B
 
+if TYPE_CHECKING:
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
 
 class LlavaNextAdapter(Adapter):
-    model_class = LlavaNextForConditionalGeneration
+    model_class = FromTransformers("LlavaNextForConditionalGeneration")
     encoder = "LLaVA-NeXT's CLIP tower"
     offers_cls = True
     pairs_text = True
@@ -62,7 +63,7 @@ class LlavaNextAdapter(Adapter):
         side = config.vision_config.image_size // config.vision_config.patch_size
         rows, columns = _crops(config, image_processor, (height, width))
         whole = torch.empty(1, rows * side, columns * side, device="meta")
-        _, shown_rows, shown_columns = unpad_image(whole, (height, width)).shape
+        _, shown_rows, shown_columns = _unpadded(whole, (height, width)).shape
         base = View(PatchGrid(side, side))
         if not shown_rows:  # so wide that its local grid is all padding: the stock model sees the base crop alone
             return VisualLayout((base,))
@@ -76,6 +77,8 @@ class LlavaNextAdapter(Adapter):
 
     @classmethod
     def usual_image_processor(cls, config: Any) -> LlavaNextImageProcessorPil:
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
         return LlavaNextImageProcessorPil(**clip_sizes(config), image_grid_pinpoints=config.image_grid_pinpoints)
 
     @classmethod
@@ -87,9 +90,7 @@ class LlavaNextAdapter(Adapter):
     def view_frames(cls, config: Any, layout: VisualLayout, size: tuple[int, int]) -> tuple[Frame, ...]:
         """The image is fitted into its crops, centred; the local grid is what is left of theirs without padding."""
         (width, height), local = size, layout.views[1].grid
-        rows, columns = get_anyres_image_grid_shape(
-            (height, width), config.image_grid_pinpoints, config.vision_config.image_size
-        )
+        rows, columns = _grid_of((height, width), config.image_grid_pinpoints, config.vision_config.image_size)
         wide = width / height > columns / rows  # padded above and below, else at the sides
         cell = width / local.width if wide else height / local.height
         shares = cell * local.width / width, cell * local.height / height
@@ -124,7 +125,7 @@ class LlavaNextAdapter(Adapter):
         rows, columns = self.crops_of(size)
         side = self.crop_grid.height
         grid = crops.view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
-        stitched = unpad_image(grid, size).permute(1, 2, 0)
+        stitched = _unpadded(grid, size).permute(1, 2, 0)
         return stitched.reshape(*stitched.shape[:2], *crops.shape[2:])
 
     @torch.inference_mode()
@@ -154,7 +155,21 @@ def _crops(config: Any, image_processor: Any, size: tuple[int, int]) -> tuple[in
 
     Of grids that fit alike the first counts, so their order decides: see :class:`nuwa.image_rules.ImageRules`.
     """
-    return get_anyres_image_grid_shape(size, image_processor.image_grid_pinpoints, config.vision_config.image_size)
+    return _grid_of(size, image_processor.image_grid_pinpoints, config.vision_config.image_size)
+
+
+def _grid_of(size: tuple[int, int], pinpoints: Any, side: int) -> tuple[int, int]:
+    """The stock model's own choice of rows and columns of crops for an image of ``size`` (height, width)."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    return get_anyres_image_grid_shape(size, pinpoints, side)
+
+
+def _unpadded(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(dim, height, width)`` of the crops without the padding of an image of ``size``, as the stock model cuts it."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    return unpad_image(grid, size)
 
 
 def _loaded(module: nn.Module) -> AbstractContextManager:
@@ -168,6 +183,8 @@ def _loaded(module: nn.Module) -> AbstractContextManager:
 
 @functools.partial(SHAPES.add, "llava-hf/llava-v1.6-vicuna-7b-hf")
 def _shape() -> LlavaNextConfig:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(**CLIP_L_336),
         text_config=LlamaConfig(**VICUNA_7B),

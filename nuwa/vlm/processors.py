@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoProcessor
-from transformers.utils import is_torchvision_available
-
 from nuwa.image_rules import ImageRulesError
 
 
@@ -16,6 +13,9 @@ def load_processor(path: Any, backend: str = "pil", **options: Any) -> Any:
     Raises:
         ImageRulesError: ``torchvision`` is not installed.
     """
+    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers.utils import is_torchvision_available
+
     if backend == "torchvision" and not is_torchvision_available():
         raise ImageRulesError(
             "image_backend 'torchvision' needs torchvision, which is not installed (its wheels must be of this torch); "

@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from nuwa.grid import PatchGrid
 from nuwa.image_rules import PUBLISHED
 from nuwa.layout import View, VisualLayout
-from nuwa.vlm.adapter import Adapter, EncodedImage, UnavailableSignal
+from nuwa.vlm.adapter import Adapter, EncodedImage, FromTransformers, UnavailableSignal
 from nuwa.vlm.shapes import SHAPES
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SIMILARITY_BLOCKS = (7 / 32, 23 / 32)  # first and last, as shares of the encoder's depth
 QUERY_ROWS = 1024  # attention is summed over this many query rows at a time
 
 
 class Qwen2_5VLAdapter(Adapter):
-    model_class = Qwen2_5_VLForConditionalGeneration
+    model_class = FromTransformers("Qwen2_5_VLForConditionalGeneration")
     encoder = "Qwen2.5-VL's vision encoder"
     offers_cls = False
     turn = (
@@ -41,7 +43,7 @@ class Qwen2_5VLAdapter(Adapter):
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration, processor: Any, **framing: Any) -> None:
         super().__init__(model, processor, **framing)
         self.visual = model.model.visual
-        self.merge = self.visual.spatial_merge_size
+        self.merge = model.config.vision_config.spatial_merge_size
 
     @property
     def heads(self) -> int:
@@ -54,11 +56,13 @@ class Qwen2_5VLAdapter(Adapter):
         cell = vision.patch_size * vision.spatial_merge_size
         if first := _first_resize(image_processor, cell, size):
             width, height = first
-        rows, columns = smart_resize(height, width, cell, limits["shortest_edge"], limits["longest_edge"])
+        rows, columns = _resized(height, width, cell, limits["shortest_edge"], limits["longest_edge"])
         return VisualLayout((View(PatchGrid(rows // cell, columns // cell)),), axes=3)
 
     @classmethod
     def usual_image_processor(cls, config: Any) -> Qwen2VLImageProcessorPil:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
         least, most = PUBLISHED  # the class's defaults stop at a million pixels, the family's checkpoints do not
         return Qwen2VLImageProcessorPil(
             size={"shortest_edge": least, "longest_edge": most},
@@ -225,12 +229,21 @@ def _first_resize(image_processor: Any, cell: int, size: tuple[int, int]) -> tup
     limits = getattr(image_processor, "first_resize", None)
     if limits is None:
         return None
-    height, width = smart_resize(size[1], size[0], cell, *limits)
+    height, width = _resized(size[1], size[0], cell, *limits)
     return width, height
+
+
+def _resized(height: int, width: int, cell: int, least: int, most: int) -> tuple[int, int]:
+    """Height and width of whole cells that the stock processor makes of a picture, between ``least`` and ``most`` pixels."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    return smart_resize(height, width, cell, least, most)
 
 
 @functools.partial(SHAPES.add, "Qwen/Qwen2.5-VL-7B-Instruct")
 def _shape() -> Qwen2_5_VLConfig:
+    from transformers import Qwen2_5_VLConfig
+
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 152064,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING
 
 from nuwa.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SHAPES: Registry[Callable[[], PretrainedConfig]] = Registry("published checkpoint")  # by hub id
 
@@ -51,4 +53,6 @@ def model_shape(path: str) -> PretrainedConfig:
     """
     if path in SHAPES and not Path(path).exists():
         return SHAPES[path]()
+    from transformers import AutoConfig
+
     return AutoConfig.from_pretrained(path)

@@ -11,14 +11,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from nuwa.errors import UserError
 from nuwa.signals import cosine_similarity, directions
 from nuwa.vlm.checkpoint import CheckpointError, read_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 REQUEST = "\nAnswer the question using a single word or phrase."  # which a benchmark adds and nobody asks about
 
@@ -77,6 +80,8 @@ class TextTower:
 
     @functools.cached_property
     def _clip(self) -> CLIPModel:
+        from transformers import CLIPModel
+
         try:
             return CLIPModel.from_pretrained(self.folder, dtype=torch.float32).eval().requires_grad_(False)
         except (OSError, ValueError, RuntimeError) as error:
@@ -87,6 +92,8 @@ class TextTower:
 
     @functools.cached_property
     def _tokenizer(self) -> CLIPTokenizerFast:
+        from transformers import CLIPTokenizerFast
+
         return CLIPTokenizerFast.from_pretrained(self.folder)
 
     def patches(self, features: Tensor) -> Tensor:

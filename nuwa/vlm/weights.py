@@ -13,15 +13,16 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.utils import is_accelerate_available, logging
 
 from nuwa.vlm.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
@@ -43,6 +44,8 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], config: Any,
     Raises:
         CheckpointError: names the file or the first tensors concerned and what to do.
     """
+    from transformers.utils import is_accelerate_available
+
     files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -210,6 +213,8 @@ def _dry_load(model_class: type[PreTrainedModel], config: Any, tensors: Mapping[
 @contextmanager
 def _silent() -> Iterator[None]:
     """Without transformers' progress bar and its table of what is missing."""
+    from transformers.utils import logging
+
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

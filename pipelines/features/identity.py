@@ -6,6 +6,7 @@ Nothing is loaded: :mod:`nuwa.vlm.checkpoint` describes the files, and reads wei
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -15,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from nuwa.signals import SIGNAL_NAMES
 from nuwa.vlm import ADAPTERS, Adapter
 from nuwa.vlm.checkpoint import MEMORY, StoredTensors, read_checkpoint, weight_files
 from nuwa.vlm.language import TEXT_FAMILIES
+from nuwa.vlm.remembered import class_name
 from pipelines.features.loading import AS_PUBLISHED, Loading, load_model
 from pipelines.features.signals import signal_dtype
 
@@ -57,9 +57,8 @@ class ModelIdentity:
         """Of the model at ``path``, whose shape and processor ``vlm`` has; raises ``CheckpointError``."""
         folder = model_folder(path)
         files = read_checkpoint(folder, memory)
-        backend = type(vlm.processor.image_processor)
         encoder = files.encoder | {
-            "image processor's class": f"{backend.__module__}.{backend.__qualname__}",
+            "image processor's class": class_name(vlm.processor.image_processor),
             "model.dtype": loading.dtype,
             "model.image_aspect_ratio": loading.image_aspect_ratio,
         }
@@ -89,7 +88,8 @@ def model_folder(path: str) -> Path:
 
 def _fingerprint(folder: Path, encoder: str, loading: Loading, vlm: Adapter, memory: Path) -> str:
     """From the files, once a machine and content."""
-    memo = memory / f"{encoder[:24]}-{transformers.__version__}.encoder"  # whose defaults are part of it
+    library = importlib.metadata.version("transformers")  # whose defaults are part of it
+    memo = memory / f"{encoder[:24]}-{library}.encoder"
     if memo.exists() and (held := memo.read_text()):
         return held
     if all(path.suffix == ".safetensors" for path in weight_files(folder)):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from nuwa.vlm import Adapter, ImageRules, adapter_class, load_adapter
 from nuwa.vlm.folder import check_folder
 from nuwa.vlm.processors import load_processor
 from pipelines.settings import ClusterSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 AS_PUBLISHED = ImageRules()
 
@@ -55,6 +57,8 @@ class Loading(NamedTuple):
 
         A folder is looked over first; raises :class:`nuwa.vlm.CheckpointError`.
         """
+        from transformers import AutoConfig
+
         if Path(path).is_dir():
             check_folder(Path(path), adapter_class)
         config = AutoConfig.from_pretrained(path)
@@ -62,6 +66,8 @@ class Loading(NamedTuple):
 
     def shape(self, path: str, vlm: Adapter) -> Adapter:
         """The shape of the model at ``path`` with the processor of ``vlm``."""
+        from transformers import AutoConfig
+
         return self._around(AutoConfig.from_pretrained(path), vlm.processor)
 
     def _around(self, config: PretrainedConfig, processor: Any) -> Adapter:

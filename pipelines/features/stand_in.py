@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from nuwa.vlm import adapter_class
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 IMAGE = "<image>"
 PIECE = re.compile(r"<[^<>\s]+>|\d|[^\W\d_]{1,6}|[^\w\s]|_|\n")

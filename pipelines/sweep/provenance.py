@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 
 
 @functools.cache
@@ -25,7 +24,7 @@ def own_version() -> str:
 
 def versions(device: str) -> dict[str, str]:
     """What ``sweep.reuse: same_versions`` asks to be the same; ``device``: its kind."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
+    return {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers"), "device": device}
 
 
 def versions_digest(device: str) -> str:

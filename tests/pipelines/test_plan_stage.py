@@ -79,6 +79,21 @@ def swept(project: Path) -> list[dict]:
     return [json.loads(line) for line in (project / "cache" / "units.jsonl").read_text().splitlines()]
 
 
+HEAVY = ("transformers", "accelerate", "sklearn", "scipy.stats", "mlflow", "ray", "dvc", "optuna", "matplotlib")
+
+
+def test_a_folder_that_is_known_is_planned_without_importing_what_it_takes_to_run(project, capsys):
+    run_stage(plan)
+    told = capsys.readouterr().out
+    program = (
+        "import sys; from stages.entry import run_stage; from stages.plan import plan; run_stage(plan); "
+        f"print('imported:', *sorted(set({HEAVY}) & set(sys.modules)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=project, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{told}imported:\n")
+
+
 def test_the_plan_says_what_the_next_sweep_does(project, capsys):
     assert of_the_store(capsys) == [], "nothing is stored, so nothing is missing"
     first = swept(project)
