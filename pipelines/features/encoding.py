@@ -137,14 +137,14 @@ def encode_missing(
 ) -> tuple[FeatureStore, int]:
     """Bring the store up to date with ``images.parquet``; returns it and how many images were encoded.
 
-    ``vlm``, ``known``: the model's shape and identity, where they are at hand. Damaged shards are discarded first and
+    ``vlm``, ``known``: the model's shape and identity, where they are at hand. Damaged shards are moved aside first and
     encoded again. Raises :class:`BrokenImages` once all whole images are stored.
     """
     vlm = vlm or loading.here(model)
     known = known or ModelIdentity.of(model, loading, vlm)
     identity = features_identity(known, vlm, settings.dtype, settings.keep).digest[:16]
     store = FeatureStore(root, identity)
-    store.discard_damaged()
+    store.tidy()
     columns = pq.read_table(images_path, columns=["image", "width", "height"]).to_pydict().values()
     sizes = {image: (width, height) for image, width, height in zip(*columns, strict=True)}
     layouts = layouts_of(vlm, {image: sizes[image] for image in store.missing(list(sizes))})

@@ -20,6 +20,13 @@ class MissingFeatures(UserError, LookupError):
     stops_the_run = True
 
 
+class UnreadableFeatures(UserError, RuntimeError):
+    """A shard cannot be read for now; nothing says that it is damaged, and nothing is done to it."""
+
+    stops_the_run = True
+    may_pass = True  # later, or on another machine
+
+
 class ImpossibleImage(UnitsFailed):
     """An image whose size the model cannot take."""
 

@@ -3,7 +3,11 @@
 A store is a folder per encoder identity (weights, layers read, preprocessing, dtype, signals kept), local or behind a
 storage URI. A shard holds images of one layout: one Arrow IPC file beside a small JSON manifest that is written last:
 size, layout, the images it holds and a checksum of each. A shard without a manifest, or that does not match it, is never
-used; it is encoded again.
+used; its images are encoded again.
+
+Several drivers may share a store, of several hosts and versions. So files are named by their content and never change;
+what cannot be read is left as it is; what is proven damaged, by its length or its checksums, is moved aside; and a shard
+whose manifest is yet to come is removed only when nobody can be at it any more.
 
 Readers map shards and hand out what is mapped, without a copy where the images stand side by side. An image's checksum
 is compared the first time a process reads it, so a worker starts without reading a store through, and no damaged byte
@@ -30,7 +34,7 @@ from torch import Tensor
 
 from nuwa.layout import VisualLayout, layout_from_json, layout_to_json
 from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
-from pipelines.features.faults import MissingFeatures
+from pipelines.features.faults import MissingFeatures, UnreadableFeatures
 from pipelines.files.atomic import atomic_path
 from pipelines.files.storage import Folder
 
@@ -67,6 +71,10 @@ class Shard:
         return f"{Path(self.name).stem}.json"
 
 
+class DamagedShard(ValueError):
+    """A file that was read, and is not what its manifest says."""
+
+
 class MappedShard:
     """The signals of a shard as arrays ``(images, ...)`` over its mapped file.
 
@@ -74,21 +82,35 @@ class MappedShard:
     """
 
     def __init__(self, path: Path, shard: Shard) -> None:
-        """Raises ``OSError`` or ``pa.ArrowInvalid`` for a file that is not what ``shard`` says."""
-        if path.stat().st_size != shard.size:
-            raise OSError(f"{path.stat().st_size} bytes, not {shard.size}")
+        """Raises ``OSError`` where the file cannot be read, and :class:`DamagedShard` where it is not what ``shard`` says."""
         with open(path, "rb") as content:
+            if (size := os.fstat(content.fileno()).st_size) != shard.size:
+                raise DamagedShard(f"{size} bytes, not {shard.size}")
             mapped = mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_COPY)
-        whole = pa.py_buffer(mapped)
+        self.shard, self.checked = shard, np.zeros(len(shard.images), bool)
+        try:
+            self.signals = self._signals(mapped, len(shard.images))
+        except (OSError, pa.ArrowException, KeyError) as error:  # Arrow calls content it cannot read an OSError too
+            raise DamagedShard(str(error)) from None
+
+    @staticmethod
+    def _signals(mapped: mmap.mmap, images: int) -> dict[str, np.ndarray]:
+        whole, signals = pa.py_buffer(mapped), {}
         batch = pa.ipc.open_file(whole).get_batch(0)
-        if batch.num_rows != len(shard.images):
-            raise OSError(f"{batch.num_rows} images, not {len(shard.images)}")
-        self.signals: dict[str, np.ndarray] = {}
+        if batch.num_rows != images:
+            raise DamagedShard(f"{batch.num_rows} images, not {images}")
         for key in batch.schema.names[1:]:
             stored = batch.column(key).to_numpy_ndarray()
             offset = stored.__array_interface__["data"][0] - whole.address
-            self.signals[key] = np.ndarray(stored.shape, stored.dtype, mapped, offset)
-        self.shard, self.checked = shard, np.zeros(batch.num_rows, bool)
+            signals[key] = np.ndarray(stored.shape, stored.dtype, mapped, offset)
+        return signals
+
+    def check(self) -> MappedShard:
+        """This shard, every image compared with its checksum; raises :class:`DamagedShard`."""
+        for row in range(len(self.shard.images)):
+            if not self.matches(row):
+                raise DamagedShard(f"image {self.shard.images[row][:12]} fails its checksum")
+        return self
 
     def matches(self, row: int) -> bool:
         """Whether the image in ``row`` is what was written; looked at once."""
@@ -122,52 +144,75 @@ class FeatureStore:
         self._held_bytes = 0
         self._mapped: dict[str, MappedShard] = {}
         self._index: dict[str, tuple[Shard, int]] = {}
+        self._unfit: list[Shard] = []  # whose file has another size
+        self._sizes: dict[str, int] = {}  # of all files of shards
+        self._named: set[str] = set()  # those that have a manifest, readable or not
         self.refresh()
 
     def refresh(self) -> None:
-        """Read all manifests; unreadable ones count as absent."""
-        self._index = {}
-        for manifest in self.storage.sizes(".json"):
-            shard = Shard.parse(manifest, self.storage.read(manifest))
-            if shard is not None:
+        """Read all manifests; those that are unreadable, and those whose file is not there whole, count as absent."""
+        self._index, self._unfit = {}, []
+        manifests = self.storage.sizes(".json")
+        self._sizes = self.storage.sizes(".arrow")  # after the manifests, so that none seems to come before its file
+        self._named = {f"{Path(manifest).stem}.arrow" for manifest in manifests}
+        for manifest in manifests:
+            try:
+                shard = Shard.parse(manifest, self.storage.read(manifest))
+            except FileNotFoundError:
+                continue
+            if shard is not None and self._sizes.get(shard.name) == shard.size:
                 self._index.update({image: (shard, row) for row, image in enumerate(shard.images)})
+            elif shard is not None and shard.name in self._sizes:
+                self._unfit.append(shard)
 
-    def discard_damaged(self) -> list[str]:
-        """Remove shards that do not match their manifests, and leftovers of interrupted writes; return their names.
+    def tidy(self) -> list[str]:
+        """Move shards aside that do not match their manifests, and remove old leftovers of killed writers; return the
+        names of all.
 
         Sizes are always compared. A local file that changed after its manifest was written is read through as well;
         what no time stamp shows is found by the checksum of the first reader.
         """
-        shards = {shard.name: shard for shard, _ in self._index.values()}
-        sizes = self.storage.sizes(".arrow")
-        damaged = [name for name, shard in shards.items() if sizes.get(name) != shard.size or not self._intact(shard)]
-        damaged += [name for name in sizes if name not in shards]
-        for name in damaged:
-            self._remove(name)
-        if self.storage.local is not None:
-            for leftover in self.folder.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+        suspects = {shard.name: shard for shard, _ in self._index.values() if self._changed(shard)}
+        for shard in self._unfit:
+            if self.storage.local is not None or self.storage.is_old(shard.name):  # a put may not be over yet
+                suspects[shard.name] = shard
+        gone = [name for name, shard in suspects.items() if self._set_aside(shard)]
+        for name in self._sizes:
+            if name not in self._named and self.storage.is_old(name):
+                self.storage.remove(name)
+                gone.append(name)
+        self.storage.remove_leftovers()
         self.refresh()
-        return damaged
+        return gone
 
-    def _intact(self, shard: Shard) -> bool:
+    def _changed(self, shard: Shard) -> bool:
+        """Whether the file is younger than its manifest, and not whole."""
         if self.storage.local is None:
-            return True
-        path = self.folder / shard.name
-        if path.stat().st_mtime_ns <= (self.folder / shard.manifest).stat().st_mtime_ns:
-            return True
-        try:
-            mapped = MappedShard(path, shard)
-        except (OSError, pa.ArrowException, KeyError):
             return False
-        return all(mapped.matches(row) for row in range(len(shard.images)))
+        path = self.folder / shard.name
+        try:
+            if path.stat().st_mtime_ns > (self.folder / shard.manifest).stat().st_mtime_ns:
+                MappedShard(path, shard).check()
+        except DamagedShard:
+            return True
+        except OSError:  # says nothing of the file; its first reader will tell
+            return False
+        return False
 
-    def _remove(self, name: str) -> None:
-        """The manifest goes first, so that no one takes what is left for a shard."""
-        self._mapped.pop(name, None)
-        for gone in (f"{Path(name).stem}.json", name):
-            self.storage.remove(gone)
-            (self.folder / gone).unlink(missing_ok=True)
+    def _set_aside(self, shard: Shard, why: str = "it does not match its manifest") -> str | None:
+        """Move a damaged shard out of the way, so that its images are encoded again; its new place."""
+        self._mapped.pop(shard.name, None)
+
+        def still(folder: Folder, name: str) -> bool:
+            if folder.local is None:
+                return True  # it was fetched twice
+            try:
+                MappedShard(folder.local / name, shard).check()
+            except DamagedShard:
+                return True
+            return False
+
+        return self.storage.set_aside(shard.name, why, still)
 
     def missing(self, images: Sequence[str]) -> list[str]:
         return [image for image in images if image not in self._index]
@@ -183,7 +228,6 @@ class FeatureStore:
     def write(self, images: Sequence[str], signals: Mapping[str, Tensor], layout: VisualLayout) -> str:
         """Store ``signals`` (each ``(images, layout.patches, ...)``) as one shard, visible only when whole; returns its
         name."""
-        name = hashlib.sha256("".join(images).encode()).hexdigest()[:24]
         columns, fields = [pa.array(list(images), pa.string())], [pa.field("image", pa.string())]
         names = [key for key in (*SIGNAL_NAMES, *OPTIONAL_SIGNALS) if key in signals]
         arrays = [np.ascontiguousarray(signals[key].numpy()) for key in names]
@@ -192,6 +236,9 @@ class FeatureStore:
             columns.append(column)
             fields.append(pa.field(key, column.type))
         batch = pa.record_batch(columns, schema=pa.schema(fields))
+        sums = [checksum([array[row] for array in arrays]) for row in range(len(images))]
+        # By content: what another driver makes of the same images has another name, unless it is the same.
+        name = hashlib.sha256(json.dumps([list(images), sums]).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.arrow"
         with atomic_path(path) as fresh:
             with pa.OSFile(str(fresh), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
@@ -199,29 +246,55 @@ class FeatureStore:
             size = fresh.stat().st_size
         if self.storage.local is None:
             self.storage.publish(path, path.name)
-        sums = [checksum([array[row] for array in arrays]) for row in range(len(images))]
         manifest = {"size": size, "layout": layout_to_json(layout), "images": list(images), "checksums": sums}
         self.storage.write(f"{name}.json", json.dumps(manifest).encode())
         return path.name
 
     def _open(self, shard: Shard) -> MappedShard:
-        """Map a shard; one of a remote store is fetched to this machine first."""
+        """Map a shard; one of a remote store is fetched to this machine first.
+
+        Raises :class:`UnreadableFeatures` and :class:`MissingFeatures`.
+        """
         if shard.name not in self._mapped:
-            path = self.folder / shard.name
             try:
-                if self.storage.local is None and not (path.exists() and path.stat().st_size == shard.size):
-                    self.storage.fetch(shard.name, path)
-                self._mapped[shard.name] = MappedShard(path, shard)
-            except (FileNotFoundError, OSError, pa.ArrowException, KeyError) as error:
-                raise self._damaged(shard, str(error)) from None
+                self._mapped[shard.name] = self._map(shard)
+            except DamagedShard as fault:
+                return self._look_again(shard, str(fault))
         return self._mapped[shard.name]
 
-    def _damaged(self, shard: Shard, fault: str) -> MissingFeatures:
-        """Remove the shard, so that the next run encodes it again."""
-        self._remove(shard.name)
-        return MissingFeatures(
-            f"{self.storage.place}/{shard.name} is damaged or gone ({fault}) and is removed; "
-            "`dvc repro -f features` encodes it again"
+    def _map(self, shard: Shard) -> MappedShard:
+        path = self.folder / shard.name
+        try:
+            if self.storage.local is None and not (path.exists() and path.stat().st_size == shard.size):
+                self.storage.fetch(shard.name, path)
+            return MappedShard(path, shard)
+        except FileNotFoundError:
+            raise MissingFeatures(
+                f"{self.storage.place}/{shard.name} is gone; `dvc repro -f features` encodes its images again"
+            ) from None
+        except OSError as error:
+            raise UnreadableFeatures(
+                f"{self.storage.place}/{shard.name} cannot be read now ({error.strerror or error}); it is left as it is: "
+                "see that it can be read, then run the same command again"
+            ) from error
+
+    def _look_again(self, shard: Shard, fault: str) -> MappedShard:
+        """Take a shard that does not match its manifest once more from where it is stored; still damaged, it is moved
+        aside, so that the next run encodes its images again."""
+        self._mapped.pop(shard.name, None)
+        if self.storage.local is None:  # what was damaged may be this machine's copy
+            (self.folder / shard.name).unlink(missing_ok=True)
+        try:
+            self._mapped[shard.name] = self._map(shard).check()
+            return self._mapped[shard.name]
+        except DamagedShard as again:
+            fault = str(again)
+        place = self._set_aside(shard, fault)
+        if place is None:
+            raise UnreadableFeatures(f"{self.storage.place}/{shard.name} was replaced while it was read ({fault})")
+        raise MissingFeatures(
+            f"{self.storage.place}/{shard.name} is damaged ({fault}) and is moved to {place}; "
+            "`dvc repro -f features` encodes its images again"
         )
 
     def read(self, images: Sequence[str]) -> dict[str, Tensor]:
@@ -245,7 +318,7 @@ class FeatureStore:
         shard, row = self._index[image]
         mapped = self._open(shard)
         if not mapped.matches(row):
-            raise self._damaged(shard, f"image {image[:12]} fails its checksum")
+            mapped = self._look_again(shard, f"image {image[:12]} fails its checksum")
         return mapped, row
 
     def _held_row(self, image: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
 """A folder that is local or behind a URI: ``s3://``, ``gs://``, ``abfs://``, or any scheme fsspec knows.
 
 What is written becomes visible whole: locally by one rename, on an object store by one put. Faults that may pass are
-tried again a few times; what lasts is one error that names the place.
+tried again a few times; what lasts is one error that names the place. Several drivers may share a folder: what is proven
+damaged is moved aside, and only leftovers of a day ago are removed.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import random
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +29,8 @@ from pipelines.files.atomic import atomic_path
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.2  # doubles with every attempt
 COPY_BYTES = 8 * 1024**2
+LEFTOVER_S = 24 * 3600.0  # a file under way that did not change for so long is no one's any more
+ASIDE = "damaged"  # the folder below into which damaged files are moved
 ARROW_SCHEMES = ("s3", "gs", "abfs", "abfss", "hdfs")  # without further packages
 
 log = logging.getLogger(__name__)
@@ -205,3 +210,49 @@ class Folder:
                 self.filesystem.delete_file(self._at(name))
 
         self._try(f"remove {name}", action)
+
+    def set_aside(self, name: str, why: str, still: Callable[[Folder, str], bool] | None = None) -> str | None:
+        """Move ``name``, which is damaged, into the folder ``damaged`` below; returns its new place.
+
+        ``still(folder, name)``: whether what was moved is damaged. Another driver may have put a whole file in its place
+        meanwhile: that goes back, and so does what cannot be looked at. Null: nothing is set aside.
+        """
+        aside = replace(self, place=f"{self.place}/{ASIDE}", path=f"{self.path}/{ASIDE}")
+        moved, damaged = f"{name}.{secrets.token_hex(4)}", False
+        try:
+            self._move(name, aside, moved)
+        except FileNotFoundError:
+            return None
+        try:
+            damaged = still is None or still(aside, moved)
+        finally:
+            if not damaged:
+                aside._move(moved, self, name)
+        if not damaged:
+            return None
+        log.warning("%s/%s is damaged (%s); it is moved to %s/%s", self.place, name, why, aside.place, moved)
+        return f"{aside.place}/{moved}"
+
+    def _move(self, name: str, folder: Folder, new: str) -> None:
+        def action() -> None:
+            self.filesystem.create_dir(folder.path, recursive=True)
+            if self.local is not None:
+                os.rename(self._at(name), folder._at(new))
+            else:
+                self.filesystem.move(self._at(name), folder._at(new))
+
+        self._try(f"move {name}", action)
+
+    def is_old(self, name: str) -> bool:
+        """Whether ``name`` was written so long ago that nobody is at it any more; false where that is not known."""
+        info = self._try(f"look at {name}", lambda: self.filesystem.get_file_info(self._at(name)))
+        return info.mtime_ns is not None and time.time() - info.mtime_ns / 1e9 > LEFTOVER_S
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left here; what others may be writing now is younger, and stays."""
+        if self.local is None:  # a put leaves nothing
+            return
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        for info in self._try("list files", lambda: self.filesystem.get_file_info(selector)):
+            if info.base_name.startswith(".") and info.base_name.endswith(".tmp") and self.is_old(info.base_name):
+                self.remove(info.base_name)

@@ -454,7 +454,7 @@ def run_sweep(
 ) -> SweepOutcome:
     """Run what the store lacks. ``on_start(units, cached_answers)`` is called before work starts; ``gpu_hours``: see
     :func:`pipelines.workers.run_units`."""
-    stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(discard_damaged=True)]
+    stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(tidy=True)]
     units, cached = plan_units(trials, examples, stored, costs, speed, unit_images, reuse=spec.reuse)
     on_start(units, cached)
     return SweepOutcome(run_units(spec, units, cluster, on_done, in_process=in_process, gpu_hours=gpu_hours))

@@ -3,7 +3,9 @@
 A unit holds every one of some trials on every one of some examples; both are named by digests of all that decides the
 answers, and the unit by them. It appears by one rename, or one put on an object store; what a killed upload may leave
 elsewhere lacks the footer and is not counted. What is done is what the footers say, so an interrupted sweep, or one
-with more trials, images or benchmarks, computes just the answers that are missing.
+with more trials, images or benchmarks, computes just the answers that are missing. Several drivers may share a store:
+what cannot be read is left as it is, and so are units whose form another version decided; what is proven damaged is
+moved aside.
 
 A remote footer is read once: what it said is kept on this machine, by the file's name and size. A store of any size is
 then known from its listing alone.
@@ -12,6 +14,7 @@ then known from its listing alone.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -73,7 +76,11 @@ FOOTERS = (
 
 
 class DamagedUnit(UserError, RuntimeError):
-    """A stored unit does not match its checksums."""
+    """A stored unit does not match its checksums, or is not there any more."""
+
+
+class NoParquet(ValueError):
+    """What was read, whole, is no Parquet file, or its pages do not match their checksums."""
 
 
 def unit_name(trials: Sequence[str], examples: Sequence[str]) -> str:
@@ -126,8 +133,12 @@ class ResultStore:
                 writer.write_table(pa.table(columns, schema=writer.schema), row_group_size=max(len(table), 1))
         self.storage.write(stored.unit + SUFFIX, content.getvalue().to_pybytes())
 
-    def done(self, *, discard_damaged: bool = False) -> list[StoredUnit]:
-        """Every finished unit. Files without a readable footer are not counted, and removed if so asked."""
+    def done(self, *, tidy: bool = False) -> list[StoredUnit]:
+        """Every finished unit; files without a footer, and of another form, are not counted.
+
+        ``tidy``: what was half-written a day ago is moved aside, and what killed writers left is removed; younger files
+        may be under way. Raises :class:`StorageUnavailable` where a file cannot be read.
+        """
         sizes = self.storage.sizes(SUFFIX)
         known = self._remembered(sizes)
         unread = [name for name in sizes if name not in known]
@@ -136,30 +147,48 @@ class ResultStore:
         with ThreadPoolExecutor(READERS, thread_name_prefix="footers") as pool:
             found = pool.map(lambda name: self._footer(name, sizes[name], listed), unread)
             for name, unit in zip(unread, found, strict=True):
-                if unit is not None:
+                if isinstance(unit, StoredUnit):
                     known[name] = unit
-                elif discard_damaged:
-                    self.storage.remove(name)
+                elif tidy and unit is not None and self.storage.is_old(name):
+                    self.storage.set_aside(name, str(unit), self._is_damaged)
+        if tidy:
+            self.storage.remove_leftovers()
         if unread:
             self._remember(known, sizes)
         return [known[name] for name in sizes if name in known]
 
-    def _footer(self, name: str, size: int, listed: Callable[[bytes], tuple[str, ...]]) -> StoredUnit | None:
-        """What the file says of itself; ``None`` for one that is no unit."""
+    def _footer(
+        self, name: str, size: int, listed: Callable[[bytes], tuple[str, ...]]
+    ) -> StoredUnit | NoParquet | None:
+        """What the file says of itself; null for one that is gone, or no unit of ours."""
         try:
             tail = self.storage.tail(name, FOOTER_BYTES)
             needed = int.from_bytes(tail[-8:-4], "little") + 8
             if len(tail) < needed <= size:
                 tail = self.storage.tail(name, needed)
+        except FileNotFoundError:
+            return None
+        try:
             footer = pq.read_metadata(pa.BufferReader(tail))
+        except (OSError, pa.ArrowException) as error:  # of bytes at hand: they are no footer
+            return NoParquet(f"no footer: {error}")
+        try:
             trials, examples = (listed(footer.metadata[key]) for key in FOOTER)
             origin = footer.metadata.get(PROVENANCE)
             provenance = sys.intern(origin.decode()) if origin is not None else None
             found = StoredUnit(unit_name(trials, examples), trials, examples, provenance)
-            whole = found.unit + SUFFIX == name and footer.num_row_groups == len(PARTS)
-            return found if whole and footer.row_group(0).num_rows == len(trials) * len(examples) else None
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             return None
+        whole = found.unit + SUFFIX == name and footer.num_row_groups == len(PARTS)
+        return found if whole and footer.row_group(0).num_rows == len(trials) * len(examples) else None
+
+    @staticmethod
+    def _is_damaged(folder: Folder, name: str) -> bool:
+        try:
+            _read_whole(folder.read(name))
+        except NoParquet:
+            return True
+        return False
 
     @property
     def _index(self) -> Path | None:
@@ -206,27 +235,30 @@ class ResultStore:
 
     def described(self, kind: str) -> dict[str, dict[str, str]]:
         """Every digest of a ``kind`` that the store can explain, and its parts."""
-        suffix = f".{kind}.json"
-        return {name.removesuffix(suffix): json.loads(self.storage.read(name)) for name in self.storage.sizes(suffix)}
+        suffix, found = f".{kind}.json", {}
+        for name in self.storage.sizes(suffix):
+            with contextlib.suppress(FileNotFoundError, ValueError):  # half-written: a reason less
+                found[name.removesuffix(suffix)] = json.loads(self.storage.read(name))
+        return found
 
     def remove(self, unit: str) -> None:
         self.storage.remove(unit + SUFFIX)
 
     def read(self, unit: str) -> dict[str, pa.Table]:
-        """All rows of ``unit``, part by part; one damaged since it was written is removed and reported."""
+        """All rows of ``unit``, part by part; one damaged since it was written is moved aside and reported."""
         name = unit + SUFFIX
         try:
-            content = pa.BufferReader(self.storage.read(name))
-            file = pq.ParquetFile(content, page_checksum_verification=True)
-            return {
-                part: _whole(file.read_row_group(number, schema.names), schema)
-                for number, (part, schema) in enumerate(PARTS.items())
-            }
-        except (OSError, pa.ArrowException) as error:
-            self.remove(unit)
-            raise DamagedUnit(
-                f"{self.storage.place}/{name} is damaged or gone and is removed; run the same command again ({error})"
-            ) from None
+            try:
+                return _read_whole(self.storage.read(name))
+            except NoParquet as error:
+                place = self.storage.set_aside(name, str(error), self._is_damaged)
+                if place is None:  # another driver has put a whole one there
+                    return _read_whole(self.storage.read(name))
+                raise DamagedUnit(
+                    f"{self.storage.place}/{name} is damaged ({error}) and is moved to {place}; run the same command again"
+                ) from None
+        except FileNotFoundError:
+            raise DamagedUnit(f"{self.storage.place}/{name} is gone; run the same command again") from None
 
     def read_all(self, units: Iterable[str]) -> Iterator[dict[str, pa.Table]]:
         """:meth:`read` of each of ``units``, in their order; a few are fetched ahead and no more are held."""
@@ -238,6 +270,16 @@ class ResultStore:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+
+
+def _read_whole(content: bytes) -> dict[str, pa.Table]:
+    """The parts in the bytes of a unit's file; raises :class:`NoParquet`."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        groups = [file.read_row_group(number, schema.names) for number, schema in enumerate(PARTS.values())]
+    except (OSError, pa.ArrowException) as error:  # of bytes at hand: input and output have no part in it
+        raise NoParquet(str(error)) from None
+    return {part: _whole(group, schema) for group, (part, schema) in zip(groups, PARTS.items(), strict=True)}
 
 
 def _whole(table: pa.Table, schema: pa.Schema) -> pa.Table:

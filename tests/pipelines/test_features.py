@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipelines.features.images import read_images
 from pipelines.features.loading import Loading
 from pipelines.features.signals import signal_bytes
 from pipelines.features.store import FeatureStore
+from pipelines.files.storage import LEFTOVER_S
 from pipelines.settings import FeatureSettings
 
 SETTINGS = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
@@ -128,11 +130,17 @@ def test_damage_is_detected_and_remade(stored, model_folder, prepared, cluster, 
 
 def test_leftovers_of_a_killed_write_are_not_read(stored, model_folder, prepared, cluster):
     store, _ = stored
-    leftover = store.folder / ".x.arrow.abc.tmp"
-    leftover.write_bytes(b"half")
+    leftovers = [store.folder / ".x.arrow.abc.tmp", store.folder / "nobody-named-it.arrow"]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
     _, encoded = again(store, model_folder, prepared, cluster)
     assert encoded == 0
-    assert not leftover.exists()
+    assert all(leftover.exists() for leftover in leftovers), "another driver may be at them"
+    for leftover in leftovers:
+        os.utime(leftover, (0, time.time() - LEFTOVER_S - 1))
+    _, encoded = again(store, model_folder, prepared, cluster)
+    assert encoded == 0
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_identity_follows_weights_preprocessing_and_dtype(model_folder):
@@ -200,7 +208,9 @@ def test_damage_that_leaves_no_trace_in_time_stamps_is_found_by_its_reader(store
     stamp = shard.stat()
     flip_a_byte(shard)
     os.utime(shard, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    with pytest.raises(MissingFeatures, match=r"fails its checksum.* and is removed; `dvc repro -f features`"):
+    with pytest.raises(
+        MissingFeatures, match=r"fails its checksum.* and is moved to .*/damaged/.*; `dvc repro -f features`"
+    ):
         FeatureStore(store.folder.parent, store.identity).read(images)
     mended, encoded = again(store, model_folder, prepared, cluster)
     assert encoded == SETTINGS.shard_images

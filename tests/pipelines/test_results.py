@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs
 
 from pipelines.files import storage
-from pipelines.files.storage import ATTEMPTS, StorageFull, StorageUnavailable
+from pipelines.files.storage import ASIDE, ATTEMPTS, LEFTOVER_S, Folder, StorageFull, StorageUnavailable
 from pipelines.sweep import results
 from pipelines.sweep.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
 
@@ -103,16 +104,20 @@ def test_parts_may_be_empty_and_footers_long(place):
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, 0.3, 0.9, -9, -8, -1])
 def test_a_part_of_a_unit_is_none(place, kept):
-    """Whatever was written of a unit, it is not counted, and it goes when that is asked for."""
+    """Whatever was written of a unit, it is not counted; it is moved aside once nobody can be at it any more."""
     store = ResultStore(place)
     written = fill(store, 2)
     name = written[0].unit + SUFFIX
     content = store.storage.read(name)
     store.storage.write(name, content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     assert store.done() == written[1:]
-    assert name in store.storage.sizes()
-    assert store.done(discard_damaged=True) == written[1:]
-    assert list(store.storage.sizes()) == [written[1].unit + SUFFIX]
+    assert store.done(tidy=True) == written[1:]
+    assert name in store.storage.sizes(), "another driver may be writing it"
+    if store.storage.local:
+        os.utime(store.storage.local / name, (0, time.time() - LEFTOVER_S - 1))
+        assert store.done(tidy=True) == written[1:]
+        assert list(store.storage.sizes()) == [written[1].unit + SUFFIX]
+        assert [path.name.startswith(name) for path in (store.storage.local / ASIDE).iterdir()] == [True]
 
 
 def test_a_unit_under_another_name_is_none(place):
@@ -125,7 +130,7 @@ def test_a_unit_under_another_name_is_none(place):
 def test_other_files_are_left_alone(place):
     store = ResultStore(place)
     store.storage.write("predictions.parquet", b"someone's own")
-    assert store.done(discard_damaged=True) == []
+    assert store.done(tidy=True) == []
     assert list(store.storage.sizes()) == ["predictions.parquet"]
 
 
@@ -136,9 +141,19 @@ def test_a_damaged_page_is_found_when_read(place, part):
     name = unit.unit + SUFFIX
     flip(store, name, part)
     assert store.done() == [unit], "a footer does not tell"
-    with pytest.raises(DamagedUnit, match=re.escape(f"{store.storage.place}/{name} is damaged or gone and is removed")):
+    content = store.storage.read(name)
+    with pytest.raises(DamagedUnit) as raised:
         store.read(unit.unit)
+    (aside,) = Folder.at(place, ASIDE).sizes()
+    assert re.fullmatch(
+        rf"{re.escape(store.storage.place)}/{name} is damaged \(.*\) and is moved to "
+        rf"{re.escape(store.storage.place)}/damaged/{aside}; run the same command again",
+        str(raised.value),
+    )
+    assert Folder.at(place, ASIDE).read(aside) == content
     assert store.done() == []
+    with pytest.raises(DamagedUnit, match=rf"{name} is gone; run the same command again"):
+        store.read(unit.unit)
 
 
 class Counting(fs.FSSpecHandler):
@@ -311,7 +326,6 @@ def test_a_killed_upload_leaves_nothing_that_counts(place):
     killed = subprocess.run([sys.executable, "-c", KILLED, place], cwd=ROOT, env=os.environ | {"PYTHONPATH": PATHS})
     assert killed.returncode == -signal.SIGKILL
     store = ResultStore(place)
-    assert store.done(discard_damaged=True) == [unit_of(0)[0]]
-    assert len(store.storage.sizes()) == 1
+    assert store.done(tidy=True) == [unit_of(0)[0]]
     store.write(*unit_of(1))
     assert len(store.done()) == 2
