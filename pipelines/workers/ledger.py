@@ -7,7 +7,8 @@ Beside ``run``'s arguments a unit may offer, each optional:
 * ``flops``: what it costs, for the forecast of its time;
 * ``suspects``: where a unit cannot be split, what it consists of (``trial``, its id) → what it was tried with;
 * ``members``: everything that a unit which finished has cleared, in the words of ``suspects``;
-* ``without(suspects)``: the unit without these, or null, and the units that were taken out of it.
+* ``without(suspects)``: the unit without these, or null, and the units that were taken out of it, which have ``unit_id``
+  and ``members``.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class Ledger:
         if self.finished or not (often or max(len(self.failed_homes), len(self.condemned)) >= least):
             return
         explained = len(self.condemned) < least and any(
-            self.common and self.common.isdisjoint(self.units[other].members)
+            self.common and self.common.isdisjoint(getattr(self.units[other], "members", ()))
             for queue in self.homes.values()
             for other in queue
         )
@@ -185,7 +186,7 @@ class Ledger:
         Halves would find the same culprit again at each home, and leave the rest in small pieces.
         """
         suspected = self.alone.keys() & set(getattr(unit, "members", ())) - self.cleared
-        if not suspected:
+        if not suspected or not hasattr(unit, "without"):
             return {}
         rest, taken = unit.without(suspected)
         return {part.unit_id: part for part in (rest, *taken)} if taken and rest is not None else {}
@@ -193,12 +194,13 @@ class Ledger:
     def _without_condemned(self, unit_id: str) -> Any | None:
         """Take a unit off the list, less what was given up meanwhile; null where nothing is left."""
         unit = self.units.pop(unit_id)
-        if self.condemned and hasattr(unit, "without"):
-            unit = self._strip(unit, self.condemned)
-        return unit
+        return self._strip(unit, self.condemned) if self.condemned else unit
 
     def _strip(self, unit: Any, condemned: Mapping[Suspect, Failure]) -> Any | None:
-        """``unit`` without what is condemned, which is given up with the reason that condemned it."""
+        """``unit`` without what is condemned, which is given up with the reason that condemned it; whole where it cannot
+        be taken apart."""
+        if not hasattr(unit, "without"):
+            return unit
         rest, taken = unit.without(condemned.keys())
         for part in taken:
             why = next(condemned[member] for member in part.members if member in condemned)
@@ -229,7 +231,7 @@ class Ledger:
         home = getattr(unit, "home", None)
         kept: collections.deque[str] = collections.deque()
         for unit_id in self.homes.pop(home, ()):
-            (self.deferred if suspect in self.units[unit_id].members else kept).append(unit_id)
+            (self.deferred if suspect in getattr(self.units[unit_id], "members", ()) else kept).append(unit_id)
         if kept:
             self.homes[home] = kept
 

@@ -318,6 +318,28 @@ def test_a_trial_or_an_example_that_always_raises_is_given_up_and_all_else_is_an
     assert len(notes.read_text().splitlines()) < len(units) + 60, "what is given up is not tried answer by answer"
 
 
+@dataclass(frozen=True)
+class Whole(Product):
+    """Units that say what they consist of, and cannot be taken apart but by halves."""
+
+    without = property()  # as if it were not there
+
+    def split(self):
+        return {name: Whole(half.trials, half.examples) for name, half in Product.split(self).items()}
+
+
+def test_units_that_name_suspects_need_not_come_apart(tmp_path):
+    """A bad trial is met often enough to be given up everywhere; what waits of it cannot be stripped, and is tried."""
+    done, notes = set(), tmp_path / "tries"
+    units = {unit_id: Whole(unit.trials, unit.examples) for unit_id, unit in products().items()}
+    assert not hasattr(next(iter(units.values())), "without")
+    spec = Picky(str(notes), frozenset({"t0"}))
+    given_up = run_units(spec, units, two(), lambda _, unit: done.update(unit.answers), policy=SOON, in_process=True)
+    everything = set(itertools.product(TRIALS, EXAMPLES))
+    assert done == {(trial, example) for trial, example in everything if trial != "t0"}
+    assert {answer for unit, _ in given_up.values() for answer in unit.answers} == everything - done
+
+
 def test_where_every_trial_raises_the_run_stops_soon(tmp_path):
     notes = tmp_path / "tries"
     with pytest.raises(
