@@ -37,11 +37,11 @@ def surroundings(error: OSError) -> str | None:
     place = error.filename2 or error.filename or "a file"
     if isinstance(place, bytes):
         place = os.fsdecode(place)
-    words = remedy.format(user=_user(), go_on=GO_ON)
+    words = remedy.format(user=present_user(), go_on=GO_ON)
     return f"{place}: {words}" if error.errno == errno.ENOENT else f"{place}: {words} ({error.strerror})"
 
 
-def _user() -> str:
+def present_user() -> str:
     try:
         return f"user {getpass.getuser()}"
     except (KeyError, OSError):  # a number without a name, as in containers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipelines.files.atomic import atomic_path
+from pipelines.files.lines import append_line, read_lines, tell
 from pipelines.settings import ClusterSettings
 from pipelines.sweep.answers import UnitReport, device_name
 from pipelines.sweep.costs import usual_speed
@@ -55,6 +55,7 @@ class SweepProgress:
         self.cached = self.total = self.finished = 0  # answers
         self.units = self.feature_hits = 0
         self.flops = self.left_flops = self.seconds = self.model_seconds = 0.0
+        self.told_unwritten = False
         self.told_units = -1  # how many were done when the last line was written
         self.began = self.reported = self.told = self.clock()
 
@@ -119,9 +120,18 @@ class SweepProgress:
     def _write_line(self, unit_id: str, result: UnitReport) -> None:
         row = asdict(result) | {"trial_ids": len(result.trial_ids)}
         row["trials"] = row.pop("trial_ids")
-        self.units_log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.units_log, "a") as lines:
-            lines.write(json.dumps({"time": datetime.now(UTC).isoformat(), "unit": unit_id, **row}) + "\n")
+        try:
+            append_line(self.units_log, {"time": datetime.now(UTC).isoformat(), "unit": unit_id, **row})
+        except OSError as error:
+            self._go_on_without(self.units_log, error)
+
+    def _go_on_without(self, path: Path, error: OSError) -> None:
+        """Say once that a note could not be written; what was answered lies in the store."""
+        if not self.told_unwritten:
+            self.told_unwritten = True
+            tell(
+                f"{path}: cannot be written ({error.strerror or error}); the sweep goes on without, all answers are kept"
+            )
 
     def _report(self) -> None:
         self.reported = self.clock()
@@ -137,29 +147,31 @@ class SweepProgress:
             "progress/seconds_left": self._seconds_left,
         }
         self.log(int(self._elapsed * 1000), figures)
-        with atomic_path(self.heartbeat) as path:
-            path.write_text(json.dumps(figures))
+        try:
+            with atomic_path(self.heartbeat) as path:
+                path.write_text(json.dumps(figures))
+        except OSError as error:
+            self._go_on_without(self.heartbeat, error)
 
     def _tell(self) -> None:
         """One line for logs."""
         self.told, self.told_units = self.clock(), self.units
         done = self.cached + self.finished
         left = f"{duration(self._seconds_left)} left" if done < self.total else f"took {duration(self._elapsed)}"
-        print(
+        tell(
             f"sweep: {done:,}/{self.total:,} answers, {self.cached:,} of them cached, {self._rate:.1f}/s, "
-            f"model {self._share:.0%}, {left}",
-            file=sys.stderr,
-            flush=True,
+            f"model {self._share:.0%}, {left}"
         )
 
 
 def worker_speed(units_log: Path, cluster: ClusterSettings, last: int = 200) -> float:
     """FLOP/s of one worker: as its last units had it, or as its kind usually has before the first."""
     device = device_name(cluster.device, cluster.cpus)
-    lines = units_log.read_text().splitlines()[-last:] if units_log.exists() else []
-    mine = [row for row in map(json.loads, lines) if row["device"] == device]
-    seconds = sum(row["seconds"] for row in mine)
-    return sum(row["flops"] for row in mine) / seconds if seconds else usual_speed(cluster.device, cluster.cpus)
+    mine = [row for row in read_lines(units_log, last) if row.get("device") == device]
+    seconds = sum(row.get("seconds", 0.0) for row in mine)
+    return (
+        sum(row.get("flops", 0.0) for row in mine) / seconds if seconds else usual_speed(cluster.device, cluster.cpus)
+    )
 
 
 def duration(seconds: float) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from pipelines.files.lines import tell
 from pipelines.workers.host import Host, Place, WorkerSpec
 from pipelines.workers.joining import Capacity, ClusterUnavailable, start_ray
 from pipelines.workers.ledger import GivenUp, Ledger, OnDone, UnitsFailed
@@ -164,11 +164,7 @@ class Dispatch:
                 if room > wanted
                 else f"the others start when there is room: {self.capacity.says()}"
             )
-            self._tell(f"workers: {wanted} asked for, the cluster holds {room} now; {what}")
-
-    @staticmethod
-    def _tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+            tell(f"workers: {wanted} asked for, the cluster holds {room} now; {what}")
 
     # --- a worker's life --------------------------------------------------------------------------------------------
 
@@ -211,7 +207,7 @@ class Dispatch:
             each.failures, each.last = each.failures + 1, failure
         most = self.policy.place_failures
         if failure.fault == Fault.DEVICE and slot.place.devices and record.failures >= most:
-            self._tell(
+            tell(
                 f"{slot.place.machine}, {', '.join(slot.place.devices)}: {most} workers in a row failed there, last: "
                 f"{failure.reason}; it gets no more work in this run"
             )
@@ -227,7 +223,7 @@ class Dispatch:
         if self.capacity.machines() < 2 and not self.capacity.autoscales():
             return
         self.capacity.retired.add(place.node)
-        self._tell(
+        tell(
             f"{place.machine}: {self.policy.place_failures} workers in a row failed there, last: {failure.reason}; no "
             "worker is put there any more in this run"
         )
@@ -293,7 +289,7 @@ class Dispatch:
             )
         if now - max(self.told, self.without_workers) >= self.policy.tell_every_s:
             self.told = now
-            self._tell(
+            tell(
                 f"waiting for {len(active)} workers, {waited:.0f} of {self.policy.patience_s:g} s: {self.capacity.says()}"
             )
 
@@ -322,7 +318,7 @@ class Dispatch:
         took = self.clock() - slot.since
         where = slot.place.machine if slot.place else "a machine"
         failure = Failure(f"a worker on {where} was silent for {took:.0f} s", "", 1, Fault.RAISED, spent=True)
-        self._tell(f"{failure.reason}; it is replaced")
+        tell(f"{failure.reason}; it is replaced")
         if slot.unit is not None:
             self.ledger.died(slot.unit, failure)
         else:
@@ -383,7 +379,7 @@ class Dispatch:
             slot.starts_failed += 1
             machine = slot.place.machine if slot.place else "a machine"
             failure = replace(failure, reason=f"a worker on {machine} cannot start: {failure.reason}")
-            self._tell(failure.reason)
+            tell(failure.reason)
             self._replace(slot, failure)
             return
         unit_id, slot.unit = slot.unit, None

@@ -1,0 +1,52 @@
+"""Processes of their own without an import of their own: for what a process does with its files, signals and limits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Ended(NamedTuple):
+    """How a process ended (a signal's number below zero) and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def forked(action: Callable[[], object], stderr: int | None = None) -> Ended:
+    """Run ``action`` in a copy of this process; it may say as much as a pipe holds. ``stderr``: where else its goes."""
+    pipes = [os.pipe(), os.pipe()]
+    process = os.fork()
+    if process == 0:
+        os.dup2(pipes[0][1], 1)
+        os.dup2(pipes[1][1] if stderr is None else stderr, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        _run_and_leave(action)
+    said = []
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    for ours, theirs in pipes:
+        os.close(theirs)
+        with open(ours) as pipe:
+            said.append(pipe.read())
+    return Ended(code, *said)
+
+
+def _run_and_leave(action: Callable[[], object]) -> None:
+    code = 1
+    try:
+        action()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
