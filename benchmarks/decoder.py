@@ -245,9 +245,9 @@ def compare(base: Path, load: str, rounds: int, options: dict[str, Any]) -> dict
     """The best of ``rounds`` runs of each version, in turns."""
     runs: dict[Path, list[dict[str, Any]]] = {base: [], HERE: []}
     for _ in range(rounds):
-        for root, found in runs.items():
-            found.append(in_version(root, load, options))
-    before, now = (min(found, key=lambda one: one["seconds"]) for found in runs.values())
+        for root, of_version in runs.items():
+            of_version.append(in_version(root, load, options))
+    before, now = (min(of_version, key=lambda one: one["seconds"]) for of_version in runs.values())
     pairs = list(zip(before["answers"], now["answers"], strict=True))
     differing = sum(one != other for one, other in pairs)
     result = {"speedup": before["seconds"] / now["seconds"], "differing": differing, "answers": len(pairs)}

@@ -126,19 +126,19 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=400, help="made-up trials (default: 400)")
     parser.add_argument("--questions", type=int, default=2500, help="questions each answers (default: 2500)")
     parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)  # the child's half
-    asked = parser.parse_args()
-    if asked.score:
-        print(json.dumps(score_sweep(asked.score)))
+    options = parser.parse_args()
+    if options.score:
+        print(json.dumps(score_sweep(options.score)))
         return
     with tempfile.TemporaryDirectory() as name:
-        write_sweep(Path(name), asked.trials, asked.questions)
+        write_sweep(Path(name), options.trials, options.questions)
         rows = pq.read_metadata(Path(name) / "predictions.parquet").num_rows
         command = [sys.executable, "-m", "benchmarks.evaluate", "--score", name]
         measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     figures = {
         "benchmark": "evaluate",
-        "trials": asked.trials,
+        "trials": options.trials,
         "rows": rows,
         "evaluate_seconds": round(measured["seconds"], 2),
         "evaluate_cpu_seconds": round(measured["cpu_seconds"], 2),
@@ -146,7 +146,7 @@ def main() -> None:
         "limit_seconds": LIMIT_S,
         "limit_gib": LIMIT_GIB,
     }
-    print(f"{rows} answers of {asked.trials} trials → {measured['score_rows']} scores")
+    print(f"{rows} answers of {options.trials} trials → {measured['score_rows']} scores")
     print(f"{measured['seconds']:.1f} s (bar: {LIMIT_S:.0f}); {measured['peak_gib']:.2f} GiB (bar: {LIMIT_GIB:.0f}), ")
     print(f"{measured['imports_gib']:.2f} GiB of it imported modules")
     print(json.dumps(figures))

@@ -106,11 +106,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=128, help="images of each size (default: 128)")
     parser.add_argument("--folder", type=Path, help="where to write them (default: a temporary folder)")
-    asked = parser.parse_args()
-    figures: dict[str, object] = {"benchmark": "features", "images": asked.images}
+    options = parser.parse_args()
+    figures: dict[str, object] = {"benchmark": "features", "images": options.images}
     for name, (tokens, dim, dtype) in SIZES.items():
-        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-            measured = measure(Path(folder), asked.images, tokens, dim, dtype)
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            measured = measure(Path(folder), options.images, tokens, dim, dtype)
         print(
             f"{tokens}x{dim} {np.dtype(dtype).name}: {measured['gib_a_second']:.1f} GiB/s, "
             f"{measured['sequential_ratio']:.0%} of numpy.memmap (bar: 80 %); first pass with checksums "

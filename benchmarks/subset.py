@@ -86,8 +86,8 @@ def differences(then: Any, now: Any, key: str = "") -> list[str]:
 def main() -> None:
     settings = load_settings()
     examples = pd.read_parquet(EXAMPLES)
-    asked = examples[examples["benchmark"].isin(settings.sweep.benchmarks)]
-    changed = differences(json.loads(PINNED.read_text()), metrics_of(settings, subset_of_then(asked)))
+    questions = examples[examples["benchmark"].isin(settings.sweep.benchmarks)]
+    changed = differences(json.loads(PINNED.read_text()), metrics_of(settings, subset_of_then(questions)))
     print("\n".join(changed) or "the same metrics on the same questions")
     sys.exit(1 if changed else 0)
 

@@ -132,9 +132,16 @@ class Bench:
     ) -> tuple[float, dict[tuple[str, str], str], float]:
         """CPU seconds, the answers, and the share of the worker's wall time inside the decoder."""
         table = results / "predictions.parquet"
-        paths = (str(results), str(self.root / "images.parquet"))
-        features = (str(self.root / "features"), self.store.identity, self.vlm.encoder_identity)
-        spec = SweepSpec(MODEL, *features, *paths, threads=1, loading=loading)
+        spec = SweepSpec(
+            model=MODEL,
+            feature_root=str(self.root / "features"),
+            feature_identity=self.store.identity,
+            encoder=self.vlm.encoder_identity,
+            results=str(results),
+            images=str(self.root / "images.parquet"),
+            threads=1,
+            loading=loading,
+        )
         reports: list[UnitReport] = []
 
         def run() -> SweepOutcome:
@@ -142,12 +149,11 @@ class Bench:
                 spec,
                 trials,
                 self.examples,
-                self.costs,
-                usual_speed("cpu", 1),
-                UNIT_IMAGES,
                 ONE_WORKER,
-                lambda units, cached: None,
-                lambda unit, report: reports.append(report),
+                costs=self.costs,
+                speed=usual_speed("cpu", 1),
+                unit_images=UNIT_IMAGES,
+                on_done=lambda unit, report: reports.append(report),
                 in_process=True,
             )
             ids = [trial.trial_id for trial in trials]
@@ -161,10 +167,10 @@ class Bench:
         frame = pq.read_table(table, columns=["trial_id", "example_id", "prediction"]).to_pylist()
         return seconds, {(row["trial_id"], row["example_id"]): row["prediction"] for row in frame}, share
 
-    def one_by_one(self, trial: Trial, asked: Sequence[Example]) -> dict[tuple[str, str], str]:
+    def one_by_one(self, trial: Trial, examples: Sequence[Example]) -> dict[tuple[str, str], str]:
         """One trial, batched, sharing nothing between questions."""
         texts: dict[tuple[str, str], str] = {}
-        for batch in self._batches(asked):
+        for batch in self._batches(examples):
             images = tuple(sorted({example.image for example in batch}))
             signals = self.vlm.signals(self.store.read(images), images)
             selection = _select(trial, signals)
@@ -186,9 +192,9 @@ class Bench:
         answers = trunk.answer(trial.spec.running_cuts(trial.schedule), limits, trial.spec.seed)
         return [self.words.decode(answer.tokens) for answer in answers]
 
-    def papers_way(self, trials: Sequence[Trial], asked: Sequence[Example]) -> float:
-        """Forecast CPU seconds of ``trials`` on all questions, from those of ``asked`` and their images."""
-        pictures = read_images(self.root / "images.parquet", sorted({example.image for example in asked}))
+    def papers_way(self, trials: Sequence[Trial], examples: Sequence[Example]) -> float:
+        """Forecast CPU seconds of ``trials`` on all questions, from those of ``examples`` and their images."""
+        pictures = read_images(self.root / "images.parquet", sorted({example.image for example in examples}))
         loading = encoding = answering = 0.0
 
         def encode(vlm: LlavaAdapter, picture: Image.Image) -> dict[str, torch.Tensor]:
@@ -205,21 +211,21 @@ class Bench:
                 seconds, encoded = clock(partial(encode, vlm, picture))
                 encoding += seconds
                 signals[image] = vlm.signals(encoded, (image,))
-            for example in asked:
+            for example in examples:
                 answering += clock(partial(answer, trial, signals[example.image], example))[0]
         images = len({example.image for example in self.examples})
-        whole = encoding * images / len(pictures) + answering * len(self.examples) / len(asked)
+        whole = encoding * images / len(pictures) + answering * len(self.examples) / len(examples)
         return (loading + whole) / len(trials)
 
-    def stock(self, asked: Sequence[Example]) -> float:
+    def stock(self, examples: Sequence[Example]) -> float:
         """Time of the unpruned trial one by one, over that of stock ``generate`` on the same cached features."""
         tokens, layers = self.vlm.grid.tokens, self.vlm.layers
         trial = Trial(specify("unpruned"), TokenSchedule(tokens, layers, tokens), {})
-        ours, answers = clock(lambda: self.one_by_one(trial, asked))
-        theirs, texts = clock(lambda: [pair for batch in self._batches(asked) for pair in self._generate(batch)])
+        ours, answers = clock(lambda: self.one_by_one(trial, examples))
+        theirs, texts = clock(lambda: [pair for batch in self._batches(examples) for pair in self._generate(batch)])
         different = sum(answers[trial.trial_id, example_id] != text for example_id, text in texts)
         if different:
-            raise SystemExit(f"{different} of {len(asked)} unpruned answers differ from stock generate")
+            raise SystemExit(f"{different} of {len(examples)} unpruned answers differ from stock generate")
         return ours / theirs
 
     @torch.inference_mode()
@@ -250,9 +256,9 @@ class Bench:
             (example.example_id, self.vlm.decode_text(row)) for example, row in zip(batch, made.tolist(), strict=True)
         ]
 
-    def _batches(self, asked: Sequence[Example]) -> list[list[Example]]:
+    def _batches(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Batches of questions of like length."""
-        ordered = sorted(asked, key=lambda example: (len(self.words.encode(example.prompt).after), example.image))
+        ordered = sorted(examples, key=lambda example: (len(self.words.encode(example.prompt).after), example.image))
         return [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
 
 
@@ -272,22 +278,22 @@ def measure_grid(
     bench: Bench, name: str, trials: list[Trial], sample: int, papers_trials: int, results: Path
 ) -> dict[str, float | bool]:
     """Both baselines against the sweep, on one grid."""
-    asked, few = _sample(bench.examples, sample), _sample(bench.examples, 12)
+    many, few = _sample(bench.examples, sample), _sample(bench.examples, 12)
     shared, answers, share = bench.shared(trials, results)
-    slow, alone = clock(lambda: [bench.one_by_one(trial, asked) for trial in trials])
-    slow *= len(bench.examples) / len(asked)
+    slow, alone = clock(lambda: [bench.one_by_one(trial, many) for trial in trials])
+    slow *= len(bench.examples) / len(many)
     papers = bench.papers_way(trials[:: -(-len(trials) // papers_trials)], few) * len(trials)
-    differing = sum(answers[key] != text for found in alone for key, text in found.items())
+    differing = sum(answers[key] != text for of_trial in alone for key, text in of_trial.items())
     predicted = forecast(trials, bench.costs).gain
     print(
         f"{name}: {len(trials)} trials, {len(bench.examples)} questions; shared {shared:.1f} s; one by one {slow:.1f} s "
-        f"(on {len(asked)} questions, scaled); the papers' way {papers:.0f} s (on {papers_trials} trials and {len(few)} "
+        f"(on {len(many)} questions, scaled); the papers' way {papers:.0f} s (on {papers_trials} trials and {len(few)} "
         f"questions, scaled)"
     )
 
     print(
         f"  {slow / shared:.2f} times faster, {predicted:.2f} predicted; {papers / shared:.1f} times the papers' way; "
-        f"{share:.1%} of the time inside the decoder; {differing} of {len(trials) * len(asked)} answers differ"
+        f"{share:.1%} of the time inside the decoder; {differing} of {len(trials) * len(many)} answers differ"
     )
     return {
         f"speedup_{name}": slow / shared,

@@ -73,17 +73,17 @@ def trials_of(vlm: LlavaAdapter, entries: Sequence[dict[str, Any]]) -> list[Tria
         budgets=[16],
         grids=[GridEntry.model_validate(entry) for entry in entries],
     )
-    found = [trial for trial in expand(settings, Layouts.fixed(vlm.grid), vlm.layers) if trial.budgets]
-    reading = [trial for trial in found if trial.grids == ("text-aware",)]
-    if (len(found), len(reading)) != (18, 6):
-        raise SystemExit(f"{len(found)} trials, {len(reading)} of them text-aware, where 18 and 6 are meant")
-    return found
+    pruned = [trial for trial in expand(settings, Layouts.fixed(vlm.grid), vlm.layers) if trial.budgets]
+    reading = [trial for trial in pruned if trial.grids == ("text-aware",)]
+    if (len(pruned), len(reading)) != (18, 6):
+        raise SystemExit(f"{len(pruned)} trials, {len(reading)} of them text-aware, where 18 and 6 are meant")
+    return pruned
 
 
-def one_by_one(bench: Bench, trial: Trial, asked: Sequence[Example]) -> dict[tuple[str, str], str]:
+def one_by_one(bench: Bench, trial: Trial, examples: Sequence[Example]) -> dict[tuple[str, str], str]:
     """One trial in batches of questions that share nothing."""
     vlm, texts = bench.vlm, dict[tuple[str, str], str]()
-    for batch in bench._batches(asked):
+    for batch in bench._batches(examples):
         images = tuple(sorted({example.image for example in batch}))
         of_image = [images.index(example.image) for example in batch]
         views = view_signals(vlm.layout, bench.store.read(images), images, heads=vlm.heads, project=vlm.project)
@@ -103,16 +103,16 @@ def one_by_one(bench: Bench, trial: Trial, asked: Sequence[Example]) -> dict[tup
     return texts
 
 
-def papers_way(bench: Bench, trial: Trial, asked: Sequence[Example], tower: str) -> float:
-    """Forecast CPU seconds of one trial as a run of its own, from those of ``asked`` and their images."""
-    pictures = read_images(bench.root / "images.parquet", sorted({example.image for example in asked}))
+def papers_way(bench: Bench, trial: Trial, examples: Sequence[Example], tower: str) -> float:
+    """Forecast CPU seconds of one trial as a run of its own, from those of ``examples`` and their images."""
+    pictures = read_images(bench.root / "images.parquet", sorted({example.image for example in examples}))
     loading, vlm = clock(lambda: LlavaAdapter.load(MODEL, text_tower=tower))
 
     def encode() -> dict[str, Any]:
         return {image: vlm.encode_images([picture])[0] for image, picture in pictures.items()}
 
     def answer() -> None:
-        for example in asked:
+        for example in examples:
             alone = ImageBatch(encoded=[signals[example.image]], names=[example.image], questions=[[example.prompt]])
             own = select(vlm, trial.plan, vlm.layout, alone)
             trunk = Trunk(vlm, own, [[vlm.encode_prompt(example.prompt)]], trial.spec.position, [example.image])
@@ -121,7 +121,7 @@ def papers_way(bench: Bench, trial: Trial, asked: Sequence[Example], tower: str)
     encoding, signals = clock(encode)
     answering, _ = clock(answer)
     images = len({example.image for example in bench.examples})
-    return loading + encoding * images / len(pictures) + answering * len(bench.examples) / len(asked)
+    return loading + encoding * images / len(pictures) + answering * len(bench.examples) / len(examples)
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def measure(bench: Bench, name: str, trials: list[Trial], results: Path, loading
     shared, answers, _ = bench.shared(trials, results, loading)
     alone = [clock(partial(one_by_one, bench, trial, bench.examples)) for trial in trials]
     slow = sum(seconds for seconds, _ in alone)
-    differing = sum(answers[key] != text for _, found in alone for key, text in found.items())
+    differing = sum(answers[key] != text for _, of_trial in alone for key, text in of_trial.items())
     few = _sample(bench.examples, 6)
     papers = sum(papers_way(bench, trial, few, loading.text_tower or "") for trial in trials)
     predicted, count = forecast(trials, bench.costs).gain, len(trials) * len(bench.examples)

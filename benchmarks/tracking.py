@@ -44,6 +44,7 @@ def synthetic_tables(count: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFra
 
 def _trial(number: int) -> dict[str, object]:
     method, budget = METHODS[number % 4], (16.0, 32.0, 48.0)[number // 4 % 3]
+
     return {
         "trial_id": f"{number:012x}",
         "label": f"{method} {budget:.0f} #{number}",

@@ -21,7 +21,7 @@ STAGES = ("before the language model", "inside the language model", "before and 
 BLIND = ("none", "random")  # scorers that read nothing of the question
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Listing:
     """One method.
 
@@ -69,17 +69,17 @@ def _listing(name: str) -> Listing:
     if inside_only and stage2 is not None:
         defined = SCORERS[stage2.scorer].score
     return Listing(
-        name,
-        STAGES[(1 if inside_only else 2) if stage2 is not None else 0],
-        {preset: preset_values(name, preset) for preset in recipe.presets},
-        reads,
-        scorers,
-        "relevance" in reads or any(scorer not in BLIND for scorer in scorers),
-        stage1.check is not None,
-        recipe.position,
-        tuple(dict.fromkeys(cited)),
-        recipe.about or inspect.cleandoc(_module_text(defined)),
-        defined.__module__,
+        name=name,
+        stage=STAGES[(1 if inside_only else 2) if stage2 is not None else 0],
+        presets={preset: preset_values(name, preset) for preset in recipe.presets},
+        reads=reads,
+        scorers=scorers,
+        text_aware="relevance" in reads or any(scorer not in BLIND for scorer in scorers),
+        trained=stage1.check is not None,
+        position=recipe.position,
+        cite=tuple(dict.fromkeys(cited)),
+        about=recipe.about or inspect.cleandoc(_module_text(defined)),
+        module=defined.__module__,
     )
 
 

@@ -102,13 +102,7 @@ def generate(
     Raises ``ValueError`` naming the argument and what is allowed, and
     :class:`nuwa.schedule.UnreachableBudget` where no schedule of the method has that average.
     """
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
-    if len(images) != len(questions):
-        raise ValueError(f"{len(images)} images but {len(questions)} questions; give one, or a list, for each image")
-    if any(not isinstance(of_image, str) and not of_image for of_image in questions):
-        raise ValueError("every image needs at least one question")
-
+    _check_call(model, images, questions)
     budget_of = _budget(method, average_tokens, retention)
     configured: dict[str, Any] = {"preset": preset, "position": position, "stage2": stage2, "seed": seed}
     configured |= {"without_stage2": without_stage2, "parameters": parameters}
@@ -129,6 +123,17 @@ def generate(
         for of_image, given in zip(generations, questions, strict=True)
     ]
     return cast("list[Generation] | list[list[Generation]]", shaped)  # as the questions were
+
+
+def _check_call(
+    model: PreTrainedModel, images: Sequence[Image.Image], questions: Sequence[str] | Sequence[Sequence[str]]
+) -> None:
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images but {len(questions)} questions; give one, or a list, for each image")
+    if any(not isinstance(of_image, str) and not of_image for of_image in questions):
+        raise ValueError("every image needs at least one question")
 
 
 def _answer_batch(

@@ -32,18 +32,18 @@ def load_plugins(names: Iterable[str] = ()) -> tuple[str, ...]:
     what is wrong with it.
     """
     offered = [entry.value.partition(":")[0] for entry in entry_points(group=GROUP)]
-    found = tuple(dict.fromkeys([*names, *sorted(offered)]))
+    modules = tuple(dict.fromkeys([*names, *sorted(offered)]))
     here = str(Path.cwd())
-    if found and here not in sys.path:
+    if modules and here not in sys.path:
         sys.path.append(here)
-    for name in found:
+    for name in modules:
         try:
             importlib.import_module(name)
         except UserError as error:  # a name that is taken, and the like
             raise PluginError(f"plugins: {name}: {error}") from None
         except Exception as error:
             raise PluginError(f"plugins: {name}: {_reason(name, error)}") from error
-    return found
+    return modules
 
 
 def _reason(name: str, error: Exception) -> str:

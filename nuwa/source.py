@@ -262,12 +262,15 @@ def _class_pieces(cls: type) -> _ClassPieces:
     if node is None:
         return _ClassPieces(_Piece(name, _sha(name), _Reached()), {}, frozenset())
     members, statements = _members(cls, node, module)
+
     head, gathered = [ast.unparse(base) for base in node.bases], _Gathered()
     for tree in [*(_normalised(one) for one in node.decorator_list), *statements]:
         head.append(_spelled(tree))
         gathered.add_tree(tree, vars(module), None, module, within=cls)
     gathered.add_annotations(node, vars(module))
     gathered.objects += [base for base in cls.__mro__[1:] if base is not object]
+
+    # A base from elsewhere calls what it knows by name, as PyTorch calls forward.
     ours = (PACKAGE, cls.__module__.partition(".")[0])
     foreign = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ours and base not in _PLAIN]
     called = frozenset(
@@ -296,6 +299,7 @@ def _members(
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
             members.setdefault(statement.name, []).append(_method_piece(cls, statement, module))
             continue
+
         target = getattr(statement, "target", None) or (getattr(statement, "targets", None) or [None])[0]
         tree = _normalised(statement)
         if isinstance(target, ast.Name) and not is_record:
@@ -306,7 +310,8 @@ def _members(
             members.setdefault(target.id, []).append(piece)
         elif not isinstance(tree, ast.Pass):
             statements.append(tree)
-    return {name: tuple(found) for name, found in members.items()}, statements
+
+    return {name: tuple(pieces) for name, pieces in members.items()}, statements
 
 
 def _method_piece(cls: type, node: ast.FunctionDef | ast.AsyncFunctionDef, module: types.ModuleType) -> _Piece:
@@ -503,6 +508,7 @@ def _text(value: Any, inside: _Gathered) -> str:
         if isinstance(value, str) and value.isidentifier():
             inside.attributes.add(value)
         return repr(value)
+
     if (kind := _registry_kind(value)) is not None:
         inside.registries.append((kind, value))
         inside.objects.append(type(value))
@@ -510,6 +516,7 @@ def _text(value: Any, inside: _Gathered) -> str:
     for kinds, describe in _DESCRIPTIONS:
         if isinstance(value, kinds):
             return describe(value, inside)
+
     if dataclasses.is_dataclass(value):
         inside.objects.append(type(value))
         counted = [field for field in dataclasses.fields(value) if field.metadata.get("identity", True)]
@@ -518,6 +525,7 @@ def _text(value: Any, inside: _Gathered) -> str:
     if typing.get_origin(value) is not None or type(value).__module__ == "typing":
         inside.objects += _types_in(value)
         return ", ".join(map(str, typing.get_args(value)))
+
     target = _unwrapped(value)
     if isinstance(target, (type, types.FunctionType, types.BuiltinFunctionType)):
         return _text(target, inside)
@@ -579,40 +587,40 @@ def _tree(module: types.ModuleType) -> ast.Module:
 @functools.cache
 def _definitions(module: types.ModuleType) -> dict[tuple[int, str], list[Any]]:
     """Functions and lambdas by their code's first line and name; lambdas of one line are not told apart."""
-    found: dict[tuple[int, str], list[Any]] = {}
+    definitions: dict[tuple[int, str], list[Any]] = {}
     for node in ast.walk(_tree(module)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
-            found.setdefault((first, node.name), []).append(node)
+            definitions.setdefault((first, node.name), []).append(node)
         elif isinstance(node, ast.Lambda):
-            found.setdefault((node.lineno, "<lambda>"), []).append(node)
-    return found
+            definitions.setdefault((node.lineno, "<lambda>"), []).append(node)
+    return definitions
 
 
 @functools.cache
 def _classes(module: types.ModuleType) -> dict[str, ast.ClassDef]:
-    found: dict[str, ast.ClassDef] = {}
+    classes: dict[str, ast.ClassDef] = {}
 
     def gather(body: Iterable[ast.AST], prefix: str) -> None:
         for node in body:
             if isinstance(node, ast.ClassDef):
-                found[prefix + node.name] = node
+                classes[prefix + node.name] = node
                 gather(node.body, f"{prefix}{node.name}.")
 
     gather(_tree(module).body, "")
-    return found
+    return classes
 
 
 @functools.cache
 def _assignments(module: types.ModuleType) -> dict[str, list[ast.stmt]]:
     """Module-level statements by the names they bind."""
-    found: dict[str, list[ast.stmt]] = {}
+    statements: dict[str, list[ast.stmt]] = {}
     for statement in _tree(module).body:
         if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             for node in ast.walk(statement):
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    found.setdefault(node.id, []).append(statement)
-    return found
+                    statements.setdefault(node.id, []).append(statement)
+    return statements
 
 
 class _Normaliser(ast.NodeTransformer):

@@ -99,8 +99,8 @@ def train_phase(
 ) -> None:
     """Run ``schedule.steps`` optimiser steps of ``module``, from ``checkpoint`` if it exists.
 
-    ``draw_batch(rng, size, progress)`` gets the per-process batch size and the share of the phase that is done, for
-    curricula. The module is left with its final weights, on its original object.
+    ``draw_batch(rng, size, progress)`` gets the per-process batch size and the share of the phase that is done. The
+    module is left with its final weights, on its original object.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     optimizer = torch.optim.AdamW(

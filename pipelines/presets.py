@@ -23,7 +23,7 @@ def preset_path(name: str) -> Path:
     """The overlay called ``name``; raises :class:`SettingsError` that lists what exists."""
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(found.stem for found in EXPERIMENTS.glob("*.yaml")))
+        known = ", ".join(sorted(preset.stem for preset in EXPERIMENTS.glob("*.yaml")))
         raise SettingsError(f"experiment {name!r} is unknown; allowed: {known or 'none, experiments/ is empty'}")
     return path
 
@@ -46,9 +46,9 @@ def compose(params: str, overlay: str) -> str:
 
 def _merge(base: MutableMapping[str, Any], over: MutableMapping[str, Any]) -> None:
     for key, value in over.items():
-        mine = base.get(key)
-        if isinstance(value, MutableMapping) and isinstance(mine, MutableMapping) and key not in REPLACED:
-            _merge(mine, value)
+        ours = base.get(key)
+        if isinstance(value, MutableMapping) and isinstance(ours, MutableMapping) and key not in REPLACED:
+            _merge(ours, value)
         else:
             base[key] = value
 

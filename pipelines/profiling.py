@@ -88,9 +88,11 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         held = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - held
+
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
@@ -258,7 +260,7 @@ def planned_methods(settings: ProfileSettings, say: Callable[[str], None]) -> di
         raise SettingsError(
             "profile.attention: flash_attention_2 is not installed here; leave it out, or install flash-attn"
         )
-    found: dict[str, list[MethodSpec]] = {}
+    planned: dict[str, list[MethodSpec]] = {}
 
     for path in settings.models:
         try:
@@ -269,7 +271,7 @@ def planned_methods(settings: ProfileSettings, say: Callable[[str], None]) -> di
         except (OSError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise SettingsError(f"profile.models: {path!r} is no model of a supported family ({reason})") from None
-        found[path] = []
+        planned[path] = []
         for method in settings.methods:
             for share in settings.shares:
                 spec = specify(method, budget=share * layout.tokens)
@@ -281,8 +283,8 @@ def planned_methods(settings: ProfileSettings, say: Callable[[str], None]) -> di
                 except ValueError as error:
                     raise SettingsError(f"profile.methods: {error}; {path} is of that kind") from None
                 else:
-                    found[path].append(spec)
-    return found
+                    planned[path].append(spec)
+    return planned
 
 
 def profile_model(
@@ -320,6 +322,7 @@ def _profile_batch(
     except torch.OutOfMemoryError:
         say(f"{where}: the images do not fit into memory; left out")
         return
+
     runs: list[tuple[str, Callable[[], dict[str, Any]]]] = []
     runs += [(STOCK, bench.time_stock), (UNPRUNED, partial(bench.time_method, specify(UNPRUNED)))]
     runs += [(f"{spec.method} at {spec.budget:g}", partial(bench.time_method, spec)) for spec in specs]

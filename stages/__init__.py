@@ -43,7 +43,7 @@ def _check_libraries(argv: list[str]) -> None:
     if "stages.inputs" in argv:  # always runs, takes a fraction of a second, and loads no model
         return
     try:
-        import nuwa  # noqa: F401
+        import nuwa  # noqa: F401 (on import it refuses versions that it does not know)
     except ImportError as error:
         if type(error).__name__ != "UnsupportedVersion":
             raise

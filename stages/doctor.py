@@ -46,17 +46,17 @@ class Finding(NamedTuple):
 def examine(settings: Settings, *, deep: bool = False) -> list[Finding]:
     """Everything that can be known before a stage runs, errors first."""
     checks = (_rights, _model, _tables, _lessons, _weights, _stores, _cluster, _tracking, _revision)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in checks:
         try:
-            found += check(settings, deep)
+            findings += check(settings, deep)
         except UserError as error:
-            found.append(Finding("error", str(error)))
+            findings.append(Finding("error", str(error)))
         except OSError as error:
             if (told := surroundings(error)) is None:
                 raise
-            found.append(Finding("error", told))
-    return sorted(found, key=lambda finding: finding.level)
+            findings.append(Finding("error", told))
+    return sorted(findings, key=lambda finding: finding.level)
 
 
 def room_for(settings: Settings, features: int, results: int) -> Iterator[Finding]:
@@ -70,6 +70,7 @@ def room_for(settings: Settings, features: int, results: int) -> Iterator[Findin
             place = _existing(Path(store or default))
             disk = place.stat().st_dev
             needed[disk] = (needed.get(disk, (0, place))[0] + size, place)
+
     for size, place in needed.values():
         free = shutil.disk_usage(place).free
         if size > free:

@@ -111,6 +111,7 @@ def planned_trials(settings: Settings) -> list[Trial]:
         raise SettingsError(
             f"model.path = {path!r}: there is no such folder; name one that holds a model, or a model of the hub"
         )
+
     try:
         config = known_shape(path)
         family = adapter_class(config.model_type)
@@ -121,17 +122,20 @@ def planned_trials(settings: Settings) -> list[Trial]:
         raise SettingsError(
             f"model.path = {path!r}: no model of a supported family there ({reason}); `make testbed` trains one"
         ) from None
+
     try:
         check_framing(family, settings.model.conversation, settings.model.image_aspect_ratio)
         images = settings.model.images.framed(usual, config.model_type)
     except ValueError as error:
         raise SettingsError(f"model: {error}") from None
+
     layouts = Layouts({family.layout_for(config, images, USUAL_PHOTO): 1}, family.dynamic)
     trials = expand(settings.sweep, layouts, layers)
     searched: list[Trial] = []
     if (swarm := settings.search.swarm) is not None:
         check_space(swarm, settings.sweep.budget_unit, layouts, layers)
         searched = swarm_trials(swarm, settings.sweep, layouts, layers)
+
     for trial in (*trials, *searched):
         check_signals(trial, family, settings)
     return trials

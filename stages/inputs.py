@@ -50,9 +50,9 @@ def _plugin(name: str) -> list[str]:
     """Where a plugin's code lies: the folder of its package, or its file; nothing is imported."""
     package = name.partition(".")[0]
     here = [Path(package), Path(f"{package}.py")]
-    found = next((place for place in here if place.exists()), None)
-    if found is not None:
-        return [str(found)]
+    source = next((place for place in here if place.exists()), None)
+    if source is not None:
+        return [str(source)]
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):

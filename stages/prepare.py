@@ -41,7 +41,8 @@ def prepare(settings: Settings) -> None:
     told_in_pixels = any(BenchmarkName.parse(name).benchmark().pixels for name in sources)
     seen = seen_by(path, rules) if told_in_pixels else lambda size: size
     model_type = model_shape(published(path)).model_type
-    notes = write_examples(sources, style, EXAMPLES, IMAGES, seen, reading_order(path, rules), model_type)
+    order = reading_order(path, rules)
+    notes = write_examples(sources, style, EXAMPLES, IMAGES, seen=seen, order=order, model_type=model_type)
     for name, counts in notes.items():
         for note, count in counts.items():
             print(f"{name}: {note}: {count:,}")

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from nuwa import UNPRUNED
+from nuwa.vlm import Adapter
 from pipelines.data.datasets import choose_questions
 from pipelines.features.identity import ModelIdentity
 from pipelines.features.layouts import image_layouts
@@ -26,7 +27,7 @@ from pipelines.files.lock import exclusive
 from pipelines.search.racing import check_slices, race, slices
 from pipelines.search.run import Asking, race_grid, search_swarm
 from pipelines.search.space import check_space, trial_at
-from pipelines.settings import Settings, SwarmSettings
+from pipelines.settings import Settings, SwarmSettings, SweepSettings
 from pipelines.sweep.askable import askable
 from pipelines.sweep.engine import Engine, check_weights
 from pipelines.sweep.trials import Layouts, Trial, expand
@@ -40,19 +41,17 @@ def search(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan, wanted, model = settings.sweep, settings.search, settings.model
-    prepared = pd.read_parquet(EXAMPLES)
-    questions = choose_questions(prepared, plan.benchmarks, plan.images, plan.subset_seed).examples
     loading = Loading.of(model, settings.cluster)
     vlm = loading.here(model.path)
-    questions, _ = askable(vlm, questions, allowed=plan.quarantine == "allow")
+    questions, everything = _questions(plan, vlm)
     rungs = slices(questions, wanted.shares, wanted.seed)
     check_slices(rungs, wanted.shares)
-    everything = choose_questions(prepared, plan.benchmarks, None, plan.subset_seed).examples
-    everything, _ = askable(vlm, everything, allowed=True)
+
     unseen = everything[~everything["image"].isin(questions["image"])].reset_index(drop=True)
     of_image = image_layouts(vlm, everything)
     layouts = Layouts.of((of_image[image] for image in sorted(set(questions["image"]))), vlm.dynamic)
     anywhere = Layouts.of(of_image.values(), vlm.dynamic)  # the best points are asked on all images
+
     trials = expand(plan, layouts, vlm.layers)
     if wanted.swarm is not None:
         check_space(wanted.swarm, plan.budget_unit, anywhere, vlm.layers)
@@ -62,6 +61,7 @@ def search(settings: Settings) -> None:
 
     encoder = ModelIdentity.of(model.path, loading, vlm).fingerprint
     check_weights([*trials, *([make(wanted.swarm, {})] if wanted.swarm is not None else [])], encoder)
+
     with ExitStack() as stack:
         stack.enter_context(exclusive(shared_cache()))
         if start_ray(settings.cluster):  # once, not at every rung
@@ -69,13 +69,15 @@ def search(settings: Settings) -> None:
 
             stack.callback(ray.shutdown)
         engine = Engine.start(settings, vlm, of_image, places(settings))
-        asked = [wanted.model_dump(), settings.evaluate.model_dump()]
-        search_id, fingerprints = engine.identify(trials, questions, *asked)
-        tracker = Tracker.open(settings.tracking.resolved_uri, settings.tracking.experiment, sweep_id=search_id)
+        further = [wanted.model_dump(), settings.evaluate.model_dump()]
+        search_id, fingerprints = engine.identify(trials, questions, *further)
+        tracking = settings.tracking
+        tracker = Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=search_id)
         stack.enter_context(tracker)
         name = f"search {search_id[:8]}: {len(trials)} trials, {len(questions)} questions"
         size = {"trials": len(trials), "questions": len(questions), "shares": wanted.shares}
         tracker.parent(name, size, git_and_dvc_tags(Path()) | fingerprints)
+
         asking = Asking(engine, tracker, CACHE)
         contest = partial(
             race,
@@ -85,16 +87,34 @@ def search(settings: Settings) -> None:
             resamples=settings.evaluate.resamples,
             seed=settings.evaluate.seed,
         )
+
         table, summary = race_grid(wanted, vlm, trials, layouts, rungs, contest, tracker)
         tables = {"trials.csv": table}
         if wanted.swarm is not None:
-            found = search_swarm(
-                wanted.swarm, wanted.seed, partial(make, wanted.swarm), rungs, unseen, contest, tracker, fingerprints
+            tables["swarm.csv"], summary["swarm"] = search_swarm(
+                wanted.swarm,
+                wanted.seed,
+                partial(make, wanted.swarm),
+                rungs=rungs,
+                unseen=unseen,
+                contest=contest,
+                tracker=tracker,
+                tags=fingerprints,
             )
-            tables["swarm.csv"], summary["swarm"] = found
         _write(tables, summary | {"fingerprints": fingerprints})
         tracker.artifacts(SEARCH, "search")
     print(f"{asking.answered} answers were new; the race asked {summary['answers']} of {summary['full_answers']}")
+
+
+def _questions(plan: SweepSettings, vlm: Adapter) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The sweep's questions, and all that are prepared of its benchmarks, of any image."""
+    prepared = pd.read_parquet(EXAMPLES)
+    questions, everything = (
+        choose_questions(prepared, plan.benchmarks, images, plan.subset_seed).examples for images in (plan.images, None)
+    )
+    questions, _ = askable(vlm, questions, allowed=plan.quarantine == "allow")
+    everything, _ = askable(vlm, everything, allowed=True)
+    return questions, everything
 
 
 def _write(tables: dict[str, pd.DataFrame], summary: dict) -> None:

@@ -59,6 +59,7 @@ def sweep(settings: Settings) -> None:
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
     trials = expand(plan, layouts, vlm.layers, tell=print)
     check_weights(trials, ModelIdentity.of(model.path, loading, vlm).fingerprint)
+
     with exclusive(shared_cache()):
         engine = Engine.start(settings, vlm, of_image, places(settings))
         facts = _facts(engine, trials, questions) | ({"left_out": unasked} if unasked else {})
@@ -66,6 +67,7 @@ def sweep(settings: Settings) -> None:
         with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
             tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
             outcome, _ = engine.run(trials, questions, tracker.progress)
+
         trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
         targets = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}
         origins = engine.collect(trials, questions, targets, COLLECTING)
@@ -73,6 +75,7 @@ def sweep(settings: Settings) -> None:
         facts["tables"] = table_facts(origins, engine.spec.context, engine.examples(questions), targets)
         if line := mixed(facts["provenance"]):
             print(line)
+
         shape, number = LlmShape.from_config(vlm.model.config), vlm.model.dtype.itemsize
         costs = partial(cost_columns, llm=shape, bytes_per_number=number)
         _write_trials([trial.row(layouts, costs) for trial in trials])

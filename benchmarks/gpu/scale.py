@@ -30,7 +30,7 @@ class Lengths:
     answer: tuple[int, int] = (22, 28)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """Sizes of all parts.
 

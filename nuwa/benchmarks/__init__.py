@@ -39,8 +39,8 @@ def read_folders(folders: Iterable[str]) -> Registry[tuple[Benchmark, ...]]:
     """The benchmarks whose files lie in ``folders``, in alphabetical order of the files: name → its variants, the
     default first. Raises :class:`nuwa.registry.NameTaken`."""
     registry: Registry[tuple[Benchmark, ...]] = Registry("benchmark")
-    for found in pkgutil.iter_modules(list(folders)):
-        variants = getattr(importlib.import_module(f"{__name__}.{found.name}"), "VARIANTS", ())
+    for file in pkgutil.iter_modules(list(folders)):
+        variants = getattr(importlib.import_module(f"{__name__}.{file.name}"), "VARIANTS", ())
         if variants:
             registry.add(variants[0].name, variants)
     return registry

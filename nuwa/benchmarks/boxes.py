@@ -78,6 +78,7 @@ def parse_box(answer: str, space: Space, size: tuple[float, float] | None = None
         raise ValueError(f"coordinate space {space!r} does not exist; choose normalized or pixels")
     if space == "pixels" and (size is None or min(size) <= 0):
         raise ValueError(f"boxes in pixels need a positive image size (width, height), got {size}")
+
     for match in BRACKETS.finditer(answer):
         parts = "".join(match[1].split()).split(",")
         if len(parts) == 4 and all(NUMBER.fullmatch(part) for part in parts):

@@ -105,7 +105,7 @@ class Rules:
     right: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """One benchmark under one scoring rule, and what is known of it.
 

@@ -56,8 +56,8 @@ def named_letter(answer: str, options: Options) -> str | None:
 def named_text(answer: str, options: Options) -> str | None:
     """The one option whose text is the answer, or else stands in it as whole words."""
     same = [letter for letter, option in options.items() if option.lower() == answer.strip().lower()]
-    found = same or [letter for letter, option in options.items() if find_words(option, answer)]
-    return found[0] if len(found) == 1 else None
+    letters = same or [letter for letter, option in options.items() if find_words(option, answer)]
+    return letters[0] if len(letters) == 1 else None
 
 
 def read(row: dict[str, Any], name: str = "mmbench") -> Iterator[Example]:

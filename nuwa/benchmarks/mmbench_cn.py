@@ -25,9 +25,9 @@ def named_option(answer: str, options: Options) -> str | None:
     letters = set(LONE_LETTER.findall(answer)) & set(options)
     if letters:
         return letters.pop() if len(letters) == 1 else None
-    found = [letter for letter, option in options.items() if option == answer.strip(" 。.")]
-    found = found or [letter for letter, option in options.items() if option in answer]
-    return found[0] if len(found) == 1 else None
+    meant = [letter for letter, option in options.items() if option == answer.strip(" 。.")]
+    meant = meant or [letter for letter, option in options.items() if option in answer]
+    return meant[0] if len(meant) == 1 else None
 
 
 def _score(prediction: str, truth: Truth) -> Scores:

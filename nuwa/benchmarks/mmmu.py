@@ -127,9 +127,9 @@ def named_option(answer: str, options: Options) -> str | None:
     letters = "".join(options)
     trimmed = answer.strip().strip(",.!?;:'")
     for form in (rf"\(([{letters}])\)", rf"(?<!\S)([{letters}])(?!\S)", rf"(?<!\w)([{letters}])\."):
-        found = re.findall(form, trimmed)
-        if found:
-            return found[-1]
+        named = re.findall(form, trimmed)
+        if named:
+            return named[-1]
     ends = [(match.end(), len(text), letter) for letter, text in options.items() for match in find_words(text, trimmed)]
     return max(ends)[2] if ends else None
 

@@ -105,18 +105,19 @@ def own_benchmark(
     """
     rule = RULES.look_up(score)
     boxes = rule.answer == "box"
-    usual = _locate if boxes else _briefly
+    answers = pa.list_(pa.float64()) if boxes else TEXTS
+
     return Benchmark(
         name=name,
         title=title,
         splits={"test": size},
         family="grounding" if boxes else "vqa",
-        schema=columns(image=IMAGE, question=pa.string(), **{rule.answer: pa.list_(pa.float64()) if boxes else TEXTS}),
+        schema=columns(image=IMAGE, question=pa.string(), **{rule.answer: answers}),
         max_new_tokens=max_new_tokens,
         headline=rule.headline,
         right=rule.right,
         read=functools.partial(_read, name, rule.answer),
-        llava_v1=prompt or usual,
+        llava_v1=prompt or (_locate if boxes else _briefly),
         score=rule.score,
     )
 

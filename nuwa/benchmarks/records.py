@@ -40,30 +40,32 @@ def columns(**types: pa.DataType) -> pa.Schema:
     return pa.schema(list(types.items()))
 
 
-def same_kind(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether values of type ``found`` can mean what ``expected`` says.
+def same_kind(actual: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether values of type ``actual`` can mean what ``expected`` says.
 
     Strings, bytes and lists of every layout are alike, so are integers of every width and floats of every width;
     dictionary or run-end encoding does not count. A column or list without values has type ``null``. pandas writes whole
     numbers beside a missing one as floats, and many tools whole floats as integers: rows are checked where they are read.
     """
-    if pa.types.is_dictionary(found) or pa.types.is_run_end_encoded(found):
-        return same_kind(found.value_type, expected)
-    if pa.types.is_null(found):
+    if pa.types.is_dictionary(actual) or pa.types.is_run_end_encoded(actual):
+        return same_kind(actual.value_type, expected)
+    if pa.types.is_null(actual):
         return True
+
     if _is_any(expected, LISTS):
-        return _is_any(found, LISTS) and same_kind(found.value_type, expected.value_type)
+        return _is_any(actual, LISTS) and same_kind(actual.value_type, expected.value_type)
     if pa.types.is_struct(expected):
-        if not pa.types.is_struct(found):
+        if not pa.types.is_struct(actual):
             return False
-        held = {field.name: field.type for field in found}
+        held = {field.name: field.type for field in actual}
         return held.keys() == {field.name for field in expected} and all(
             same_kind(held[field.name], field.type) for field in expected
         )
+
     for kinds in (STRINGS, BINARIES, NUMBERS):
         if _is_any(expected, kinds):
-            return _is_any(found, kinds)
-    return found.equals(expected)
+            return _is_any(actual, kinds)
+    return actual.equals(expected)
 
 
 def _is_any(kind: pa.DataType, tests: tuple[Callable[[pa.DataType], bool], ...]) -> bool:
@@ -86,14 +88,14 @@ def type_name(kind: pa.DataType) -> str:
     return str(kind)
 
 
-def check_columns(found: pa.Schema, expected: pa.Schema, benchmark: str, path: str) -> None:
+def check_columns(actual: pa.Schema, expected: pa.Schema, benchmark: str, path: str) -> None:
     """Refuse a table without the ``expected`` columns; further columns are fine.
 
     Raises:
         SchemaError: names the file, the first wrong column, the expected and the found type.
     """
     for field in expected:
-        held = found.field(field.name).type if field.name in found.names else None
+        held = actual.field(field.name).type if field.name in actual.names else None
         if held is None or not same_kind(held, field.type):
             found_name = "missing" if held is None else type_name(held)
             raise SchemaError(

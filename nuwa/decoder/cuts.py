@@ -57,10 +57,10 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
     hidden[:, :kept] = states
 
     return Stretch(
-        take(hidden, order),
-        spans[order],
-        positions[:, order],
-        slot[order],
+        hidden=take(hidden, order),
+        spans=spans[order],
+        positions=positions[:, order],
+        slot=slot[order],
         place=torch.stack([row, torch.zeros_like(row)], dim=1),
         text=torch.where(own, behind, -1),
         last=kept + own.sum(dim=1) - 1,
@@ -175,7 +175,8 @@ def _scores(trunk: Trunk, below: Stretch, scorer: Scorer, visual: Tensor, keep: 
     identity = _identity(trunk, below)
     scores = []
     for at in range(0, questions, together):
-        evidence = MeasuredEvidence(trunk, below, slice(at, at + together), visual, keep, seed, identity)
+        part = slice(at, at + together)
+        evidence = MeasuredEvidence(trunk, below, part, visual, keep=keep, seed=seed, identity=identity)
         scores.append(scorer.scores(evidence).to(visual.device))
     return torch.cat(scores) if len(scores) > 1 else scores[0]
 
@@ -196,6 +197,7 @@ class MeasuredEvidence(CutEvidence):
         below: Stretch,
         part: slice,
         visual: Tensor,
+        *,
         keep: int,
         seed: int,
         identity: Sequence[tuple[str, ...]],

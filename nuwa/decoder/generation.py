@@ -127,6 +127,7 @@ class Growing:
         begin, slots = self.filled, self.shape[1]
         end = begin + slots
         first = begin - (self.spans.shape[1] - self.steps * slots)
+        # Questions in their rows and slots; places without one hold what nobody reads.
         layout = hidden if self.source is None else take(hidden, self.source)
         layout = layout.view(*self.shape, -1)
         masks = self._masks(end, slice(first, first + slots), hidden.dtype)
@@ -134,11 +135,13 @@ class Growing:
             kind: tuple(table[..., first : first + slots, :] for table in tables)
             for kind, tables in self.rotations.items()
         }
+
         for number, module in zip(self.layers, self.modules, strict=True):
             kind = self.vlm.text.kinds[number]
             layout = module(
                 layout, attention_mask=masks[kind], position_embeddings=rotations[kind], past_key_values=self.keys
             )
+
         self.filled = end
         layout = layout.flatten(0, 1)
         return layout if self.place is None else take(layout, self.place)

@@ -112,7 +112,7 @@ class Prefix:
         return Columns(spans, positions)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stretch:
     """A run of layers over one layout of rows and columns.
 

@@ -53,6 +53,7 @@ class Trunk:
         strategy: PositionStrategy,
         image_ids: Sequence[str],
         layout: VisualLayout | None = None,
+        *,
         pass_tokens: int | None = None,
     ) -> None:
         layout = layout or vlm.layout
@@ -102,10 +103,10 @@ class Trunk:
         self.text_embeddings = hidden
         hidden = torch.cat([hidden[:, :start], self.projected.to(hidden), hidden[:, prefix:]], dim=1)
         return Stretch(
-            self.vlm.text.enter(hidden),
-            spans.to(device),
-            positions,
-            slot,
+            hidden=self.vlm.text.enter(hidden),
+            spans=spans.to(device),
+            positions=positions,
+            slot=slot,
             place=torch.tensor([(row, rank) for row, text in enumerate(texts) for rank in text.ranks], device=device),
             text=padded(own, device),
             last=torch.tensor([columns[-1] for columns in own], device=device),

@@ -113,14 +113,14 @@ def read_instructions(path: Path, folder: Path, seed: int, share: float) -> Inst
         raise InstructionDataError(f"{path}: none of its {text_only} entries has an image: there is nothing to teach")
     entries = np.asarray(places, dtype=np.int64).reshape(-1, 3)
     taught = draw_subset(seed, len(entries), share)
-    found = Instructions(path, folder, entries, taught, text_only, reader.digest.hexdigest())
-    for conversation in map(found.conversation, taught):
+    instructions = Instructions(path, folder, entries, taught, text_only, reader.digest.hexdigest())
+    for conversation in map(instructions.conversation, taught):
         if not conversation.image.is_file():
             raise InstructionDataError(
                 f"{path}: entry {conversation.entry}: image: no such file {conversation.image}; "
                 "pruner.images_folder is where image paths begin"
             )
-    return found
+    return instructions
 
 
 class _ListReader:
@@ -171,11 +171,11 @@ class _ListReader:
                 return ""
 
     def _take(self, expected: str) -> None:
-        found = self._next()
-        if found != expected:
+        character = self._next()
+        if character != expected:
             raise InstructionDataError(
                 f"{self.path}: byte {self._byte}: expected {repr(expected) if expected else 'the end of the file'}, found "
-                f"{repr(found) if found else 'the end of the file'}; the file must be a JSON list of entries"
+                f"{repr(character) if character else 'the end of the file'}; the file must be a JSON list of entries"
             )
         self._advance(self._at + len(expected))
 
@@ -244,30 +244,30 @@ def encode_turns(vlm: LlavaAdapter, turns: Sequence[tuple[str, str]]) -> Iterato
     tokenizer, template = vlm.processor.tokenizer, vlm.processor.apply_chat_template
     messages, before = list(vlm.opening), ""
 
-    for asked, answer in turns:
+    for question, answer in turns:
         first = not before
         image = [{"type": "image"}] if first else []
-        messages.append({"role": "user", "content": [*image, {"type": "text", "text": asked}]})
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         prompt = template(messages, add_generation_prompt=True, tokenize=False)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         whole = template(messages, add_generation_prompt=False, tokenize=False)
         if not (prompt.startswith(before) and whole.startswith(prompt)):
             raise InstructionDataError("the model's chat template changes earlier turns when one is added")
         if first:
-            encoded = vlm.encode_prompt(asked)
-            text, asked_ids = prompt, [*encoded.before, vlm.image_token, *encoded.after]
+            encoded = vlm.encode_prompt(question)
+            text, question_ids = prompt, [*encoded.before, vlm.image_token, *encoded.after]
         else:
             text = prompt.removeprefix(before).lstrip()
-            asked_ids = tokenizer(text, add_special_tokens=False).input_ids
+            question_ids = tokenizer(text, add_special_tokens=False).input_ids
         both_text = text + whole.removeprefix(prompt).rstrip()
         both = (
             tokenize_prompt(tokenizer, both_text) if first else tokenizer(both_text, add_special_tokens=False).input_ids
         )
-        if both[: len(asked_ids)] != asked_ids:
+        if both[: len(question_ids)] != question_ids:
             raise InstructionDataError(f"the model's tokenizer joins the prompt's end with the answer {answer!r}")
-        answer_ids = both[len(asked_ids) :]
+        answer_ids = both[len(question_ids) :]
         ended = bool(answer_ids) and answer_ids[-1] in vlm.end_tokens
-        yield asked_ids, answer_ids if ended else [*answer_ids, vlm.end_tokens[0]]
+        yield question_ids, answer_ids if ended else [*answer_ids, vlm.end_tokens[0]]
         before = whole
 
 
@@ -278,16 +278,18 @@ def pack_conversation(vlm: LlavaAdapter, turns: Sequence[tuple[str, str]], max_t
     """
     ids: list[int] = []
     is_answer: list[bool] = []
-    for asked, answer in encode_turns(vlm, turns):
+    for question, answer in encode_turns(vlm, turns):
         if not ids:
-            at = asked.index(vlm.image_token)
-            asked = [*asked[:at], *[vlm.image_token] * vlm.grid.tokens, *asked[at + 1 :]]
-        if len(ids) + len(asked) + len(answer) > max_tokens:
+            at = question.index(vlm.image_token)
+            question = [*question[:at], *[vlm.image_token] * vlm.grid.tokens, *question[at + 1 :]]
+        if len(ids) + len(question) + len(answer) > max_tokens:
             break
-        ids += asked + answer
-        is_answer += [False] * len(asked) + [True] * len(answer)
+        ids += question + answer
+        is_answer += [False] * len(question) + [True] * len(answer)
     if not ids:
         return None
+
+    # A label says what comes next: it stands one place before the token that it is.
     labels = np.full(len(ids), IGNORE)
     labels[:-1] = np.where(is_answer[1:], ids[1:], IGNORE)
     return Packed(np.asarray(ids), np.arange(len(ids)), np.zeros(len(ids), dtype=np.int64), labels)

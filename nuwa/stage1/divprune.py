@@ -31,13 +31,13 @@ def nearest_similarity(unit: Tensor, rows: Tensor, slab: int) -> Tensor:
 
     -inf where there is no other. Only ``slab x tokens`` similarities exist at a time. In float32 they are plain products.
     """
-    found = []
+    nearest = []
     for part in rows.split(slab, dim=1):
         chosen = gather_tokens(unit, part)
         exact = unit.dtype == torch.float64
         similarity = cosine_similarity(chosen, unit) if exact else chosen @ unit.transpose(1, 2)
-        found.append(similarity.scatter_(2, part[..., None], -torch.inf).amax(dim=2))
-    return torch.cat(found, dim=1)
+        nearest.append(similarity.scatter_(2, part[..., None], -torch.inf).amax(dim=2))
+    return torch.cat(nearest, dim=1)
 
 
 def first_token(unit: Tensor, slab: int) -> Tensor:

@@ -55,16 +55,16 @@ def neighbours(anchors: Tensor, grid: PatchGrid, edges: Edges) -> Tensor:
     One that lies beyond the grid is the anchor itself (``drop``) or whatever token its clamped index names (``clamp``).
     """
     steps = torch.tensor([-1, 1, -grid.width, grid.width], device=anchors.device)
-    found = anchors[..., None] + steps
+    around = anchors[..., None] + steps
     if edges == "clamp":
-        return found.clamp(0, grid.tokens - 1).flatten(1)
-    beyond = (found < 0) | (found >= grid.tokens)
+        return around.clamp(0, grid.tokens - 1).flatten(1)
+    beyond = (around < 0) | (around >= grid.tokens)
     # A step along a row may not leave it.
-    along = found // grid.width != (anchors // grid.width)[..., None]
+    along = around // grid.width != (anchors // grid.width)[..., None]
     beyond |= along & (steps.abs() == 1)
     if grid.width == 1:  # there the steps of one column and of one row are the same number
         beyond[..., :2] = True
-    return torch.where(beyond, anchors[..., None], found).flatten(1)
+    return torch.where(beyond, anchors[..., None], around).flatten(1)
 
 
 @register(

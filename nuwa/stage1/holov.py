@@ -107,14 +107,14 @@ def scores(signals: VisionSignals, members: list[list[int]], config: HoloV) -> T
     attention = signals.cls_attention.double()
     features = signals.projected.double()
     unit = features / (features.norm(dim=-1, keepdim=True) + EPSILON)
-    found = torch.zeros_like(attention)
+    totals = torch.zeros_like(attention)
 
     for size in sorted({len(run) for run in members}):
         alike = torch.tensor([run for run in members if len(run) == size], device=attention.device)
         places = alike.flatten().expand(len(attention), -1)
         own = attention.gather(1, places).view(len(attention), -1, size) * SCALE
         if size == 1:
-            found.scatter_(1, places, (own if config.scale_single else own / SCALE).flatten(1))
+            totals.scatter_(1, places, (own if config.scale_single else own / SCALE).flatten(1))
             continue
         vectors = gather_tokens(unit, places).view(*own.shape, -1)
         similarity = (vectors @ vectors.transpose(2, 3)).mul_(2**24).round_().mul_(2**-24)
@@ -122,8 +122,8 @@ def scores(signals: VisionSignals, members: list[list[int]], config: HoloV) -> T
         mean = similarity.sum(dim=3, keepdim=True) / (size - 1)
         variance = (similarity - mean).square().sum(dim=3) / (size - 1)
         scale = own.mean(dim=2, keepdim=True) / (variance.mean(dim=2, keepdim=True) + EPSILON)
-        found.scatter_(1, places, (own + config.beta * variance * scale).flatten(1))
-    return found
+        totals.scatter_(1, places, (own + config.beta * variance * scale).flatten(1))
+    return totals
 
 
 def quotas(means: Tensor, sizes: Tensor, keep: int, config: HoloV) -> Tensor:

@@ -40,7 +40,7 @@ DistanceConvention = Literal["squared", "plain", "plain_even", "patches"]
 WEIGHT_EPSILON = 1e-8  # of the row normalisation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Nuwa:
     """Hyper-parameters of stage 1.
 

@@ -18,7 +18,7 @@ class Select(Protocol):
         """Keep ``keep`` of the image's tokens; ``seed`` matters to random methods only."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A stage-1 method: its function, the type of its hyper-parameters and its named presets.
 
@@ -100,7 +100,7 @@ def register(name: str, config: type, **properties: Any) -> Callable[[Callable],
     """
 
     def add(select: Callable) -> Callable:
-        METHODS.add(name, Method(name, select, config, **properties))
+        METHODS.add(name, Method(name=name, select=select, config=config, **properties))
         return select
 
     return add

@@ -117,8 +117,8 @@ def _turns(evidence: CutEvidence, image: Tensor, text: Tensor, real: Tensor, ord
     # Places in the sequence: what stands before the image, then its tokens that are left, then the text.
     start, count = evidence.projections("before", False, False).key.shape[2], evidence.slots.shape[1]
     places = torch.cat([image + start, (text + start + count).masked_fill(~real, -1)], dim=1).tolist()
-    found = []
+    turns = []
     for row in places:
         held = list(set(place for place in row if place >= 0))
-        found.append([row.index(place) for place in held] + [at for at, place in enumerate(row) if place < 0])
-    return torch.tensor(found, device=image.device)
+        turns.append([row.index(place) for place in held] + [at for at, place in enumerate(row) if place < 0])
+    return torch.tensor(turns, device=image.device)

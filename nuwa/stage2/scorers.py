@@ -23,7 +23,7 @@ from nuwa.stage2.projections import Projections
 Tokens = Literal["before", "visual", "text"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CutEvidence:
     """What is known of ``questions`` questions at a cut; every tensor has the question as its first axis.
 

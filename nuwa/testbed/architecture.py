@@ -74,6 +74,7 @@ def model_config(vocabulary: int, image_token: int, bos: int, eos: int, pad: int
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
             max_position_embeddings=1024,
+            # Stretched so far that they stand still, wavelengths above STILL_WAVELENGTH carry content and no place.
             rope_parameters={
                 "rope_type": "llama3",
                 "rope_theta": rope_theta(head_dim, GRID),

@@ -40,7 +40,7 @@ def popular_pairs(scenes: list[Scene]) -> list[Description]:
 
 def ask(rng: np.random.Generator, scene: Scene, task: str, count: int, popular: list[Description]) -> list[Question]:
     """Up to ``count`` different questions of ``task``; a scene may offer fewer."""
-    asked: dict[str, Question] = {}
+    drawn: dict[str, Question] = {}
     for number in range(count):
         options: dict[str, Any] = {}
         if task == "pope":
@@ -54,10 +54,10 @@ def ask(rng: np.random.Generator, scene: Scene, task: str, count: int, popular: 
                 question = draw_question(rng, scene.objects, task, **options)
             except ValueError:  # the scene offers none of this kind
                 break
-            if question.text not in asked:
-                asked[question.text] = question
+            if question.text not in drawn:
+                drawn[question.text] = question
                 break
-    return list(asked.values())
+    return list(drawn.values())
 
 
 def make_testbed_benchmark(folder: Path, images: int, questions: Mapping[str, int], seed: int) -> None:
@@ -74,20 +74,24 @@ def make_testbed_benchmark(folder: Path, images: int, questions: Mapping[str, in
 
     for task, count in questions.items():
         rng = np.random.default_rng([seed, *task.encode()])
-        asked = [ask(rng, scene, task, count, popular) for scene in scenes]
+        by_scene = [ask(rng, scene, task, count, popular) for scene in scenes]
         if task == "gqa":
-            _write_gqa(folder, encoded, asked)
+            _write_gqa(folder, encoded, by_scene)
             continue
-        rows = [row for number, mine in enumerate(asked) for row in ROWS[task](number, encoded[number], mine)]
+        rows = [
+            row
+            for number, about_scene in enumerate(by_scene)
+            for row in ROWS[task](number, encoded[number], about_scene)
+        ]
         pq.write_table(
             pa.Table.from_pylist(rows, with_features(get_benchmark(task).schema)), folder / f"{task}.parquet"
         )
 
 
-def _grounding_rows(number: int, image: dict[str, Any], asked: list[Question]) -> list[dict[str, Any]]:
+def _grounding_rows(number: int, image: dict[str, Any], questions: list[Question]) -> list[dict[str, Any]]:
     """One row an object; all its expressions in ``answer``, as RefCOCO has them."""
     by_target: dict[Any, list[str]] = {}
-    for question in asked:
+    for question in questions:
         by_target.setdefault(question.target, []).append(question.text)
     return [
         {
@@ -109,7 +113,7 @@ def _outline(bbox: list[float]) -> list[float]:
     return [x, y, x + w, y, x + w, y + h, x, y + h]
 
 
-def _pope_rows(number: int, image: dict[str, Any], asked: list[Question]) -> list[dict[str, Any]]:
+def _pope_rows(number: int, image: dict[str, Any], questions: list[Question]) -> list[dict[str, Any]]:
     return [
         {
             "id": f"{number:05d}_{order}",
@@ -119,11 +123,11 @@ def _pope_rows(number: int, image: dict[str, Any], asked: list[Question]) -> lis
             "image": image,
             "category": question.category,
         }
-        for order, question in enumerate(asked)
+        for order, question in enumerate(questions)
     ]
 
 
-def _textvqa_rows(number: int, image: dict[str, Any], asked: list[Question]) -> list[dict[str, Any]]:
+def _textvqa_rows(number: int, image: dict[str, Any], questions: list[Question]) -> list[dict[str, Any]]:
     return [
         {
             "image_id": image["path"],
@@ -140,11 +144,11 @@ def _textvqa_rows(number: int, image: dict[str, Any], asked: list[Question]) -> 
             "set_name": SPLIT,
             "ocr_tokens": [],
         }
-        for order, question in enumerate(asked)
+        for order, question in enumerate(questions)
     ]
 
 
-def _write_gqa(folder: Path, encoded: list[dict[str, Any]], asked: list[list[Question]]) -> None:
+def _write_gqa(folder: Path, encoded: list[dict[str, Any]], by_scene: list[list[Question]]) -> None:
     rows = [
         {
             "id": f"{number:05d}_{order}",
@@ -152,8 +156,8 @@ def _write_gqa(folder: Path, encoded: list[dict[str, Any]], asked: list[list[Que
             "question": question.text,
             "answer": question.answer,
         }
-        for number, mine in enumerate(asked)
-        for order, question in enumerate(mine)
+        for number, about_scene in enumerate(by_scene)
+        for order, question in enumerate(about_scene)
     ]
     images = [{"id": f"{number:05d}", "image": image} for number, image in enumerate(encoded)]
     pq.write_table(pa.Table.from_pylist(rows, with_features(INSTRUCTIONS)), folder / "gqa_instructions.parquet")

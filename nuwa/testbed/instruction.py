@@ -264,7 +264,8 @@ class InstructionLearner(nn.Module):
         order = torch.arange(ids.shape[1], device=ids.device)
         seen = (same | (blocks[rows] == 0)) & (order <= columns[:, None])
         everything = torch.ones_like(ids, dtype=torch.bool)
-        return self._focus(batch, entering, LINK_LAYERS, rows, columns, everything, seen, words[rows] & same & seen)
+        shown = words[rows] & same & seen
+        return self._focus(batch, entering, LINK_LAYERS, rows, columns, keys=everything, seen=seen, evidence=shown)
 
     @staticmethod
     def _answers(batch: dict[str, Tensor]) -> Tensor:
@@ -281,7 +282,8 @@ class InstructionLearner(nn.Module):
         evidence: Tensor,
     ) -> Tensor:
         image = batch["input_ids"] == self.image_id
-        return self._focus(batch, entering, layers, rows, columns, image, torch.ones_like(evidence), evidence)
+        everything = torch.ones_like(evidence)
+        return self._focus(batch, entering, layers, rows, columns, keys=image, seen=everything, evidence=evidence)
 
     def _focus(
         self,
@@ -290,6 +292,7 @@ class InstructionLearner(nn.Module):
         layers: tuple[int, ...],
         rows: Tensor,
         columns: Tensor,
+        *,
         keys: Tensor,
         seen: Tensor,
         evidence: Tensor,
@@ -378,7 +381,7 @@ def evaluate_language(
     rng = np.random.default_rng(11)
     scenes = [draw_scene(rng, "validation") for _ in range(images)]
     questions = [draw_questions(rng, scene, QUESTIONS_PER_IMAGE) for scene in scenes]
-    batch = collate([pack(tokenizer, asked) for asked in questions], tokenizer.pad_token_id)
+    batch = collate([pack(tokenizer, about_scene) for about_scene in questions], tokenizer.pad_token_id)
     batch["pixels"] = normalize(np.stack([scene.image for scene in scenes]))
     batch["shifts"] = torch.zeros(images, 2, dtype=torch.long)
     device = learner.place.weight.device
@@ -395,8 +398,8 @@ def evaluate_language(
         for task in TASK_WEIGHTS:
             scores = [
                 r
-                for asked, r in zip(itertools.chain.from_iterable(questions), right, strict=True)
-                if asked.task == task
+                for question, r in zip(itertools.chain.from_iterable(questions), right, strict=True)
+                if question.task == task
             ]
             metrics[prefix + task] = float(np.mean(scores))
     return metrics
@@ -418,10 +421,10 @@ def _right_answers(
     ]
     scores, first = [], int(learner.coordinate_ids[0])
 
-    for row, asked in enumerate(questions):
-        for block, question in enumerate(asked, start=1):
-            mine = (block_of == torch.tensor([row, block])).all(-1)
-            guess, target = guesses[mine], targets[mine]
+    for row, about_scene in enumerate(questions):
+        for block, question in enumerate(about_scene, start=1):
+            in_block = (block_of == torch.tensor([row, block])).all(-1)
+            guess, target = guesses[in_block], targets[in_block]
             if question.target is None:
                 scores.append(float((guess == target).all()))
                 continue

@@ -103,6 +103,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> LlavaProcessor:
     """96x96 images pass unresized; ``<image>`` expands to the grid's 144 tokens."""
     return LlavaProcessor(
+        # Scenes have the size of the tower, so resizing passes them as they are.
         image_processor=CLIPImageProcessorPil(
             do_resize=True,
             size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},

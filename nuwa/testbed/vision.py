@@ -114,12 +114,12 @@ def reading_accuracy(heads: VisionHeads, features: Tensor, pooled: Tensor, scene
     right: dict[str, list[float]] = {"digit": [], "color": []}
     for row, scene in enumerate(scenes):
         for item in scene.objects:
-            mine = (
+            on_item = (
                 labels.box[row] == torch.tensor([item.left, item.top, item.left + item.side, item.top + item.side])
             ).all(-1)
-            right["digit"].append(float(digit[row, mine].log_softmax(-1).sum(0).argmax() == item.digit))
+            right["digit"].append(float(digit[row, on_item].log_softmax(-1).sum(0).argmax() == item.digit))
             right["color"].append(
-                float(color[row, mine].log_softmax(-1).sum(0).argmax() == COLOR_NAMES.index(item.color))
+                float(color[row, on_item].log_softmax(-1).sum(0).argmax() == COLOR_NAMES.index(item.color))
             )
 
     seen = labels.is_object

@@ -335,6 +335,7 @@ class Adapter(ABC):
             if system["text"] not in full:
                 raise ValueError("the model's chat template shows no system prompt: use conversation 'template'")
         ids = tokenize_prompt(self.processor.tokenizer, full)
+
         if ids.count(self.image_token) != 1:
             if self.image_token in self.processor.tokenizer(text, add_special_tokens=False).input_ids:
                 raise PromptError(

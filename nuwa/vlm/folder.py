@@ -96,7 +96,7 @@ def _stamp(path: Path) -> tuple:
     if not path.is_dir():
         return ()
     held = sorted((file.name, file.stat()) for file in path.iterdir() if file.is_file())
-    return tuple((name, found.st_size, found.st_mtime_ns) for name, found in held)
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in held)
 
 
 def read_folder(path: Path, families: Callable[[str], type[Adapter]]) -> Folder:
@@ -160,6 +160,7 @@ def check_processor(folder: Folder) -> None:
     """Refuse a folder without image processor, tokenizer or a chat template that asks one question about one image."""
     processor = load_processor(folder.path)
     image_processor = processor.image_processor
+
     vision = folder.config.vision_config
     if hasattr(vision, "image_size"):
         try:
@@ -171,6 +172,7 @@ def check_processor(folder: Folder) -> None:
                 f"{folder.path}: its image processor makes pictures of {shape[-1]}x{shape[-2]} pixels, the tower of "
                 f"config.json takes {vision.image_size}x{vision.image_size}; fetch both files of one checkpoint"
             )
+
     if hasattr(folder.config, "image_grid_pinpoints"):
         check_grids(folder, image_processor)
     check_template(processor, folder.config.image_token_id)
@@ -201,8 +203,8 @@ def check_grids(folder: Folder, image_processor: Any) -> None:
 def check_vocabulary(folder: Folder, processor: Any) -> None:
     """Refuse a tokenizer with tokens that the language model has no embedding for."""
     tokenizer, size = processor.tokenizer, folder.config.text_config.vocab_size
-    asked = tokenize_prompt(tokenizer, render_question(processor, QUESTION))  # what it adds may be in no vocabulary
-    largest = max([*tokenizer.get_vocab().values(), *asked])
+    prompt = tokenize_prompt(tokenizer, render_question(processor, QUESTION))  # what it adds may be in no vocabulary
+    largest = max([*tokenizer.get_vocab().values(), *prompt])
     if largest >= size:
         raise CheckpointError(
             f"{folder.path}: its tokenizer has a token {largest}, the model's tokens are 0 to {size - 1}; fetch tokenizer "
@@ -212,9 +214,9 @@ def check_vocabulary(folder: Folder, processor: Any) -> None:
 
 def check_placeholders(folder: Folder, processor: Any) -> None:
     """Refuse a processor that makes room for another number of visual tokens than the model of ``config.json`` has."""
-    asked = render_question(processor, QUESTION)
+    prompt = render_question(processor, QUESTION)
     try:
-        made = processor(images=[Image.new("RGB", PICTURE)], text=[asked])
+        made = processor(images=[Image.new("RGB", PICTURE)], text=[prompt])
     except Exception as error:
         raise CheckpointError(
             f"{folder.path}: its processor fails on a question about a picture ({_words(error)}); fetch "
@@ -328,8 +330,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _nested(path: Path) -> str:
-    inner = sorted(found.parent.relative_to(path).as_posix() for found in path.glob("*/config.json"))
-    inner += sorted(found.parent.relative_to(path).as_posix() for found in path.glob("snapshots/*/config.json"))
+    inner = sorted(file.parent.relative_to(path).as_posix() for file in path.glob("*/config.json"))
+    inner += sorted(file.parent.relative_to(path).as_posix() for file in path.glob("snapshots/*/config.json"))
     return f" (there is one in {inner[0]}: name that folder)" if inner else ""
 
 

@@ -171,12 +171,16 @@ class Qwen2_5VLAdapter(Adapter):
         tokens in window order."""
         block, patches = self.visual.blocks[number], self.merge**2
         attention = block.attn
+
         heads = attention.num_heads
         projected = attention.qkv(block.norm1(entering)).view(len(entering), 3, heads, -1)
         query, key, _ = projected.unbind(1)
         keys = key.flatten(1).view(grid.tokens, patches, -1).float().mean(dim=1).to(entering.dtype)
+
         cos, sin = self._rotation(grid, order.to(query.device))
         query, key = _rotate(query, cos, sin).transpose(0, 1), _rotate(key, cos, sin).transpose(0, 1)
+
+        # Blocks that do not see the whole image see one window at a time.
         whole = number in self.visual.fullatt_block_indexes
         lengths = [len(entering)] if whole else [count * patches for count in windows]
         received = [
@@ -245,6 +249,7 @@ def _shape() -> Qwen2_5_VLConfig:
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
+        # As config.json of the checkpoint has it; what is not named is the default of transformers.
         text_config={
             "vocab_size": 152064,
             "hidden_size": 3584,

@@ -59,9 +59,9 @@ class TextTower:
         """Refuse it where its vision half is not the encoder with the weights ``vision``, as they round to its dtype."""
         own = self._clip.vision_model.state_dict()
         for name, theirs in vision.items():
-            mine = own.get(name)
-            same = mine is not None and mine.shape == theirs.shape
-            if not same or not torch.equal(mine.to(theirs.dtype), theirs.cpu()):
+            ours = own.get(name)
+            same = ours is not None and ours.shape == theirs.shape
+            if not same or not torch.equal(ours.to(theirs.dtype), theirs.cpu()):
                 raise TextTowerError(
                     f"text_tower {str(self.folder)!r}: its vision half is not the model's encoder (tensor {name} "
                     "differs); name the CLIP model that the encoder was taken from, or set relevance: none"

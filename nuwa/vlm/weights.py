@@ -76,6 +76,7 @@ def check_report(source: str | Path, report: Mapping[str, Any]) -> None:
             f"{source}: {_count(missing, 'tensor')} of the model missing from its files: {_names(missing)}; "
             "fetch the checkpoint again"
         )
+
     if mismatched := sorted(report["mismatched_keys"]):
         name, held, needed = mismatched[0]
         raise CheckpointError(
@@ -87,6 +88,7 @@ def check_report(source: str | Path, report: Mapping[str, Any]) -> None:
             f"{source}: {_count(unexpected, 'tensor')} that the model of config.json does not have: "
             f"{_names(unexpected)}; fetch config.json and weights of one checkpoint"
         )
+
     if report.get("error_msgs"):
         raise CheckpointError(f"{source}: {' '.join(str(report['error_msgs'][0]).split())}")
 
@@ -103,11 +105,13 @@ def weight_files(folder: Path) -> list[Path]:
             continue
         if not name.endswith(".json"):
             return [path]
+
         parts = sorted(set(_index(path).values()))
         for part in parts:
             if not (folder / part).is_file():
                 raise CheckpointError(f"{folder / part}: no such file, but {name} names it; fetch it again")
         return [folder / part for part in parts]
+
     others = sorted(
         path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".gguf", ".pt", ".pth")
     )

@@ -55,6 +55,7 @@ def write_examples(
     style: str,
     examples: Path,
     images: Path,
+    *,
     seen: Callable[[Size], Size] = lambda size: size,
     order: Callable[[Size], Any] = lambda size: (),
     model_type: str = "",
@@ -73,45 +74,25 @@ def write_examples(
     """
     rows: list[dict] = []
     notes: dict[str, Counter[str]] = {}
-    sizes: dict[str, Size] = {}
-    orders: dict[str, Any] = {}
     images.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=images.parent) as waiting:
-        places: dict[str, tuple[int, int]] = {}
+    with tempfile.TemporaryFile(dir=images.parent) as file:
+        waiting = _WaitingImages(file, order)
         for text, folder in sources.items():
             name = BenchmarkName.parse(text)
             benchmark, source = name.benchmark(), f"{folder} ({name.table})"
             limit, noted = benchmark.limit(model_type), Counter[str]()
             for example in benchmark.examples(read_benchmark(folder, name), source, noted, whole=True):
-                digest = hashlib.sha256(example.image).hexdigest()
                 example_id = name.table + example.example_id.removeprefix(benchmark.name)
-                if digest not in sizes:
-                    sizes[digest] = image_size(example.image)
-                    orders[digest] = _ordered(order, sizes[digest], f"{source}: {example_id}")
-                    places[digest] = (waiting.tell(), len(example.image))
-                    waiting.write(example.image)
-                width, height = sizes[digest]
-                truth = example.truth
-                if "size" in truth:
-                    truth = {**truth, "size": list(seen((width, height)))}
-                rows.append(
-                    {
-                        "example_id": example_id,
-                        "benchmark": text,
-                        "family": benchmark.family,
-                        "image": digest,
-                        "question": example.question,
-                        "prompt": benchmark.prompt(example, style),
-                        "truth": json.dumps(truth, sort_keys=True),
-                        "category": example.category,
-                        "width": width,
-                        "height": height,
-                        "max_new_tokens": limit,
-                    }
-                )
+                image = waiting.add(example.image, f"{source}: {example_id}")
+                width, height = waiting.sizes[image]
+                row = {"example_id": example_id, "benchmark": text, "family": benchmark.family, "image": image}
+                row |= {"question": example.question, "prompt": benchmark.prompt(example, style)}
+                row |= {"truth": _truth_text(example.truth, seen((width, height))), "category": example.category}
+                rows.append(row | {"width": width, "height": height, "max_new_tokens": limit})
             if noted:
                 notes[text] = noted
-        _write_images(images, waiting, places, sizes, orders)
+        waiting.write(images)
+
     rows.sort(key=lambda row: (row["image"], row["example_id"]))
     schema = EXAMPLES.with_metadata({NOTES: json.dumps(notes)}) if notes else EXAMPLES
     with atomic_path(examples) as path:
@@ -119,45 +100,58 @@ def write_examples(
     return notes
 
 
+def _truth_text(truth: Mapping[str, Any], seen: Size) -> str:
+    """As it stands in ``examples.parquet``; what is told in pixels is told at the size that the model sees."""
+    return json.dumps({**truth, "size": list(seen)} if "size" in truth else truth, sort_keys=True)
+
+
 def read_notes(examples: Path) -> dict[str, dict[str, int]]:
     """By benchmark, how many questions of ``examples.parquet`` the model is not shown whole or at all."""
     return json.loads((pq.read_schema(examples).metadata or {}).get(NOTES, b"{}"))
 
 
-def _ordered(order: Callable[[Size], Any], size: Size, asked: str) -> Any:
-    try:
-        return order(size)
-    except ValueError as error:
-        raise RecordError(
-            f"{asked}: an image of {size[0]}x{size[1]} pixels: the model takes no such image ({error}); take its rows "
-            "out of the table"
-        ) from None
+class _WaitingImages:
+    """Images on their way to ``images.parquet``, each once: on disk until all are known, since they are sorted."""
 
+    def __init__(self, file: BinaryIO, order: Callable[[Size], Any]) -> None:
+        self.sizes: dict[str, Size] = {}
+        self._file, self._order = file, order
+        self._orders: dict[str, Any] = {}
+        self._places: dict[str, tuple[int, int]] = {}  # start and length in the file
 
-def _write_images(
-    target: Path,
-    waiting: BinaryIO,
-    places: Mapping[str, tuple[int, int]],
-    sizes: Mapping[str, Size],
-    orders: Mapping[str, Any],
-) -> None:
-    """Images as features are encoded, so that whoever reads one after the other reads every row group once.
+    def add(self, image: bytes, where: str) -> str:
+        """The image's digest; raises :class:`RecordError`, naming ``where``, for a size the model does not take."""
+        digest = hashlib.sha256(image).hexdigest()
+        if digest not in self.sizes:
+            width, height = self.sizes[digest] = image_size(image)
+            try:
+                self._orders[digest] = self._order((width, height))
+            except ValueError as error:
+                raise RecordError(
+                    f"{where}: an image of {width}x{height} pixels: the model takes no such image ({error}); take its "
+                    "rows out of the table"
+                ) from None
+            self._places[digest] = (self._file.tell(), len(image))
+            self._file.write(image)
+        return digest
 
-    ``places``: start and length of each image in ``waiting``.
-    """
-    digests = sorted(places, key=lambda digest: (orders[digest], digest))
-    with atomic_path(target) as fresh, pq.ParquetWriter(fresh, IMAGES) as writer:
-        for _, found in itertools.groupby(digests, key=orders.__getitem__):
-            alike = list(found)
-            for first in range(0, len(alike), IMAGES_PER_ROW_GROUP):
-                group, content = alike[first : first + IMAGES_PER_ROW_GROUP], []
-                for digest in group:
-                    start, length = places[digest]
-                    waiting.seek(start)
-                    content.append(waiting.read(length))
-                widths, heights = zip(*(sizes[digest] for digest in group), strict=True)
-                columns = {"image": group, "width": widths, "height": heights, "bytes": content}
-                writer.write_table(pa.table(columns, schema=IMAGES))
+    def write(self, target: Path) -> None:
+        """As features are encoded, so that whoever reads one image after the other reads every row group once."""
+        digests = sorted(self._places, key=lambda digest: (self._orders[digest], digest))
+        with atomic_path(target) as fresh, pq.ParquetWriter(fresh, IMAGES) as writer:
+            for _, of_one_order in itertools.groupby(digests, key=self._orders.__getitem__):
+                alike = list(of_one_order)
+                for first in range(0, len(alike), IMAGES_PER_ROW_GROUP):
+                    writer.write_table(self._row_group(alike[first : first + IMAGES_PER_ROW_GROUP]))
+
+    def _row_group(self, digests: list[str]) -> pa.Table:
+        content = []
+        for digest in digests:
+            start, length = self._places[digest]
+            self._file.seek(start)
+            content.append(self._file.read(length))
+        widths, heights = zip(*(self.sizes[digest] for digest in digests), strict=True)
+        return pa.table({"image": digests, "width": widths, "height": heights, "bytes": content}, schema=IMAGES)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def expected_examples(names: Sequence[str], style: str, model_type: str = "") ->
         if (size := published_size(name)) is None:
             unknown.append(text)
             continue
+
         benchmark = name.benchmark()
+        images = pd.Series([f"{name.table} {number:06d}" for number in range(size.images)])
         turns, image = np.divmod(np.arange(size.questions), size.images)
         prompts = [
             benchmark.prompt(_blank(f"{turn} {FILLER * size.characters}"[: size.characters]), style)
@@ -53,7 +55,7 @@ def expected_examples(names: Sequence[str], style: str, model_type: str = "") ->
                 {
                     "benchmark": text,
                     "family": benchmark.family,
-                    "image": pd.Series([f"{name.table} {number:06d}" for number in range(size.images)])[image].values,
+                    "image": images[image].values,
                     "prompt": pd.Series(prompts)[turns].values,
                     "width": size.photo[0],
                     "height": size.photo[1],

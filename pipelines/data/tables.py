@@ -113,25 +113,27 @@ def _parquet(places: list[Path], name: BenchmarkName) -> ParquetFiles:
 def _split_files(folder: Path, split: str, name: BenchmarkName, parent: str | None = None) -> list[Path]:
     """All files of ``split``, in order and complete, from the one folder (called ``parent``, if given) that has them."""
     pattern = re.compile(re.escape(split) + r"(-(\d+)-of-(\d+))?(-[0-9a-f]{16})?\.parquet")
-    found: dict[Path, dict[int, Path]] = {}
+    by_folder: dict[Path, dict[int, Path]] = {}
     expected: dict[Path, int] = {}
     for path in linked_files(folder, folders=".parquet"):
         match = pattern.fullmatch(path.name)
         if match and parent in (None, path.parent.name):
-            found.setdefault(path.parent, {})[int(match[2] or 0)] = path
+            by_folder.setdefault(path.parent, {})[int(match[2] or 0)] = path
             expected[path.parent] = int(match[3] or 1)
+
     where = f"{folder}/**/{parent or ''}".rstrip("/")
-    if not found:
+    if not by_folder:
         raise MissingTables(
             f"{where}: no {split}.parquet or {split}-00000-of-*.parquet for {name.table}; "
             "give the folder that holds the published files"
         )
-    if len(found) > 1:
+    if len(by_folder) > 1:
         raise MissingTables(
-            f"{name.table}: several folders hold the split {split}: {', '.join(sorted(map(str, found)))}; name one, "
+            f"{name.table}: several folders hold the split {split}: {', '.join(sorted(map(str, by_folder)))}; name one, "
             "of a dataset of the hub as hub:organisation/dataset/folder@commit"
         )
-    ((home, files),) = found.items()
+
+    ((home, files),) = by_folder.items()
     lost = sorted(set(range(expected[home])) - set(files))
     if lost:
         raise MissingTables(f"{home}: part {lost[0]} of {expected[home]} of {name.table} is missing; fetch it again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 import torch
 
-from nuwa.layout import layout_order
+from nuwa.layout import VisualLayout, layout_order
 from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
 from nuwa.source import closure
 from nuwa.vlm import Adapter, EncodedImage
@@ -42,7 +42,7 @@ def _check_room(store: FeatureStore, images: int, needed: int) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodeSpec:
     """A worker that encodes shards; ``threads`` is fixed so that equal machines give equal numbers."""
 
@@ -145,27 +145,24 @@ def encode_missing(
     identity = features_identity(known, vlm, settings.dtype, settings.keep).digest[:16]
     store = FeatureStore(root, identity)
     store.tidy()
-    columns = pq.read_table(images_path, columns=["image", "width", "height"]).to_pydict().values()
-    sizes = {image: (width, height) for image, width, height in zip(*columns, strict=True)}
-    layouts = layouts_of(vlm, {image: sizes[image] for image in store.missing(list(sizes))})
+
+    layouts = _missing_layouts(store, vlm, images_path)
     missing = sorted(layouts, key=lambda image: (layout_order(layouts[image]), image))  # as units will read them
     widths = vlm.signal_widths(vlm.model.config)
     _check_room(store, len(missing), sum(signal_bytes(widths, layout, settings) for layout in layouts.values()))
-    shards = []
-    for _, group in itertools.groupby(missing, key=layouts.__getitem__):
-        alike = list(group)
-        shards += [alike[i : i + settings.shard_images] for i in range(0, len(alike), settings.shard_images)]
+    shards = _shards(missing, layouts, settings.shard_images)
+
     spec = EncodeSpec(
-        model,
-        str(images_path.resolve()),
-        str(root if is_uri(root) else Path(root).resolve()),
-        identity,
-        settings.dtype,
-        settings.keep,
-        settings.batch_size,
-        cluster.cpus,
-        cluster.device,
-        loading,
+        model=model,
+        images=str(images_path.resolve()),
+        root=str(root if is_uri(root) else Path(root).resolve()),
+        identity=identity,
+        dtype=settings.dtype,
+        keep=settings.keep,
+        batch_size=settings.batch_size,
+        threads=cluster.cpus,
+        device=cluster.device,
+        loading=loading,
     )
     done, broken = 0, {}
 
@@ -175,7 +172,8 @@ def encode_missing(
         broken.update(encoded.broken)
         on_progress(done, len(missing))
 
-    failures = run_units(spec, dict(enumerate_ids(shards)), cluster, count, in_process=in_process)
+    units = {f"shard-{number}": shard for number, shard in enumerate(shards)}
+    failures = run_units(spec, units, cluster, count, in_process=in_process)
     if failures:
         _, worst = next(iter(failures.values()))
         raise UnitsFailed(
@@ -187,5 +185,17 @@ def encode_missing(
     return store, len(missing)
 
 
-def enumerate_ids(shards: Sequence[Sequence[str]]) -> list[tuple[str, Sequence[str]]]:
-    return [(f"shard-{number}", shard) for number, shard in enumerate(shards)]
+def _missing_layouts(store: FeatureStore, vlm: Adapter, images_path: Path) -> dict[str, VisualLayout]:
+    """The images of ``images.parquet`` that the store lacks, with their layouts."""
+    columns = pq.read_table(images_path, columns=["image", "width", "height"]).to_pydict().values()
+    sizes = {image: (width, height) for image, width, height in zip(*columns, strict=True)}
+    return layouts_of(vlm, {image: sizes[image] for image in store.missing(list(sizes))})
+
+
+def _shards(images: Sequence[str], layouts: Mapping[str, VisualLayout], size: int) -> list[list[str]]:
+    """Runs of at most ``size`` images of one layout, in their order: a shard's arrays have one shape."""
+    shards = []
+    for _, of_one_layout in itertools.groupby(images, key=layouts.__getitem__):
+        alike = list(of_one_layout)
+        shards += [alike[first : first + size] for first in range(0, len(alike), size)]
+    return shards

@@ -93,14 +93,14 @@ def _fingerprint(folder: Path, encoder: str, loading: Loading, vlm: Adapter, mem
     if memo.exists() and (held := memo.read_text()):
         return held
     if all(path.suffix == ".safetensors" for path in weight_files(folder)):
-        found = loading.shape(str(folder), vlm).encoder_fingerprint(StoredTensors(folder))
+        fingerprint = loading.shape(str(folder), vlm).encoder_fingerprint(StoredTensors(folder))
     else:
-        found = load_model(str(folder), "cpu", loading).encoder_fingerprint()
+        fingerprint = load_model(str(folder), "cpu", loading).encoder_fingerprint()
     memory.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=memory, suffix=".tmp", delete=False) as sink:
-        sink.write(found)
+        sink.write(fingerprint)
     os.replace(sink.name, memo)
-    return found
+    return fingerprint
 
 
 def model_type(vlm: Adapter) -> str:

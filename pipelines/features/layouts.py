@@ -15,16 +15,16 @@ from pipelines.features.faults import ImpossibleImage
 def layouts_of(vlm: Adapter, sizes: Mapping[str, tuple[int, int]]) -> dict[str, VisualLayout]:
     """The layout of every image from its width and height; raises :class:`ImpossibleImage` naming the first that has none."""
     of = cache(vlm.layout_of)
-    found = {}
+    layouts = {}
     for image, (width, height) in sizes.items():
         try:
-            found[image] = of((width, height))
+            layouts[image] = of((width, height))
         except ValueError as error:
             raise ImpossibleImage(
                 f"image {image[:12]} of {width}x{height} pixels: the model takes no such image ({error}); take its rows "
                 "out of the benchmark's table"
             ) from None
-    return found
+    return layouts
 
 
 def image_layouts(vlm: Adapter, table: pd.DataFrame) -> dict[str, VisualLayout]:

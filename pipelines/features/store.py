@@ -115,8 +115,8 @@ class MappedShard:
     def matches(self, row: int) -> bool:
         """Whether the image in ``row`` is what was written; looked at once."""
         if not self.checked[row]:
-            found = checksum([values[row] for values in self.signals.values()])
-            self.checked[row] = found == self.shard.checksums[row]
+            actual = checksum([values[row] for values in self.signals.values()])
+            self.checked[row] = actual == self.shard.checksums[row]
         return bool(self.checked[row])
 
 
@@ -223,7 +223,7 @@ class FeatureStore:
         groups: dict[VisualLayout, list[str]] = {}
         for image in images:
             groups.setdefault(self._index[image][0].layout, []).append(image)
-        return {layout: tuple(mine) for layout, mine in groups.items()}
+        return {layout: tuple(of_layout) for layout, of_layout in groups.items()}
 
     def write(self, images: Sequence[str], signals: Mapping[str, Tensor], layout: VisualLayout) -> str:
         """Store ``signals`` (each ``(images, layout.patches, ...)``) as one shard, visible only when whole; returns its
@@ -235,6 +235,7 @@ class FeatureStore:
             column = pa.FixedShapeTensorArray.from_numpy_ndarray(array)
             columns.append(column)
             fields.append(pa.field(key, column.type))
+
         batch = pa.record_batch(columns, schema=pa.schema(fields))
         sums = [checksum([array[row] for array in arrays]) for row in range(len(images))]
         # By content: what another driver makes of the same images has another name, unless it is the same.
@@ -246,6 +247,8 @@ class FeatureStore:
             size = fresh.stat().st_size
         if self.storage.local is None:
             self.storage.publish(path, path.name)
+
+        # Last, because a shard is visible from its manifest on.
         manifest = {"size": size, "layout": layout_to_json(layout), "images": list(images), "checksums": sums}
         self.storage.write(f"{name}.json", json.dumps(manifest).encode())
         return path.name
@@ -327,15 +330,15 @@ class FeatureStore:
             self._held.move_to_end(image)
             return self._held[image]
         mapped, row = self._find(image)
-        found = {key: values[row].copy() for key, values in mapped.signals.items()}
-        size = sum(array.nbytes for array in found.values())
+        signals = {key: values[row].copy() for key, values in mapped.signals.items()}
+        size = sum(array.nbytes for array in signals.values())
         while self._held and self._held_bytes + size > self.cache_bytes:
             _, oldest = self._held.popitem(last=False)
             self._held_bytes -= sum(array.nbytes for array in oldest.values())
         if size <= self.cache_bytes:
-            self._held[image] = found
+            self._held[image] = signals
             self._held_bytes += size
-        return found
+        return signals
 
     @staticmethod
     def _mapped_rows(places: Sequence[tuple[MappedShard, int]]) -> dict[str, Tensor]:

@@ -24,12 +24,14 @@ def atomic_path(target: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(target)) from None
+
     os.close(handle)
     fresh = Path(name)
     try:
         yield fresh
         with open(fresh, "rb") as written:
             os.fsync(written.fileno())
+        # mkstemp makes files for their owner alone; a table is as readable as any other file.
         fresh.chmod(0o666 & ~_umask())
         os.replace(fresh, target)
         folder = os.open(target.parent, os.O_RDONLY)
@@ -54,6 +56,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(target)) from None
+
     fresh, old = work / "fresh", work / "old"
     try:
         fresh.mkdir()
@@ -62,6 +65,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             if path.is_file():
                 with open(path, "rb") as written:
                     os.fsync(written.fileno())
+
         if place.exists():
             os.replace(place, old)
         os.replace(fresh, place)

@@ -12,7 +12,7 @@ def linked_files(folder: Path, *, folders: str | None = None) -> list[Path]:
     ``folders``: an ending; folders whose names have it count as files. Raises ``OSError`` for a folder that may not be
     listed, rather than pass it over.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     entered: set[tuple[int, int]] = set()  # links can go round in circles
 
     def enter(place: Path) -> None:
@@ -27,8 +27,8 @@ def linked_files(folder: Path, *, folders: str | None = None) -> list[Path]:
             if path.is_dir() and not (folders and name.endswith(folders)):
                 enter(path)
             elif path.exists() or path.is_symlink():
-                found.append(path)
+                files.append(path)
 
     if folder.is_dir():
         enter(folder)
-    return sorted(found)
+    return sorted(files)

@@ -38,6 +38,7 @@ def load_secrets(environment: MutableMapping[str, str] = os.environ) -> list[str
         return []
     if path.stat().st_mode & 0o077:
         raise UnsafeSecret(f"{path}: others may read this file of secrets; chmod 600 {path}")
+
     fresh = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         name, equals, value = line.strip().removeprefix("export ").partition("=")
@@ -45,6 +46,7 @@ def load_secrets(environment: MutableMapping[str, str] = os.environ) -> list[str
             continue
         if not equals:
             raise UnsafeSecret(f"{path}, line {number}: allowed is NAME=value, one a line")
+        # What is set already wins over the file.
         if name not in environment:
             environment[name] = value.strip().strip("'\"")
             fresh.append(name)

@@ -83,10 +83,10 @@ def filesystem_of(uri: str) -> tuple[fs.FileSystem, str]:
         import fsspec
 
         try:
-            found, path = fsspec.core.url_to_fs(uri)
+            filesystem, path = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as error:
             raise StorageUnavailable(f"{uri}: no filesystem for it: {error} ({unknown})") from None
-        return fs.PyFileSystem(fs.FSSpecHandler(found)), path
+        return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class Folder:
     def sizes(self, suffix: str = "") -> dict[str, int]:
         """Names that end with ``suffix`` and do not begin with a dot, sorted, and their bytes."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
-        found = self._try("list files", lambda: self.filesystem.get_file_info(selector))
-        files = [info for info in found if info.type == fs.FileType.File]
+        entries = self._try("list files", lambda: self.filesystem.get_file_info(selector))
+        files = [info for info in entries if info.type == fs.FileType.File]
         named = {info.base_name: info.size for info in files if info.base_name.endswith(suffix)}
         return {name: named[name] for name in sorted(named) if not name.startswith(".")}
 

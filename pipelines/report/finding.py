@@ -106,7 +106,9 @@ def _positions(outcomes: Outcomes, trials: list[Trial]) -> str | None:
     others = [(position, estimate) for position, estimate in sorted(by_position.items()) if estimate is not None]
     if compressed is None or not others:
         return None
+
     parts = " and ".join(f"{describe(estimate)} with {position_name(position)} ids" for position, estimate in others)
+    # The interval of the best kind of ids must be clear of that of the compressed ones to say anything.
     best = max(others, key=lambda other: other[1].value)[1]
     if best.low > compressed.high:
         word = "matter"
@@ -114,6 +116,7 @@ def _positions(outcomes: Outcomes, trials: list[Trial]) -> str | None:
         word = "do not help"
     else:
         word = "make no clear difference"
+
     return (
         f"Position ids {word}: the same VisionZip tokens keep {parts}, and {describe(compressed)} with compressed ones."
     )

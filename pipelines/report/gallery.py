@@ -129,11 +129,11 @@ def _choose(answers: _Answers) -> list[str]:
         name: [_score(example.benchmark, text, example.truth) for text in answers.texts.loc[name]]
         for name, example in answers.examples[answers.examples["family"] == "grounding"].iterrows()
     }
-    overlaps = {name: [score["iou"] for score in found] for name, found in scores.items()}
+    overlaps = {name: [score["iou"] for score in of_method] for name, of_method in scores.items()}
     lead = {name: ious[0] - float(np.mean(ious[1:] or [0.0])) for name, ious in overlaps.items()}
     right = {
-        name: [_is_right(answers.examples.at[name, "benchmark"], score) for score in found]
-        for name, found in scores.items()
+        name: [_is_right(answers.examples.at[name, "benchmark"], score) for score in of_method]
+        for name, of_method in scores.items()
     }
     won = [name for name, marks in right.items() if marks[0] and not all(marks)]
     lost = [name for name, marks in right.items() if not marks[0] and any(marks)]

@@ -39,7 +39,7 @@ class Estimate:
     n: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One row of ``trials.parquet``; what does not apply is ``None``, ``params`` is decoded.
 

@@ -130,10 +130,10 @@ def _curves(outcomes: Outcomes) -> list[Panel]:
 
 def _facts(inputs: ReportInputs, outcomes: Outcomes) -> list[tuple[str, str]]:
     benchmarks = [f"{benchmark_name(column.benchmark)} {column.n:,}" for column in outcomes.columns]
-    asked = inputs.predictions.to_table(
+    asked_ids = inputs.predictions.to_table(
         columns=["example_id"], filter=ds.field("trial_id") == outcomes.unpruned.trial_id
     )["example_id"].to_pylist()
-    examples = inputs.examples[inputs.examples["example_id"].isin(asked)]
+    examples = inputs.examples[inputs.examples["example_id"].isin(asked_ids)]
     budgets = ", ".join(plain_number(budget) for budget in outcomes.budgets())
     return [
         ("Images", f"{examples['image'].nunique():,}"),

@@ -136,7 +136,7 @@ def _absent(outcomes: Outcomes, trials: list[Trial]) -> list[str]:
     positions: dict[tuple[str, str], list[str]] = {}
     for (name, position), known in budgets.items():
         positions.setdefault((name, ", ".join(map(plain_number, known))), []).append(position.upper())
-    return [f"{name} ({', '.join(found)}), run at {known}" for (name, known), found in positions.items()]
+    return [f"{name} ({', '.join(names)}), run at {known}" for (name, known), names in positions.items()]
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,7 @@ def _grades_of(
     """The grade of every pair of example and text that needs one."""
     if benchmark.graded is None:
         return {}
+
     ids = examples["example_id"].tolist()
     wanted = [(example, text) for example, text in pairs if benchmark.graded(texts[text], truths[example])]
     lacking = [ids[example] for example, text in wanted if (ids[example], texts[text]) not in grades]
@@ -225,6 +226,7 @@ class Evidence:
         reference: str,
         examples: pd.DataFrame,
         predictions: pd.DataFrame,
+        *,
         resamples: int,
         seed: int,
         grades: Grades | None = None,
@@ -234,8 +236,8 @@ class Evidence:
         answers, texts = _answer_matrix(trial_ids, examples, predictions)
         draws_of = Resamples.draw(sorted(set(examples["image"])), resamples, seed)
         scored = [
-            score_benchmark(parse_name(name), name, mine, answers[mine.index], texts, draws_of, grades)
-            for name, mine in examples.groupby("benchmark", sort=True)
+            score_benchmark(parse_name(name), name, of_benchmark, answers[of_benchmark.index], texts, draws_of, grades)
+            for name, of_benchmark in examples.groupby("benchmark", sort=True)
         ]
         row = trial_ids.index(reference)
         whole = {}
@@ -263,16 +265,16 @@ class Evidence:
 
     def families(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Family → mean retention of all trials, in the sample ``(trials,)`` and in every resample."""
-        found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        by_family: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         for block in self.blocks():
             members: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
             for part in self.scored:
                 kept = self.retention(part, *part.metrics(block))
                 members.setdefault(part.benchmark.family, []).append(kept)
             for family, parts in members.items():
-                found.setdefault(family, []).append(_family_mean(parts))
+                by_family.setdefault(family, []).append(_family_mean(parts))
         whole = {}
-        for family, pieces in found.items():
+        for family, pieces in by_family.items():
             points, draws = zip(*pieces, strict=True)
             whole[family] = np.concatenate(points), np.concatenate(draws)
         return whole
@@ -294,7 +296,8 @@ def evaluate(
     has two.
     """
     reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
-    evidence = Evidence.of(trials["trial_id"].tolist(), reference, examples, predictions, resamples, seed, grades)
+    trial_ids = trials["trial_id"].tolist()
+    evidence = Evidence.of(trial_ids, reference, examples, predictions, resamples=resamples, seed=seed, grades=grades)
     tables = [table for block in evidence.blocks() for table in _score_block(evidence, block)]
 
     tables += _limit_rows(evidence.trial_ids, examples, predictions)
@@ -306,24 +309,28 @@ def evaluate(
 
 def _score_block(evidence: Evidence, block: slice) -> list[pd.DataFrame]:
     """Rows of the trials of ``block``: every metric of every benchmark, then each family's mean retention."""
-    mine, tables = evidence.trial_ids[block], []
+    trial_ids, tables = evidence.trial_ids[block], []
     families: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+
     for part in evidence.scored:
         benchmark = part.benchmark
         metrics, draws = part.metrics(block)
         share, kept = evidence.retention(part, metrics, draws)
         spans = intervals(kept)
         families.setdefault(benchmark.family, []).append((part.examples, share, kept))
+
         for metric, values in metrics.items():
             low, high = intervals(draws[metric])
-            rows: dict[str, Any] = {"trial_id": mine, "metric": metric, "score": values, "low": low, "high": high}
+            rows: dict[str, Any] = {"trial_id": trial_ids, "metric": metric, "score": values, "low": low, "high": high}
             rows |= {"benchmark": part.name, "family": benchmark.family, "n": part.examples}
+            # Retention is of the headline alone: shares of other metrics would invite a choice among them.
             headline = metric == benchmark.headline
             rows |= {"headline": headline, "retention": share if headline else np.nan}
             rows |= {"retention_low": spans[0] if headline else np.nan}
             rows |= {"retention_high": spans[1] if headline else np.nan}
             tables.append(pd.DataFrame(rows))
-    return [*tables, *(_family_rows(mine, family, members) for family, members in families.items())]
+
+    return [*tables, *(_family_rows(trial_ids, family, members) for family, members in families.items())]
 
 
 def _limit_rows(trials: list[str], examples: pd.DataFrame, predictions: pd.DataFrame) -> list[pd.DataFrame]:

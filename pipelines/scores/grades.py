@@ -35,6 +35,7 @@ def read_grades(path: Path) -> dict[tuple[str, str], float]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise GradesError(f"evaluate.grades = {path}: cannot be read ({error.strerror}); {REMEDY}") from None
+
     grades: dict[tuple[str, str], float] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -46,6 +47,7 @@ def read_grades(path: Path) -> dict[tuple[str, str], float]:
             raise GradesError(
                 f"{path}: line {number} should be a JSON object with example_id, prediction and grade; {REMEDY}"
             ) from None
+
         if grade is None:
             continue
         if isinstance(grade, bool) or not isinstance(grade, int | float) or not 0 <= grade <= 1:
@@ -62,6 +64,7 @@ def ungraded(examples: pd.DataFrame, predictions: pd.DataFrame, grades: Grades) 
     """
     answers = predictions[["example_id", "prediction"]].astype(str).drop_duplicates()
     by_example = answers.groupby("example_id", sort=False)["prediction"].agg(sorted).to_dict()
+
     for row in examples.itertuples():
         benchmark = parse_name(row.benchmark)
         if benchmark.graded is None:

@@ -180,32 +180,25 @@ def race(
                 del standings[trial.trial_id]
         runners = [trial for trial in runners if trial.trial_id in answered]
         ids = [trial.trial_id for trial in runners]
-        evidence = Evidence.of(ids, reference.trial_id, questions, answers, resamples, seed)
+
+        evidence = Evidence.of(ids, reference.trial_id, questions, answers, resamples=resamples, seed=seed)
         families = evidence.families()
         judged = judge(families)
         measures = {name: Measure.of(*values) for name, values in (families | judged).items()}
         costs = np.array([standings[trial_id].cost for trial_id in ids])
         _note([standings[trial_id] for trial_id in ids], number, questions, measures)
+
         # Who has answered everything is not stopped any more: it is on the front, or it is not.
+        stopped: set[str] = set()
         if number == len(rungs):
-            for name in judged:
-                for place in np.flatnonzero(pareto_front(measures[name].value, costs)).tolist():
-                    standings[ids[place]].front.add(name)
-            stopped = set()
+            _note_front(ids, {name: measures[name] for name in judged}, costs, standings)
         else:
             images = questions["image"].nunique()
             beaten = {name: dominators(measures[name], costs, images, level) for name in judged}
             stopped = _stop(ids, beaten, safe, standings)
         runners = [trial for trial in runners if trial.trial_id not in stopped]
-        on_rung(
-            number,
-            {
-                "images": questions["image"].nunique(),
-                "trials": len(ids),
-                "stopped": len(stopped),
-                "answers": sum(standing.answers for standing in standings.values()),
-            },
-        )
+        figures = {"images": questions["image"].nunique(), "trials": len(ids), "stopped": len(stopped)}
+        on_rung(number, figures | {"answers": sum(standing.answers for standing in standings.values())})
     return Race(standings, len(rungs))
 
 
@@ -219,6 +212,15 @@ def _note(standings: list[Standing], rung: int, questions: pd.DataFrame, measure
             for name, measure in measures.items()
         }
         standing.history.append({name: values[0] for name, values in standing.estimates.items()})
+
+
+def _note_front(
+    ids: list[str], measures: Mapping[str, Measure], costs: np.ndarray, standings: dict[str, Standing]
+) -> None:
+    """Note by which measures a trial is on the final front; measures and costs are in the order of ``ids``."""
+    for name, measure in measures.items():
+        for place in np.flatnonzero(pareto_front(measure.value, costs)).tolist():
+            standings[ids[place]].front.add(name)
 
 
 def _stop(ids: list[str], beaten: dict[str, np.ndarray], safe: set[str], standings: dict[str, Standing]) -> set[str]:

@@ -124,6 +124,7 @@ def search_swarm(
     swarm: SwarmSettings,
     seed: int,
     make: Callable[[dict[str, Any]], Trial],
+    *,
     rungs: list[pd.DataFrame],
     unseen: pd.DataFrame,
     contest: Contest,
@@ -151,6 +152,7 @@ def search_swarm(
     if unseen["image"].nunique() >= FEWEST_IMAGES:
         best = [one.trial for one in ranking(tried, swarm.objective)[:CONFIRMED]]
         confirmed = run([], [preset, *best], [unseen]).standings
+
     answers = {one.trial.trial_id: one.standing.answers for one in tried if one.standing is not None}
     return study_table(tried, standing, preset_point(swarm, preset), confirmed, swarm.objective), {
         **swarm.model_dump(include={"method", "position", "budget", "objective"}),

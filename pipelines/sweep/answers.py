@@ -51,7 +51,7 @@ class NoReference(UnitsFailed):
     stops_the_run = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepSpec:
     """A sweep worker; ``threads`` is fixed so that equal machines give equal answers."""
 
@@ -442,18 +442,21 @@ def run_sweep(
     spec: SweepSpec,
     trials: Sequence[Trial],
     examples: Sequence[Example],
+    cluster: ClusterSettings,
+    *,
     costs: Sequence[Costs],
     speed: float,
     unit_images: int,
-    cluster: ClusterSettings,
-    on_start: Callable[[Mapping[str, WorkUnit], int], None],
-    on_done: OnDone,
-    *,
+    on_start: Callable[[Mapping[str, WorkUnit], int], None] = lambda units, cached: None,
+    on_done: OnDone = lambda unit, report: None,
     in_process: bool = False,
     gpu_hours: float | None = None,
 ) -> SweepOutcome:
-    """Run what the store lacks. ``on_start(units, cached_answers)`` is called before work starts; ``gpu_hours``: see
-    :func:`pipelines.workers.run_units`."""
+    """Run what the store lacks. ``costs``, ``speed``, ``unit_images``: see :func:`pipelines.sweep.units.plan_units`.
+
+    ``on_start(units, cached_answers)`` is called before work starts, ``on_done(unit id, report)`` as each unit finishes;
+    ``gpu_hours``: see :func:`pipelines.workers.run_units`.
+    """
     stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(tidy=True)]
     units, cached = plan_units(trials, examples, stored, costs, speed, unit_images, reuse=spec.reuse)
     on_start(units, cached)

@@ -62,6 +62,7 @@ def collect(
     """
     known = {reuse_key(one, reuse): one.partition(".")[0] for one in answers}
     ordered, origins = sorted(known.values()), Origins()
+
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         with room_in(scratch):
@@ -70,6 +71,7 @@ def collect(
             for rows in _relevant(store, known, examples, reuse, origins):
                 for part, table in rows.items():
                     runs[part].add(table)
+
         for part, target in targets.items():
             with (
                 room_in(target.parent),
@@ -98,6 +100,7 @@ def _relevant(
             origins.units.update([unit.provenance] if unit.provenance else [])
             for answer, trial_id in answers.items():
                 origins.answers.setdefault(trial_id, set()).add(answer)
+
     for unit, trials, tables in zip(units, taken, store.read_all(unit.unit for unit in units), strict=True):
         here = [asked[digest] for digest in unit.examples if digest in asked]
         wanted = {"example_id": {example.example_id for example in here}, "image": {example.image for example in here}}

@@ -74,19 +74,20 @@ class Engine:
             vlm=vlm,
             known=known,
         )
+
         context = answer_context(known, vlm, settings.features)
         spec = SweepSpec(
-            model.path,
-            everywhere(places.features),
-            store.identity,
-            known.fingerprint,
-            everywhere(places.results),
-            str(places.images.resolve()),
-            cluster.cpus,
-            cluster.device,
-            loading,
-            context_key(context),
-            settings.sweep.reuse,
+            model=model.path,
+            feature_root=everywhere(places.features),
+            feature_identity=store.identity,
+            encoder=known.fingerprint,
+            results=everywhere(places.results),
+            images=str(places.images.resolve()),
+            threads=cluster.cpus,
+            device=cluster.device,
+            loading=loading,
+            context=context_key(context),
+            reuse=settings.sweep.reuse,
             plugins=tuple(settings.plugins),
         )
         parts = Described.of({**known.encoder, **known.language})
@@ -97,11 +98,11 @@ class Engine:
         """The trials with the code that each runs."""
         return with_code(trials, self.vlm, self.spec.device)
 
-    def identify(self, trials: Sequence[Trial], questions: pd.DataFrame, *asked: Any) -> tuple[str, dict[str, str]]:
-        """The id of these trials on these questions, with whatever else was ``asked``, and the fingerprints behind it."""
+    def identify(self, trials: Sequence[Trial], questions: pd.DataFrame, *further: Any) -> tuple[str, dict[str, str]]:
+        """The id of these trials on these questions, with what else (``further``) decides them, and the fingerprints behind it."""
         data = hashlib.sha256("".join(questions["example_id"] + questions["image"]).encode()).hexdigest()
         code = same_code(self.coded(trials))
-        content = [self.context.digest, code, data, sorted(trial.trial_id for trial in trials), *asked]
+        content = [self.context.digest, code, data, sorted(trial.trial_id for trial in trials), *further]
         fingerprints = {**self.fingerprints, "code": code, "data": data}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16], fingerprints
 
@@ -119,17 +120,18 @@ class Engine:
         sweep, cluster, trials = self.settings.sweep, self.settings.cluster, self.coded(trials)
         self._describe(trials)
         self._refill(trials, questions)
+
         with SweepProgress(self.places.progress, self.places.units_log, log) as progress:
             outcome = run_sweep(
                 self.spec,
                 trials,
                 self.examples(questions),
-                sweep_costs(self.vlm, priced(self.settings, questions)),
-                worker_speed(self.places.units_log, cluster),
-                sweep.unit_images,
                 cluster,
-                progress.start,
-                progress.done,
+                costs=sweep_costs(self.vlm, priced(self.settings, questions)),
+                speed=worker_speed(self.places.units_log, cluster),
+                unit_images=sweep.unit_images,
+                on_start=progress.start,
+                on_done=progress.done,
                 gpu_hours=sweep.gpu_hours,
             )
         return outcome, progress.finished

@@ -167,11 +167,10 @@ class SweepProgress:
 def worker_speed(units_log: Path, cluster: ClusterSettings, last: int = 200) -> float:
     """FLOP/s of one worker: as its last units had it, or as its kind usually has before the first."""
     device = device_name(cluster.device, cluster.cpus)
-    mine = [row for row in read_lines(units_log, last) if row.get("device") == device]
-    seconds = sum(row.get("seconds", 0.0) for row in mine)
-    return (
-        sum(row.get("flops", 0.0) for row in mine) / seconds if seconds else usual_speed(cluster.device, cluster.cpus)
-    )
+    of_device = [row for row in read_lines(units_log, last) if row.get("device") == device]
+    seconds = sum(row.get("seconds", 0.0) for row in of_device)
+    flops = sum(row.get("flops", 0.0) for row in of_device)
+    return flops / seconds if seconds else usual_speed(cluster.device, cluster.cpus)
 
 
 def duration(seconds: float) -> str:

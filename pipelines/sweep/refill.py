@@ -93,10 +93,12 @@ class PulledTables:
                 return None
         except (FileNotFoundError, KeyError, ValueError):
             return None
+
         answered = pq.read_table(tables["predictions"], columns=["example_id"])["example_id"].unique().to_pylist()
         examples = read(questions[questions["example_id"].isin(answered)].reset_index(drop=True))
         if questions_digest(examples) != known["questions"]:
             return None
+
         answers = {trial_id: f"{trial_id}.{code}" for trial_id, code in known["code"].items()}
         provenance = json.dumps(known["provenance"] | {"context": context, "tables": True}, sort_keys=True)
         return cls(answers, tuple(examples), provenance, tables["predictions"], tables["kept"])

@@ -145,8 +145,8 @@ class ResultStore:
         # Units of one batch of images hold the same examples, and many hold the same trials: each list is held once.
         listed = functools.cache(lambda text: tuple(json.loads(text)))
         with ThreadPoolExecutor(READERS, thread_name_prefix="footers") as pool:
-            found = pool.map(lambda name: self._footer(name, sizes[name], listed), unread)
-            for name, unit in zip(unread, found, strict=True):
+            footers = pool.map(lambda name: self._footer(name, sizes[name], listed), unread)
+            for name, unit in zip(unread, footers, strict=True):
                 if isinstance(unit, StoredUnit):
                     known[name] = unit
                 elif tidy and unit is not None and self.storage.is_old(name):
@@ -176,11 +176,11 @@ class ResultStore:
             trials, examples = (listed(footer.metadata[key]) for key in FOOTER)
             origin = footer.metadata.get(PROVENANCE)
             provenance = sys.intern(origin.decode()) if origin is not None else None
-            found = StoredUnit(unit_name(trials, examples), trials, examples, provenance)
+            stored = StoredUnit(unit_name(trials, examples), trials, examples, provenance)
         except (KeyError, TypeError, ValueError):
             return None
-        whole = found.unit + SUFFIX == name and footer.num_row_groups == len(PARTS)
-        return found if whole and footer.row_group(0).num_rows == len(trials) * len(examples) else None
+        whole = stored.unit + SUFFIX == name and footer.num_row_groups == len(PARTS)
+        return stored if whole and footer.row_group(0).num_rows == len(trials) * len(examples) else None
 
     @staticmethod
     def _is_damaged(folder: Folder, name: str) -> bool:

@@ -203,6 +203,7 @@ class Trial:
             budgets = sorted(self.budgets or (spec.budget,))
             words = [f"{100 * one:g} %" if self.unit == "share" else f"{one:g}" for one in budgets]
             parts += [" = ".join(words), spec.position]
+
         if usual.stage2 and not spec.stage2:
             parts.append("no stage 2")
         elif spec.stage2 and usual.stage2 != dataclasses.replace(
@@ -212,6 +213,7 @@ class Trial:
             cut = f"stage 2 at {', '.join(map(str, layers))} by {spec.stage2.scorer}"
             cut += ", recycling" if spec.stage2.recycling else ""
             parts.append(f"{cut} ({' to '.join(map(str, (self.schedule.stage1_keep, *keeps)))})")
+
         parts += [f"{name}={_short(value)}" for name, value in sorted(self.parameters.items())]
         if self.seeded and spec.seed:
             parts.append(f"seed {spec.seed}")

@@ -215,6 +215,7 @@ def plan_units(
     costs: Sequence[Costs],
     speed: float,
     unit_images: int,
+    *,
     unit_seconds: float = UNIT_SECONDS,
     reuse: Reuse = "any",
 ) -> tuple[dict[str, WorkUnit], int]:

@@ -121,8 +121,10 @@ class TrackingStore:
             run = self.client.create_run(self.experiment_id, run_name=name, tags={**tags, tag: value})
             self.batch(run.info.run_id, params=texts)
             return run
+
         run = runs[0]
         self.client.update_run(run.info.run_id, status="RUNNING", name=name)
+
         known = run.data.params
         changed = sorted(key for key in texts if key in known and known[key] != texts[key])
         if changed:

@@ -76,7 +76,7 @@ def _run_here(spec: WorkerSpec, ledger: Ledger) -> None:
             home = None if isinstance(result, Partial) else getattr(unit, "home", None)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Slot:
     """A place for one worker among those of the run. Times on the dispatcher's clock."""
 
@@ -205,6 +205,7 @@ class Dispatch:
         node = self.nodes.setdefault(slot.place.node, PlaceRecord())
         for each in (record, node):
             each.failures, each.last = each.failures + 1, failure
+
         most = self.policy.place_failures
         if failure.fault == Fault.DEVICE and slot.place.devices and record.failures >= most:
             tell(
@@ -213,6 +214,8 @@ class Dispatch:
             )
             slot.parked, slot.ready, slot.reference, slot.unit = True, False, None, None
             return True
+
+        # A machine whose other workers run has no fault of its own.
         others = any(each.place and each.place.node == slot.place.node for each in self.slots if each is not slot)
         if node.failures >= most and not others and slot.place.node not in self.capacity.retired:
             self._retire(slot.place, failure)

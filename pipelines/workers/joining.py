@@ -146,13 +146,13 @@ def _ask(address: str) -> None:
     """Ray waits for a head that does not answer for minutes, so a process of its own asks, which can be stopped."""
     command = [sys.executable, "-c", ASK.replace("NOTHING_RUNS", str(NOTHING_RUNS)), address]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
     except subprocess.TimeoutExpired:
         raise _silent(address, f"it takes connections and gives no answer within {ANSWER_S:g} s") from None
-    if asked.returncode == NOTHING_RUNS:
+    if answer.returncode == NOTHING_RUNS:
         raise _silent(address, "no Ray runs on this machine")
-    if asked.returncode:
-        last = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if answer.returncode:
+        last = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise _silent(address, last[:200])
 
 

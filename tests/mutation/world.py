@@ -166,7 +166,17 @@ def _answers(
     with tempfile.TemporaryDirectory() as root:
         encoder = EncodeWorker.__new__(EncodeWorker)
         encoder.vlm, encoder.store = vlm, FeatureStore(root, identity)
-        encoder.spec = EncodeSpec("", str(world.images), root, identity, "float32", SIGNAL_NAMES, 2, 1, "cpu")
+        encoder.spec = EncodeSpec(
+            model="",
+            images=str(world.images),
+            root=root,
+            identity=identity,
+            dtype="float32",
+            keep=SIGNAL_NAMES,
+            batch_size=2,
+            threads=1,
+            device="cpu",
+        )
         for layout in dict.fromkeys(layouts.values()):
             encoder.run([image for image in sorted(layouts) if layouts[image] == layout])
 

@@ -44,8 +44,15 @@ class Bench:
     costs: list[Costs]
 
     def spec(self, results: Path) -> SweepSpec:
-        features = (str(self.root), self.identity, self.encoder)
-        return SweepSpec(self.model, *features, str(results), str(self.images), threads=1)
+        return SweepSpec(
+            model=self.model,
+            feature_root=str(self.root),
+            feature_identity=self.identity,
+            encoder=self.encoder,
+            results=str(results),
+            images=str(self.images),
+            threads=1,
+        )
 
     @property
     def examples(self):
@@ -74,12 +81,11 @@ class Bench:
             Logged(spec, str(log), spec.results) if log else spec,
             trials,
             examples,
-            self.costs,
-            speed,
-            unit_images,
             cluster,
-            lambda units, cached: None,
-            done,
+            costs=self.costs,
+            speed=speed,
+            unit_images=unit_images,
+            on_done=done,
             in_process=in_process,
         )
         return Swept.of(outcome, results, trials, examples)

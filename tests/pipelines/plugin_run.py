@@ -33,13 +33,19 @@ def main(asked: dict) -> dict:
     made = FeatureSettings(dtype="float32", shard_images=4, batch_size=4)
     model, root = settings.model.path, Path("features").resolve()
     store, _ = encode_missing(model, IMAGES, root, made, cluster, in_process=True)
-    places = (str(Path("results").resolve()), str(IMAGES.resolve()))
     spec = SweepSpec(
-        model, str(root), store.identity, sweep["encoder"], *places, threads=1, plugins=tuple(settings.plugins)
+        model=model,
+        feature_root=str(root),
+        feature_identity=store.identity,
+        encoder=sweep["encoder"],
+        results=str(Path("results").resolve()),
+        images=str(IMAGES.resolve()),
+        threads=1,
+        plugins=tuple(settings.plugins),
     )
     questions = pd.read_parquet(EXAMPLES).assign(max_new_tokens=3).sort_values("question")
     examples = read_examples(questions, "context")
-    outcome = run_sweep(spec, trials, examples, [], 1e9, 4, cluster, lambda *_: None, lambda *_: None)
+    outcome = run_sweep(spec, trials, examples, cluster, costs=[], speed=1e9, unit_images=4)
     told["questions"] = questions["question"].tolist()
     told["scores"] = [
         get_benchmark("signs").score(said, json.loads(truth))["accuracy"]

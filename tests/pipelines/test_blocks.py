@@ -61,12 +61,11 @@ class HalfBench:
             replace(self.spec, results=str(results)),
             self.trials,
             self.examples(images),
-            self.bench.costs,
-            speed,
-            BLOCKS.images,
             cluster,
-            lambda units, cached: None,
-            done,
+            costs=self.bench.costs,
+            speed=speed,
+            unit_images=BLOCKS.images,
+            on_done=done,
             in_process=cluster.workers == 1,
         )
         assert not outcome.failures

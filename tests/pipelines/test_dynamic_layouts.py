@@ -113,17 +113,24 @@ class Dynamic:
         return expand(sweep_settings(unit, budgets, *entries), self.counts, self.vlm.layers)
 
     def run(self, trials, results, unit_images=3, done=lambda *_: None):
-        features = (str(self.root / "features"), self.store.identity, self.vlm.encoder_identity)
+        spec = SweepSpec(
+            model="model",
+            feature_root=str(self.root / "features"),
+            feature_identity=self.store.identity,
+            encoder=self.vlm.encoder_identity,
+            results=str(results),
+            images=str(self.root / "images.parquet"),
+            threads=1,
+        )
         outcome = run_sweep(
-            SweepSpec("model", *features, str(results), str(self.root / "images.parquet"), threads=1),
+            spec,
             trials,
             self.examples,
-            self.costs,
-            SLOW,
-            unit_images,
             ONE,
-            lambda units, cached: None,
-            done,
+            costs=self.costs,
+            speed=SLOW,
+            unit_images=unit_images,
+            on_done=done,
             in_process=True,
         )
         return Swept.of(outcome, results, trials, self.examples)

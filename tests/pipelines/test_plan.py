@@ -127,7 +127,7 @@ stored_units = st.lists(
 def test_units_are_exactly_what_is_missing(stored, unit_images, seconds):
     examples = examples_of(5)
     done = [(trials, [example.digest for example in mine]) for trials, mine in stored]
-    units, cached = plan_units(TRIALS, examples, done, [COSTS], 1e4, unit_images, seconds)
+    units, cached = plan_units(TRIALS, examples, done, [COSTS], 1e4, unit_images, unit_seconds=seconds)
     known = {trial.trial_id for trial in TRIALS}
     have = {(trial, digest) for trials, digests in done for trial in trials if trial in known for digest in digests}
     planned = [

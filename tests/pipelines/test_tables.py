@@ -97,7 +97,7 @@ def test_boxes_told_in_pixels_are_told_on_the_image_as_the_model_sees_it(publish
     seen = seen_size(config, usual_image_processor(config))
     assert seen((640, 480)) == (644, 476), "to multiples of 28"
     sources = {"refcoco/val:pixels": published / "RefCOCO", "refcoco/testA": published / "RefCOCO"}
-    write_examples(sources, "llava_v1", tmp_path / "e.parquet", tmp_path / "i.parquet", seen)
+    write_examples(sources, "llava_v1", tmp_path / "e.parquet", tmp_path / "i.parquet", seen=seen)
     for row in pq.read_table(tmp_path / "e.parquet").to_pylist():
         truth = json.loads(row["truth"])
         assert truth.get("size") == (

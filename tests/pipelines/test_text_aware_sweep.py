@@ -49,8 +49,8 @@ def swept(bench, tower, trials, results, cluster, examples):
     spec = replace(bench.spec(results), loading=loading)
     reports = []
     outcome = run_sweep(
-        spec, trials, examples, bench.costs, SLOW, 4, cluster, lambda *_: None, lambda _, report: reports.append(report),
-        in_process=True,
+        spec, trials, examples, cluster, costs=bench.costs, speed=SLOW, unit_images=4,
+        on_done=lambda _, report: reports.append(report), in_process=True,
     )  # fmt: skip
     return outcome, reports
 
