@@ -56,7 +56,7 @@ from pipelines.sweep.costs import Costs, Load, ModelCost, forecast, sweep_costs,
 from pipelines.sweep.results import ResultStore
 from pipelines.sweep.tree import work_tree
 from pipelines.sweep.trials import Layouts, Trial, expand
-from pipelines.sweep.units import Example, plan_units, read_examples
+from pipelines.sweep.units import UnitExample, plan_units, read_examples
 
 MODEL = "models/testbed"
 QUESTIONS = {"refcoco": 6, "refcocoplus": 4, "refcocog": 4, "pope": 6, "gqa": 4, "textvqa": 2}  # of each image
@@ -110,7 +110,7 @@ class Bench:
     root: Path
     store: FeatureStore
     table: pd.DataFrame
-    examples: list[Example]
+    examples: list[UnitExample]
     costs: list[Costs]
     words: Words
 
@@ -167,7 +167,7 @@ class Bench:
         frame = pq.read_table(table, columns=["trial_id", "example_id", "prediction"]).to_pylist()
         return seconds, {(row["trial_id"], row["example_id"]): row["prediction"] for row in frame}, share
 
-    def one_by_one(self, trial: Trial, examples: Sequence[Example]) -> dict[tuple[str, str], str]:
+    def one_by_one(self, trial: Trial, examples: Sequence[UnitExample]) -> dict[tuple[str, str], str]:
         """One trial, batched, sharing nothing between questions."""
         texts: dict[tuple[str, str], str] = {}
         for batch in self._batches(examples):
@@ -180,7 +180,7 @@ class Bench:
             texts |= {(trial.trial_id, example.example_id): text for example, text in zip(batch, said, strict=True)}
         return texts
 
-    def _answer(self, trial: Trial, selection: Selection, batch: Sequence[Example], prompts: list) -> list[str]:
+    def _answer(self, trial: Trial, selection: Selection, batch: Sequence[UnitExample], prompts: list) -> list[str]:
         trunk = Trunk(
             self.vlm,
             selection,
@@ -192,7 +192,7 @@ class Bench:
         answers = trunk.answer(trial.spec.running_cuts(trial.schedule), limits, trial.spec.seed)
         return [self.words.decode(answer.tokens) for answer in answers]
 
-    def papers_way(self, trials: Sequence[Trial], examples: Sequence[Example]) -> float:
+    def papers_way(self, trials: Sequence[Trial], examples: Sequence[UnitExample]) -> float:
         """Forecast CPU seconds of ``trials`` on all questions, from those of ``examples`` and their images."""
         pictures = read_images(self.root / "images.parquet", sorted({example.image for example in examples}))
         loading = encoding = answering = 0.0
@@ -200,7 +200,7 @@ class Bench:
         def encode(vlm: LlavaAdapter, picture: Image.Image) -> dict[str, torch.Tensor]:
             return vlm.encode(vlm.pixels([picture]))
 
-        def answer(trial: Trial, signals: VisionSignals, example: Example) -> list[str]:
+        def answer(trial: Trial, signals: VisionSignals, example: UnitExample) -> list[str]:
             return self._answer(trial, _select(trial, signals), [example], [self.vlm.encode_prompt(example.prompt)])
 
         for trial in trials:
@@ -217,7 +217,7 @@ class Bench:
         whole = encoding * images / len(pictures) + answering * len(self.examples) / len(examples)
         return (loading + whole) / len(trials)
 
-    def stock(self, examples: Sequence[Example]) -> float:
+    def stock(self, examples: Sequence[UnitExample]) -> float:
         """Time of the unpruned trial one by one, over that of stock ``generate`` on the same cached features."""
         tokens, layers = self.vlm.grid.tokens, self.vlm.layers
         trial = Trial(specify("unpruned"), TokenSchedule(tokens, layers, tokens), {})
@@ -229,7 +229,7 @@ class Bench:
         return ours / theirs
 
     @torch.inference_mode()
-    def _generate(self, batch: Sequence[Example]) -> list[tuple[str, str]]:
+    def _generate(self, batch: Sequence[UnitExample]) -> list[tuple[str, str]]:
         """Stock ``generate`` on a batch, padded at the left, from embeddings of words and cached features."""
         images = tuple(sorted({example.image for example in batch}))
         projected = self.vlm.project(self.store.read(images)["features"])
@@ -256,7 +256,7 @@ class Bench:
             (example.example_id, self.vlm.decode_text(row)) for example, row in zip(batch, made.tolist(), strict=True)
         ]
 
-    def _batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+    def _batches(self, examples: Sequence[UnitExample]) -> list[list[UnitExample]]:
         """Batches of questions of like length."""
         ordered = sorted(examples, key=lambda example: (len(self.words.encode(example.prompt).after), example.image))
         return [ordered[start : start + BATCH] for start in range(0, len(ordered), BATCH)]
@@ -267,7 +267,7 @@ def _select(trial: Trial, signals: VisionSignals) -> Selection:
     return get_method(trial.spec.stage1).select(signals, keep, trial.spec.config, trial.spec.seed)
 
 
-def _sample(examples: Sequence[Example], count: int) -> list[Example]:
+def _sample(examples: Sequence[UnitExample], count: int) -> list[UnitExample]:
     if count >= len(examples):
         return list(examples)
     chosen = np.random.default_rng(SEED).choice(len(examples), count, replace=False)
@@ -327,7 +327,7 @@ def planning(count: int) -> float:
         ],
     )
 
-    examples = [Example(f"{i}-{q}", f"{i}-{q}", str(i), "", 8) for i in range(200) for q in range(12)]
+    examples = [UnitExample(f"{i}-{q}", f"{i}-{q}", str(i), "", 8) for i in range(200) for q in range(12)]
     text = [[((q, 1, 2, 3, 4, 5, 6, 7, 8), 5) for q in range(12)]] * 200
     model = ModelCost(layers=8, token=4e5, pair=5e2, head=4e4, projector=1e5, system=2)
     began = time.process_time()

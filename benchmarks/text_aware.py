@@ -39,7 +39,7 @@ from pipelines.features.loading import Loading
 from pipelines.settings import GridEntry, SweepSettings
 from pipelines.sweep.costs import forecast
 from pipelines.sweep.trials import Layouts, Trial, expand
-from pipelines.sweep.units import Example
+from pipelines.sweep.units import UnitExample
 
 LIMIT = 4.0  # times faster than trial by trial
 FREE = ["visionzip", "divprune", "vispruner", "prumerge", "random", "uniform", "pooling", "fastervlm", "scope", "holov"]
@@ -80,7 +80,7 @@ def trials_of(vlm: LlavaAdapter, entries: Sequence[dict[str, Any]]) -> list[Tria
     return pruned
 
 
-def one_by_one(bench: Bench, trial: Trial, examples: Sequence[Example]) -> dict[tuple[str, str], str]:
+def one_by_one(bench: Bench, trial: Trial, examples: Sequence[UnitExample]) -> dict[tuple[str, str], str]:
     """One trial in batches of questions that share nothing."""
     vlm, texts = bench.vlm, dict[tuple[str, str], str]()
     for batch in bench._batches(examples):
@@ -103,7 +103,7 @@ def one_by_one(bench: Bench, trial: Trial, examples: Sequence[Example]) -> dict[
     return texts
 
 
-def papers_way(bench: Bench, trial: Trial, examples: Sequence[Example], tower: str) -> float:
+def papers_way(bench: Bench, trial: Trial, examples: Sequence[UnitExample], tower: str) -> float:
     """Forecast CPU seconds of one trial as a run of its own, from those of ``examples`` and their images."""
     pictures = read_images(bench.root / "images.parquet", sorted({example.image for example in examples}))
     loading, vlm = clock(lambda: LlavaAdapter.load(MODEL, text_tower=tower))

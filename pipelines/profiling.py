@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import is_flash_attn_2_available
 
 from nuwa import UNPRUNED
+from nuwa.clock import Clock
 from nuwa.cost import LlmShape, kv_cache_bytes
 from nuwa.decoder import Answer, Trunk
 from nuwa.generation import ImageBatch, LayoutPlan, plan, select
@@ -43,7 +43,7 @@ STOCK = "stock generate"  # the model's own code, pixels to tokens
 
 
 @dataclass(frozen=True)
-class Workload:
+class WorkloadSize:
     """What is asked: ``batch`` images of ``image_size`` pixels (width, height), one question each.
 
     ``text_before``, ``text_after``: tokens before and behind the image. ``output_tokens``: all of them are generated.
@@ -54,26 +54,6 @@ class Workload:
     text_before: int
     text_after: int
     output_tokens: int
-
-
-class Clock:
-    """Milliseconds of a call, by CUDA events where the work runs on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def __call__(self, work: Callable[[], Any]) -> float:
-        if not self.cuda:
-            began = time.perf_counter()
-            work()
-            return 1000 * (time.perf_counter() - began)
-        torch.cuda.synchronize()  # what the call before left in the queue is not this one's
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        work()
-        last.record()
-        torch.cuda.synchronize()
-        return first.elapsed_time(last)
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
@@ -111,7 +91,7 @@ def random_model(path: str, device: str, dtype: torch.dtype, attention: str) -> 
     return adapter
 
 
-class Bench:
+class MethodTimer:
     """One model and one workload, encoded once; times each method on it.
 
     ``preprocess_ms``: the image processor on the whole batch. ``encode_ms``: the vision encoder from its pixels, with
@@ -121,7 +101,7 @@ class Bench:
     def __init__(
         self,
         adapter: Adapter,
-        workload: Workload,
+        workload: WorkloadSize,
         repeats: int,
         clock: Callable[[Callable[[], Any]], float] | None = None,
     ) -> None:
@@ -309,7 +289,7 @@ def profile_model(
 
 def _profile_batch(
     adapter: Adapter,
-    workload: Workload,
+    workload: WorkloadSize,
     repeats: int,
     specs: list[MethodSpec],
     fixed: dict[str, Any],
@@ -318,7 +298,7 @@ def _profile_batch(
 ) -> None:
     where = f"{fixed['model']}, {fixed['attention']}, batch {workload.batch}"
     try:
-        bench = Bench(adapter, workload, repeats)
+        bench = MethodTimer(adapter, workload, repeats)
     except torch.OutOfMemoryError:
         say(f"{where}: the images do not fit into memory; left out")
         return
@@ -334,9 +314,9 @@ def _profile_batch(
             say(f"{where}: {name} does not fit into memory; left out")
 
 
-def _workload(settings: ProfileSettings, batch: int) -> Workload:
+def _workload(settings: ProfileSettings, batch: int) -> WorkloadSize:
     width, height = settings.image_size
-    return Workload(batch, (width, height), settings.text_before, settings.text_after, settings.output_tokens)
+    return WorkloadSize(batch, (width, height), settings.text_before, settings.text_after, settings.output_tokens)
 
 
 def device_name(device: str) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import correctness, scenes
-from benchmarks.gpu.clock import Budget
+from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.decoding import held_tensors
 from benchmarks.gpu.holdups import per_token
 from benchmarks.gpu.results import Record, Result, table

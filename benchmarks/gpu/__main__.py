@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from benchmarks.gpu import correctness, holdups, latency, throughput
-from benchmarks.gpu.clock import Budget
+from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.results import Record, Result, table
 from benchmarks.gpu.scale import DRY, FULL
 from benchmarks.gpu.session import Part, Session, run_part

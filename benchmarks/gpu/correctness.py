@@ -21,7 +21,7 @@ import torch
 from benchmarks.gpu import families
 from benchmarks.gpu.decoding import answer_from, held_tensors, open_trunk
 from benchmarks.gpu.results import Result
-from benchmarks.gpu.scenes import Scenes, read_scenes
+from benchmarks.gpu.scenes import PinnedScenes, read_scenes
 from benchmarks.gpu.session import Piece, Session
 from nuwa import UNPRUNED
 from nuwa.generation import Generation, ImageBatch, answer_encoded, plan, select
@@ -89,7 +89,7 @@ def configurations(weights: Path = LEARNED) -> dict[str, MethodSpec]:
 
 
 @torch.inference_mode()
-def answer_all(device: str | torch.device, dtype: torch.dtype, scenes: Scenes, tokens: int) -> Answers:
+def answer_all(device: str | torch.device, dtype: torch.dtype, scenes: PinnedScenes, tokens: int) -> Answers:
     """The testbed model's answers of up to ``tokens`` tokens under every configuration, question by question."""
     vlm = LlavaAdapter.load(TESTBED, str(device), dtype)
     encoded = vlm.encode_images(scenes.images, OPTIONAL_SIGNALS)
@@ -101,14 +101,16 @@ def answer_all(device: str | torch.device, dtype: torch.dtype, scenes: Scenes, t
 
 
 def _answer(
-    vlm: Adapter, encoded: Sequence[EncodedImage], scenes: Scenes, spec: MethodSpec, tokens: int
+    vlm: Adapter, encoded: Sequence[EncodedImage], scenes: PinnedScenes, spec: MethodSpec, tokens: int
 ) -> list[Generation]:
     batch = ImageBatch(encoded=encoded, names=scenes.names, questions=scenes.questions, pictures=scenes.images)
     answers = answer_encoded(vlm, batch, lambda layout: spec, tokens)
     return [one for about_image in answers for one in about_image]
 
 
-def _compare_dtype(session: Session, scenes: Scenes, name: str, references: Mapping[str, Answers]) -> Iterator[Result]:
+def _compare_dtype(
+    session: Session, scenes: PinnedScenes, name: str, references: Mapping[str, Answers]
+) -> Iterator[Result]:
     if "cpu" not in references:
         yield Result("a", f"testbed in {name}", "skipped", {"why": "the CPU's answers are missing"}, name == "float32")
         return
@@ -200,7 +202,7 @@ def stock_answers(vlm: Adapter, image: Any, questions: Sequence[str], tokens: in
 
 
 @torch.inference_mode()
-def _placement(session: Session, scenes: Scenes) -> Iterator[Result]:
+def _placement(session: Session, scenes: PinnedScenes) -> Iterator[Result]:
     """Where tensors lie once a question has been answered: weights, signals, selection, states and caches."""
     vlm = load_adapter(TESTBED, str(session.device), torch.float32)
     encoded = vlm.encode_images(scenes.images[:2])

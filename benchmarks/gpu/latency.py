@@ -8,13 +8,12 @@ with selection; the image processor's time, the same for all and the host's, sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.clock import peak_bytes
 from benchmarks.gpu.results import Result, Status
 from benchmarks.gpu.scale import LLAVA, LLAVA_NEXT
 from benchmarks.gpu.session import Piece, Session
@@ -51,6 +50,17 @@ def _name(path: str, questions: int, system: str | int) -> str:
 
 
 @torch.inference_mode()
+def _peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
+    """Largest tensor memory held during ``work`` beyond what was held before it; null on a CPU, which has no such count."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - held
+
+
 def _measure(
     session: Session, path: str, questions: int, system: str | int, rows: dict[str, dict[str, Any]]
 ) -> Iterator[Result]:
@@ -82,7 +92,7 @@ def time_method(session: Session, work: Workload, spec: MethodSpec) -> dict[str,
         "decode_ms": median(lambda: work.answer(planned, selection, output)) - prefill_ms,
         "average_tokens": planned.schedule.average_tokens,
         "image_tokens": work.layout.tokens,
-        "peak_bytes": peak_bytes(lambda: work.answer(planned, work.select(planned, encoded), output), session.device),
+        "peak_bytes": _peak_bytes(lambda: work.answer(planned, work.select(planned, encoded), output), session.device),
     }
 
 
@@ -115,7 +125,7 @@ def time_stock(session: Session, work: Workload) -> dict[str, Any]:
         "decode_ms": median(lambda: work.stock_generate(inputs, output)) - one_ms,
         "average_tokens": float(work.layout.tokens),
         "image_tokens": work.layout.tokens,
-        "peak_bytes": peak_bytes(lambda: work.stock_generate(inputs, output), session.device),
+        "peak_bytes": _peak_bytes(lambda: work.stock_generate(inputs, output), session.device),
     }
 
 

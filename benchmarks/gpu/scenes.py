@@ -26,7 +26,7 @@ SCHEMA = pa.schema([("image", pa.binary()), ("questions", pa.list_(pa.string()))
 
 
 @dataclass(frozen=True)
-class Scenes:
+class PinnedScenes:
     """``images``, what seeds chance about each (``names``), and each image's prompts (``questions``)."""
 
     images: list[Image.Image]
@@ -39,12 +39,12 @@ class Scenes:
         return sum(map(len, self.questions))
 
 
-def read_scenes(images: int, questions: int) -> Scenes:
+def read_scenes(images: int, questions: int) -> PinnedScenes:
     """The first ``images`` of the file and the first ``questions`` about each."""
     rows = pq.read_table(FILE).slice(0, images).to_pylist()
     pictures = [Image.open(io.BytesIO(row["image"])).convert("RGB") for row in rows]
     names = [f"scene {number}" for number in range(len(rows))]
-    return Scenes(pictures, names, [row["questions"][:questions] for row in rows])
+    return PinnedScenes(pictures, names, [row["questions"][:questions] for row in rows])
 
 
 def draw_scenes() -> pa.Table:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.gpu.clock import Budget, Clock
+from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.results import Record, Result
 from benchmarks.gpu.scale import Scale
 from benchmarks.gpu.workload import Models, release
+from nuwa.clock import Clock
 from nuwa.schedule import UnreachableBudget
 
 TRACE_LINES = 3  # of an error, in its result

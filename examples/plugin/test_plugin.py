@@ -48,6 +48,7 @@ def test_method_and_scorer_work_from_generate_at_once():
         model, processor, [picture()], ["how many digits are there?"], method="loudest", **options
     )
     assert len(answer.kept.slots) == 32
+
     (ranked,) = nuwa.generate(
         model,
         processor,

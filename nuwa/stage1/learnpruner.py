@@ -145,10 +145,10 @@ def _load(config: LearnPruner, encoder: str | None, device: torch.device) -> Lpm
 @functools.lru_cache(maxsize=8)
 def _read(weights: str, digest: str, device: torch.device) -> tuple[str, Lpm]:
     """Encoder and LPM of a file, read once a process for each content and device."""
-    found = _digest(Path(weights))
-    if found != digest:
+    actual = _digest(Path(weights))
+    if actual != digest:
         raise WeightsError(
-            f"learnpruner.weights {weights!r} hold {found[:12]}, but {digest[:12]} was asked for; "
+            f"learnpruner.weights {weights!r} hold {actual[:12]}, but {digest[:12]} was asked for; "
             "they were trained anew in between: run the same command again"
         )
     file = read_lpm(Path(weights))

@@ -85,8 +85,8 @@ def pack(
     at = prefix.index(tokenizer.convert_tokens_to_ids("<image>"))
     prefix = prefix[:at] + [prefix[at]] * IMAGE_TOKENS + prefix[at + 1 :]
     turns = []
-    for asked, answer in map(question_words, questions):
-        asked_ids = tokenizer(asked + SUFFIX, add_special_tokens=False).input_ids
+    for words, answer in map(question_words, questions):
+        asked_ids = tokenizer(words + SUFFIX, add_special_tokens=False).input_ids
         turns.append((asked_ids, [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]))
     return lay_out(prefix, turns, roam)
 
@@ -152,8 +152,8 @@ def draw_language_batch(
 ) -> dict[str, Tensor]:
     most = max(limit for start, limit in CURRICULUM if progress >= start)
     scenes = [draw_scene(rng, split, 2, most) for _ in range(size)]
-    asked = [draw_questions(rng, scene, QUESTIONS_PER_IMAGE) for scene in scenes]
-    packed = [pack(tokenizer, questions, roam=rng) for questions in asked]
+    by_scene = [draw_questions(rng, scene, QUESTIONS_PER_IMAGE) for scene in scenes]
+    packed = [pack(tokenizer, questions, roam=rng) for questions in by_scene]
     labels = patch_labels([scene.objects for scene in scenes])
     columns = collate(packed, tokenizer.pad_token_id)
 
@@ -166,7 +166,7 @@ def draw_language_batch(
         "digit": labels.digit,
         "color": labels.color,
         "box": labels.box / IMAGE_SIZE,
-        "evidence": torch.from_numpy(np.stack([evidence_patches(questions) for questions in asked])),
+        "evidence": torch.from_numpy(np.stack([evidence_patches(questions) for questions in by_scene])),
         "focus": torch.full((size,), float(progress >= ANSWER_FOCUS_FROM)),
     }
 

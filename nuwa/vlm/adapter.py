@@ -314,14 +314,14 @@ class Adapter(ABC):
         if self.text_tower is None:
             raise ValueError("there is no text tower: name one as text_tower")
         tower = self.text_tower.loaded(self.encoder_modules["tower"].state_dict(), self.device)
-        owners = [row for row, asked in enumerate(questions) for _ in asked]
-        texts = [text for asked in questions for text in asked]
-        found = []
+        owners = [row for row, about_image in enumerate(questions) for _ in about_image]
+        texts = [text for about_image in questions for text in about_image]
+        by_question = []
         for view in views:
             relevance = tower.relevance(tower.patches(view.features)[owners], texts)
-            by_question = view.with_derived(("projected",)).at(owners)
-            found.append(dataclasses.replace(by_question, relevance=relevance.to(view.features.device)))
-        return found
+            rows = view.with_derived(("projected",)).at(owners)
+            by_question.append(dataclasses.replace(rows, relevance=relevance.to(view.features.device)))
+        return by_question
 
     def encode_prompt(self, text: str) -> EncodedPrompt:
         """The model's own chat template around ``text`` and one image, split at the image placeholder.

@@ -37,7 +37,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 ORIGINAL_LLAVA = ("llava_llama", "llava_mistral", "llava_mpt", "llava_qwen", "llava")
 
 
-class Folder(NamedTuple):
+class ModelFolder(NamedTuple):
     """A folder whose configuration has been read."""
 
     path: Path
@@ -72,7 +72,7 @@ def folder_faults(path: Path, families: Callable[[str], type[Adapter]], *, deep:
     except UserError as error:  # what else is wrong with such a folder follows from it
         yield str(error)
         return
-    checks: list[Callable[[Folder], object]] = [
+    checks: list[Callable[[ModelFolder], object]] = [
         lambda folder: check_weights(folder.path, folder.family.model_class, folder.config, deep=deep),
         check_processor,
         check_settings,
@@ -99,7 +99,7 @@ def _stamp(path: Path) -> tuple:
     return tuple((name, status.st_size, status.st_mtime_ns) for name, status in held)
 
 
-def read_folder(path: Path, families: Callable[[str], type[Adapter]]) -> Folder:
+def read_folder(path: Path, families: Callable[[str], type[Adapter]]) -> ModelFolder:
     """Configuration and family of a folder.
 
     Raises:
@@ -140,12 +140,12 @@ def read_folder(path: Path, families: Callable[[str], type[Adapter]]) -> Folder:
     from transformers import AutoConfig
 
     try:
-        return Folder(path, AutoConfig.from_pretrained(path), family)
+        return ModelFolder(path, AutoConfig.from_pretrained(path), family)
     except Exception as error:  # values of wrong type or range raise whatever the configuration class makes of them
         raise CheckpointError(f"{path / 'config.json'}: no valid configuration ({_words(error)})") from None
 
 
-def check_architecture(folder: Folder) -> None:
+def check_architecture(folder: ModelFolder) -> None:
     """Refuse towers and language models whose mathematics the adapter does not know, and a tower without patches."""
     patch, side = (getattr(folder.config.vision_config, name, None) for name in ("patch_size", "image_size"))
     if type(patch) is not int or patch < 1 or (type(side) is int and side < patch):
@@ -156,7 +156,7 @@ def check_architecture(folder: Folder) -> None:
     folder.family.check_config(folder.config)
 
 
-def check_processor(folder: Folder) -> None:
+def check_processor(folder: ModelFolder) -> None:
     """Refuse a folder without image processor, tokenizer or a chat template that asks one question about one image."""
     processor = load_processor(folder.path)
     image_processor = processor.image_processor
@@ -180,7 +180,7 @@ def check_processor(folder: Folder) -> None:
     check_placeholders(folder, processor)
 
 
-def check_grids(folder: Folder, image_processor: Any) -> None:
+def check_grids(folder: ModelFolder, image_processor: Any) -> None:
     """Refuse a list of picture sizes to choose crops by that is none, or that model and processor do not share."""
     place, ours = folder.path / "config.json", folder.config.image_grid_pinpoints
     theirs: Any = getattr(image_processor, "image_grid_pinpoints", None)
@@ -200,7 +200,7 @@ def check_grids(folder: Folder, image_processor: Any) -> None:
         )
 
 
-def check_vocabulary(folder: Folder, processor: Any) -> None:
+def check_vocabulary(folder: ModelFolder, processor: Any) -> None:
     """Refuse a tokenizer with tokens that the language model has no embedding for."""
     tokenizer, size = processor.tokenizer, folder.config.text_config.vocab_size
     prompt = tokenize_prompt(tokenizer, render_question(processor, QUESTION))  # what it adds may be in no vocabulary
@@ -212,7 +212,7 @@ def check_vocabulary(folder: Folder, processor: Any) -> None:
         )
 
 
-def check_placeholders(folder: Folder, processor: Any) -> None:
+def check_placeholders(folder: ModelFolder, processor: Any) -> None:
     """Refuse a processor that makes room for another number of visual tokens than the model of ``config.json`` has."""
     prompt = render_question(processor, QUESTION)
     try:
@@ -232,7 +232,7 @@ def check_placeholders(folder: Folder, processor: Any) -> None:
         )
 
 
-def check_settings(folder: Folder) -> None:
+def check_settings(folder: ModelFolder) -> None:
     """Refuse generation settings that are not obeyed, and a model that never ends an answer."""
     path = folder.path / "generation_config.json"
     settings = generation_settings(folder.path, folder.config)

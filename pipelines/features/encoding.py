@@ -17,7 +17,7 @@ from nuwa.layout import VisualLayout, layout_order
 from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
 from nuwa.source import closure
 from nuwa.vlm import Adapter, EncodedImage
-from pipelines.features.faults import BrokenImages, NoRoom, NotFinite
+from pipelines.features.faults import BrokenImages, NoRoom, SignalNotFinite
 from pipelines.features.identity import Described, ModelIdentity, code_by_file, code_names, model_type, stored_signals
 from pipelines.features.images import decode_images
 from pipelines.features.layouts import layouts_of
@@ -86,12 +86,12 @@ class EncodeWorker:
         return Encoded(len(whole), broken)
 
     def _stored(self, name: str, image: EncodedImage) -> EncodedImage:
-        """``image`` as the store keeps it; raises :class:`NotFinite`."""
+        """``image`` as the store keeps it; raises :class:`SignalNotFinite`."""
         stored = {}
         for key in self.spec.keep:
             value = image.signals[key].to(signal_dtype(key, self.spec.dtype))
             if not value.isfinite().all():  # before the copy: a GPU looks faster
-                raise NotFinite.found(
+                raise SignalNotFinite.found(
                     name,
                     key,
                     image.signals[key],

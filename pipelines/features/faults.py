@@ -59,7 +59,7 @@ def _asked_about(image: str, images_path: Path) -> str:
     return f"its questions have image = {image}"
 
 
-class NotFinite(UnitsFailed):
+class SignalNotFinite(UnitsFailed):
     """A signal that the store cannot hold; other images would meet it too."""
 
     stops_the_run = True
@@ -67,7 +67,7 @@ class NotFinite(UnitsFailed):
     @classmethod
     def found(
         cls, image: str, name: str, value: Tensor, *, stored_dtype: str, model_dtype: str, model: str
-    ) -> NotFinite:
+    ) -> SignalNotFinite:
         """``value``: the signal as the encoder of ``model`` gave it."""
         if value.isfinite().all():
             end = torch.finfo(signal_dtype(name, stored_dtype)).max

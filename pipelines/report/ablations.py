@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pipelines.report.charts import Panel, Point, forest, heatmap, line
-from pipelines.report.outcomes import FAMILIES, STAGE2, Outcomes, Trial, varying
+from pipelines.report.outcomes import FAMILIES, STAGE2, Outcomes, TrialRow, varying
 from pipelines.report.published import IMAGE_TOKENS, MODEL_NAME, published_ablations
 from pipelines.report.style import FAMILIES as FAMILY_NAMES
 from pipelines.report.style import (
@@ -80,7 +80,7 @@ def _is_numeric(values: Sequence[Any]) -> bool:
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
-def _panels(outcomes: Outcomes, trials: list[Trial], parameters: list[str], prefix: str) -> list[Panel]:
+def _panels(outcomes: Outcomes, trials: list[TrialRow], parameters: list[str], prefix: str) -> list[Panel]:
     families = [family for family in FAMILIES if any(outcomes.retention(trial, family) for trial in trials)]
     if len(parameters) == 2:
         return [_heatmap(outcomes, trials, parameters, family, prefix) for family in families]
@@ -96,7 +96,7 @@ def _panels(outcomes: Outcomes, trials: list[Trial], parameters: list[str], pref
     return panels
 
 
-def _points(outcomes: Outcomes, trials: list[Trial], parameters: list[str], family: str) -> list[Point]:
+def _points(outcomes: Outcomes, trials: list[TrialRow], parameters: list[str], family: str) -> list[Point]:
     points = []
     for trial in trials:
         estimate = outcomes.retention(trial, family)
@@ -117,13 +117,13 @@ def _combination(parameters: list[str], values: list[Any]) -> str:
     return " · ".join(parts)
 
 
-def _preset_value(trials: list[Trial], name: str) -> float | None:
+def _preset_value(trials: list[TrialRow], name: str) -> float | None:
     """The value that the grid's preset gives a hyper-parameter, where that is one number."""
     values = {replace(trial, params={}).setting(name) for trial in trials} if name not in STAGE2 else set()
     return float(values.pop()) if len(values) == 1 and _is_numeric(list(values)) else None
 
 
-def _heatmap(outcomes: Outcomes, trials: list[Trial], parameters: list[str], family: str, prefix: str) -> Panel:
+def _heatmap(outcomes: Outcomes, trials: list[TrialRow], parameters: list[str], family: str, prefix: str) -> Panel:
     axes = [sorted({trial.setting(name) for trial in trials}, key=_sortable) for name in parameters]
     values = np.full([len(axis) for axis in axes], np.nan)
     for trial in trials:
@@ -139,7 +139,7 @@ def _heatmap(outcomes: Outcomes, trials: list[Trial], parameters: list[str], fam
     return heatmap(title, labels[1], labels[0], values.T, names[::-1])
 
 
-def _row(outcomes: Outcomes, trial: Trial, parameters: list[str]) -> AblationRow:
+def _row(outcomes: Outcomes, trial: TrialRow, parameters: list[str]) -> AblationRow:
     return AblationRow(
         label=trial.label,
         settings=[setting_text(name, trial.setting(name)) for name in parameters],
@@ -148,7 +148,7 @@ def _row(outcomes: Outcomes, trial: Trial, parameters: list[str]) -> AblationRow
     )
 
 
-def _constant(trials: list[Trial], parameters: list[str]) -> str:
+def _constant(trials: list[TrialRow], parameters: list[str]) -> str:
     """``Nüwa, preset released, original (PESP) ids, 16 average tokens, no stage 2``: what the grid holds fixed."""
     first, parts = trials[0], []
     if "method" not in parameters:
@@ -166,7 +166,7 @@ def _constant(trials: list[Trial], parameters: list[str]) -> str:
     return ", ".join(parts)
 
 
-def _realised(trials: list[Trial]) -> str:
+def _realised(trials: list[TrialRow]) -> str:
     averages = [trial.average_tokens for trial in trials]
     if min(averages) == max(averages):
         return ""

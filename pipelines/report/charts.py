@@ -24,7 +24,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from pipelines.report.outcomes import Estimate, Outcomes, Trial
+from pipelines.report.outcomes import Estimate, Outcomes, TrialRow
 from pipelines.report.style import INK, LINE_STYLES, MUTED, PUBLISHED_GROUND, RULE, method_style, percent
 
 RC: dict[Any, Any] = {
@@ -119,7 +119,7 @@ def _attribute(text: str) -> str:
 
 def budget_curves(outcomes: Outcomes, family: str, position: str, title: str) -> Panel:
     """Retention against realised average tokens under one position strategy: a colour and marker a method."""
-    series: dict[str, list[Trial]] = {}
+    series: dict[str, list[TrialRow]] = {}
     for trial in outcomes.main:
         if trial.position == position and outcomes.retention(trial, family) is not None:
             series.setdefault(outcomes.name(trial), []).append(trial)

@@ -7,7 +7,7 @@ are said to differ, and needs intervals apart to call one ahead of another.
 
 from __future__ import annotations
 
-from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, Trial
+from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, TrialRow
 from pipelines.report.style import benchmark_name, percent, plain_number, position_name
 
 FAMILY_WORDS = {"grounding": "grounding", "vqa": "visual question answering"}
@@ -40,32 +40,32 @@ def share_of_tokens(outcomes: Outcomes, budget: float) -> str:
     return f"{100 * budget / total:.0f}\u00a0% of the tokens ({plain_number(budget)} of {total} on average)"
 
 
-def _first(trials: list[Trial], method: str, positions: tuple[str, ...]) -> Trial | None:
+def _first(trials: list[TrialRow], method: str, positions: tuple[str, ...]) -> TrialRow | None:
     """The method's trial with the first of ``positions``; presets in their order, ``released`` before others."""
     candidates = [trial for trial in trials if trial.method == method]
     return min(candidates, key=lambda trial: positions.index(trial.position), default=None)
 
 
-def _ids(trial: Trial) -> str:
+def _ids(trial: TrialRow) -> str:
     return f"{position_name(trial.position)} position ids"
 
 
-def _grounded(outcomes: Outcomes, trials: list[Trial]) -> list[tuple[Trial, Estimate]]:
+def _grounded(outcomes: Outcomes, trials: list[TrialRow]) -> list[tuple[TrialRow, Estimate]]:
     """Those of ``trials`` that have a grounding result, each with it."""
     return [(trial, known) for trial in trials if (known := outcomes.retention(trial, "grounding"))]
 
 
-def _value(one: tuple[Trial, Estimate]) -> float:
+def _value(one: tuple[TrialRow, Estimate]) -> float:
     return one[1].value
 
 
-def _kept(outcomes: Outcomes, nuwa: Trial, ours: Estimate, budget: float) -> str:
+def _kept(outcomes: Outcomes, nuwa: TrialRow, ours: Estimate, budget: float) -> str:
     text = f"At {share_of_tokens(outcomes, budget)}, {outcomes.name(nuwa)} keeps {describe(ours)} of grounding accuracy"
     vqa = outcomes.retention(nuwa, "vqa")
     return text + (f" and {describe(vqa)} of visual question answering" if vqa is not None else "")
 
 
-def _beside(outcomes: Outcomes, trials: list[Trial]) -> str:
+def _beside(outcomes: Outcomes, trials: list[TrialRow]) -> str:
     """The end of that sentence: what VisionZip keeps, where it has a result."""
     grounded = [trial for trial, _ in _grounded(outcomes, trials)]
     visionzip = _first(grounded, "visionzip", ("perc", "pesp", "rpme"))
@@ -77,7 +77,7 @@ def _beside(outcomes: Outcomes, trials: list[Trial]) -> str:
     return text + (f" and {describe(vqa)} of the latter." if vqa is not None else ".")
 
 
-def _verdict(outcomes: Outcomes, nuwa: Trial, ours: Estimate, rival: tuple[Trial, Estimate]) -> str:
+def _verdict(outcomes: Outcomes, nuwa: TrialRow, ours: Estimate, rival: tuple[TrialRow, Estimate]) -> str:
     best, other = rival
     name, rival_name = outcomes.name(nuwa), f"{outcomes.name(best)} with {_ids(best)}"
     if ours.low > other.high:
@@ -97,7 +97,7 @@ def _verdict(outcomes: Outcomes, nuwa: Trial, ours: Estimate, rival: tuple[Trial
     )
 
 
-def _positions(outcomes: Outcomes, trials: list[Trial]) -> str | None:
+def _positions(outcomes: Outcomes, trials: list[TrialRow]) -> str | None:
     """Finding 3 of the paper: other position ids with the same VisionZip tokens."""
     by_position = {
         trial.position: outcomes.retention(trial, "grounding") for trial in trials if trial.method == "visionzip"
@@ -122,7 +122,7 @@ def _positions(outcomes: Outcomes, trials: list[Trial]) -> str | None:
     )
 
 
-def _learned(outcomes: Outcomes, trials: list[Trial]) -> str | None:
+def _learned(outcomes: Outcomes, trials: list[TrialRow]) -> str | None:
     """LearnPruner against its control: random tokens behind the same stage 2."""
     learned = _first(trials, "learnpruner", ("pesp", "rpme", "perc"))
     if learned is None:
@@ -169,7 +169,7 @@ def _is_undefined(outcomes: Outcomes, family: str) -> bool:
     return known and outcomes.retention(outcomes.unpruned, family) is None
 
 
-def _without_nuwa(outcomes: Outcomes, trials: list[Trial], budget: float) -> str:
+def _without_nuwa(outcomes: Outcomes, trials: list[TrialRow], budget: float) -> str:
     start = f"At {share_of_tokens(outcomes, budget)} this run has no grounding result of Nüwa"
     known = _grounded(outcomes, trials)
     if not known:

@@ -24,8 +24,8 @@ from nuwa.grid import PatchGrid
 from nuwa.images import read_image
 from pipelines.data.datasets import parse_name
 from pipelines.report.inputs import ReportInputs
-from pipelines.report.outcomes import Outcomes, Trial
-from pipelines.report.places import Places, Size
+from pipelines.report.outcomes import Outcomes, TrialRow
+from pipelines.report.places import Size, TokenPlaces
 from pipelines.report.style import benchmark_name
 
 SHOWN = (
@@ -71,7 +71,7 @@ class Case:
 class _Answers:
     """All that the shown trials have to say on the examples they share: one row an example, one column a trial."""
 
-    trials: list[Trial]
+    trials: list[TrialRow]
     examples: pd.DataFrame
     texts: pd.DataFrame
     last: pd.DataFrame  # slots alive in the last layer
@@ -91,13 +91,13 @@ def gallery(inputs: ReportInputs, outcomes: Outcomes, budget: float) -> list[Cas
     return [_case(outcomes, answers, name, encoded, kept, places) for name in chosen]
 
 
-def _on_one_grid(grid: str) -> Callable[[Size], Places] | None:
+def _on_one_grid(grid: str) -> Callable[[Size], TokenPlaces] | None:
     """A square grid over square images, the same for all."""
     height, width = map(int, grid.split("x"))
-    return None if height != width else lambda size: Places.of_grid(PatchGrid(height, width))
+    return None if height != width else lambda size: TokenPlaces.of_grid(PatchGrid(height, width))
 
 
-def _shown_trials(outcomes: Outcomes, budget: float) -> list[Trial]:
+def _shown_trials(outcomes: Outcomes, budget: float) -> list[TrialRow]:
     """The first trials of ``SHOWN`` at this budget, in that order; a method's first preset."""
     at_budget = outcomes.at_budget(budget)
     choices = [
@@ -110,7 +110,7 @@ def _rows(dataset: ds.Dataset, column: str, values: set[str]) -> pd.DataFrame:
     return dataset.to_table(filter=ds.field(column).isin(sorted(values))).to_pandas()
 
 
-def _answers(inputs: ReportInputs, trials: list[Trial], square: bool) -> _Answers:
+def _answers(inputs: ReportInputs, trials: list[TrialRow], square: bool) -> _Answers:
     """``square``: only on square images; on others one fixed grid's place depends on the model's own padding."""
     ids = [trial.trial_id for trial in trials]
     examples = inputs.examples.set_index("example_id")
@@ -188,7 +188,7 @@ def _accepted(truth: str) -> list[str]:
     return sorted(dict.fromkeys(map(str, answers)), key=lambda answer: -answers.count(answer))
 
 
-def _kept(inputs: ReportInputs, trials: list[Trial], images: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
+def _kept(inputs: ReportInputs, trials: list[TrialRow], images: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Stage 1's tokens of every shown trial and image."""
     wanted = ds.field("trial_id").isin([trial.trial_id for trial in trials]) & ds.field("image").isin(sorted(images))
     rows = inputs.kept.to_table(filter=wanted).to_pylist()
@@ -201,7 +201,7 @@ def _case(
     name: str,
     encoded: dict[str, bytes],
     kept: dict[tuple[str, str], dict[str, Any]],
-    places: Callable[[Size], Places],
+    places: Callable[[Size], TokenPlaces],
 ) -> Case:
     example = answers.examples.loc[name]
     pixels = read_image(encoded[example["image"]])
@@ -243,7 +243,7 @@ class _Tokens:
     last: frozenset[int]
 
     @classmethod
-    def of(cls, places: Places, row: dict[str, Any] | None, last: Sequence[int], by_question: bool) -> _Tokens:
+    def of(cls, places: TokenPlaces, row: dict[str, Any] | None, last: Sequence[int], by_question: bool) -> _Tokens:
         """``row``: of ``kept.parquet``; null where stage 1 keeps everything, or (``by_question``) what a question asks for,
         of which the answer tells what was left in the end."""
         if row is None:
@@ -270,7 +270,7 @@ def _enlarge(pixels: Image.Image, extent: Size) -> Image.Image:
 
 
 def _drawn(
-    pixels: Image.Image, places: Places, tokens: _Tokens, truth: list[float] | None, box: list[float] | None
+    pixels: Image.Image, places: TokenPlaces, tokens: _Tokens, truth: list[float] | None, box: list[float] | None
 ) -> Image.Image:
     """The last view with both boxes; smaller, below it or at the right of a tall one, the others."""
     width, height = extent = _extent(places.size)
@@ -288,7 +288,7 @@ def _drawn(
     return canvas
 
 
-def _with_patches(pixels: Image.Image, extent: Size, places: Places, view: int, tokens: _Tokens) -> Image.Image:
+def _with_patches(pixels: Image.Image, extent: Size, places: TokenPlaces, view: int, tokens: _Tokens) -> Image.Image:
     """One view's kept patches as they are, the others faded to paper; outlines tell roles apart, dots mark the last
     layer's."""
     image = np.array(_enlarge(pixels, extent), dtype=np.float32)

@@ -15,7 +15,7 @@ import pyarrow.dataset as ds
 from nuwa.errors import UserError
 from pipelines.axes import COLUMNS as TRIAL_COLUMNS
 from pipelines.data.datasets import read_notes
-from pipelines.report.places import Places, Size
+from pipelines.report.places import Size, TokenPlaces
 
 REMEDY = "run `dvc repro evaluate` to make it"
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -96,7 +96,7 @@ class ReportInputs:
     provenance: Mapping[str, str] = field(default_factory=dict)
     profile: pd.DataFrame | None = None
     search: SearchRecord | None = None
-    places: Callable[[Size], Places] | None = None
+    places: Callable[[Size], TokenPlaces] | None = None
     notes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # questions not shown whole, by benchmark
     about: str = ""  # a sentence on what was measured, where names alone would mislead
 
@@ -113,7 +113,7 @@ class ReportInputs:
         cls,
         data_dir: Path,
         provenance: Mapping[str, str] | None = None,
-        places: Callable[[Size], Places] | None = None,
+        places: Callable[[Size], TokenPlaces] | None = None,
         about: str = "",
     ) -> ReportInputs:
         """Open the files of ``data_dir``.

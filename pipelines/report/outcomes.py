@@ -40,7 +40,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class TrialRow:
     """One row of ``trials.parquet``; what does not apply is ``None``, ``params`` is decoded.
 
     ``budgets``: every budget that comes to this schedule; ``budget`` is the first that asked for it. ``cuts``: layer
@@ -133,7 +133,7 @@ class Outcomes:
         for row in scores[scores["benchmark"] == MEAN].itertuples():
             self._retention[row.trial_id, row.family] = Estimate(row.score, row.low, row.high, int(row.n))
 
-    def grid(self, name: str) -> list[Trial]:
+    def grid(self, name: str) -> list[TrialRow]:
         """The pruned trials of a grid, in order."""
         return [trial for trial in self.trials if name in trial.grids]
 
@@ -141,24 +141,24 @@ class Outcomes:
         """Budgets of the main trials, ascending, in average tokens."""
         return sorted({budget for trial in self.main for budget in trial.budgets})
 
-    def at_budget(self, budget: float) -> list[Trial]:
+    def at_budget(self, budget: float) -> list[TrialRow]:
         """Those whose position ids are their authors' own first."""
         return sorted((trial for trial in self.main if budget in trial.budgets), key=lambda trial: not trial.own)
 
-    def name(self, trial: Trial) -> str:
+    def name(self, trial: TrialRow) -> str:
         """``Nüwa``, with whatever else tells the trial from the run's other main trials of that position and budget."""
         return self._names.get(trial.trial_id, method_style(trial.method).name)
 
-    def score(self, trial: Trial, benchmark: str) -> Estimate | None:
+    def score(self, trial: TrialRow, benchmark: str) -> Estimate | None:
         """The headline score of a benchmark."""
         return _known(self._scores.get((trial.trial_id, benchmark)))
 
-    def retention(self, trial: Trial, family: str) -> Estimate | None:
+    def retention(self, trial: TrialRow, family: str) -> Estimate | None:
         """Unweighted mean retention over the benchmarks of ``grounding`` or ``vqa``."""
         return _known(self._retention.get((trial.trial_id, family)))
 
 
-def varying(trials: Iterable[Trial]) -> list[str]:
+def varying(trials: Iterable[TrialRow]) -> list[str]:
     """Columns and hyper-parameters in which ``trials`` differ.
 
     What follows from a parameter listed before it is left out: the stage-2 layer where it is the method's own, K1 and
@@ -181,12 +181,12 @@ def _cut(text: str) -> tuple[int, int]:
     return int(layer), int(keep)
 
 
-def _trial(row: dict[str, Any]) -> Trial:
+def _trial(row: dict[str, Any]) -> TrialRow:
     def number(name: str, kind: type) -> Any:
         value = row[name]
         return None if value is None or pd.isna(value) else kind(value)
 
-    return Trial(
+    return TrialRow(
         trial_id=row["trial_id"],
         label=row["label"],
         grids=tuple(row["grids"]),
@@ -210,7 +210,7 @@ def _trial(row: dict[str, Any]) -> Trial:
     )
 
 
-def _rank(trial: Trial) -> tuple:
+def _rank(trial: TrialRow) -> tuple:
     preset = (trial.preset != "released", trial.preset)
     return (method_rank(trial.method), preset, position_rank(trial.position), trial.budget or 0.0, trial.label)
 
@@ -228,9 +228,9 @@ def _columns(scores: pd.DataFrame) -> list[BenchmarkColumn]:
     return sorted(columns, key=lambda column: (FAMILIES.index(column.family), benchmark_rank(column.benchmark)))
 
 
-def _names(main: list[Trial]) -> dict[str, str]:
+def _names(main: list[TrialRow]) -> dict[str, str]:
     """The method, its preset where several ran, and whatever else parts a trial from its series' others."""
-    series: dict[tuple[str, str, str], list[Trial]] = {}
+    series: dict[tuple[str, str, str], list[TrialRow]] = {}
     presets: dict[str, set[str]] = {}
     for trial in main:
         series.setdefault((trial.method, trial.preset, trial.position), []).append(trial)

@@ -33,7 +33,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenPlaces:
     """``frames``: one a view of ``layout``. ``size``: of the picture to draw on, in any unit; only its shape counts."""
 
     layout: VisualLayout
@@ -41,7 +41,7 @@ class Places:
     size: Size
 
     @classmethod
-    def of_grid(cls, grid: PatchGrid) -> Places:
+    def of_grid(cls, grid: PatchGrid) -> TokenPlaces:
         """One grid over the whole image, drawn with square cells."""
         return cls(VisualLayout((View(grid),)), (Frame(),), (grid.width, grid.height))
 
@@ -61,7 +61,7 @@ def _edges(start: float, extent: float, cells: int, pixels: int) -> np.ndarray:
     return edges.round().astype(int).clip(0, pixels)
 
 
-def places_of_model(path: str, size: Size) -> Places:
+def places_of_model(path: str, size: Size) -> TokenPlaces:
     """For an image of ``size`` (width, height) under the model of ``path``; its weights are not needed."""
     config, image_processor = _model(path)
     layout = adapter_class(config.model_type).layout_for(config, image_processor, size)
@@ -73,7 +73,7 @@ def _model(path: str) -> tuple[PretrainedConfig, Any]:
     return model_shape(path), AutoImageProcessor.from_pretrained(path)
 
 
-def places_of(layout: VisualLayout, config: PretrainedConfig, size: Size) -> Places:
+def places_of(layout: VisualLayout, config: PretrainedConfig, size: Size) -> TokenPlaces:
     """``layout``: that of an image of ``size`` (width, height) under the model of ``config``."""
     frames = adapter_class(config.model_type).view_frames(config, layout, size)
-    return Places(layout, tuple(Frame(*frame) for frame in frames), size)
+    return TokenPlaces(layout, tuple(Frame(*frame) for frame in frames), size)

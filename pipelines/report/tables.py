@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, Trial
+from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, TrialRow
 from pipelines.report.published import PublishedRow
 from pipelines.report.style import (
     POSITIONS,
@@ -33,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     trial_id: str
     name: str
     color: str
@@ -51,7 +51,7 @@ class BudgetTable:
 
     budget: str
     share: str
-    rows: list[Row]
+    rows: list[TableRow]
     absent: list[str]
 
 
@@ -66,7 +66,7 @@ def budget_table(outcomes: Outcomes, budget: float) -> BudgetTable:
     )
 
 
-def _best(outcomes: Outcomes, trials: list[Trial]) -> dict[str, float]:
+def _best(outcomes: Outcomes, trials: list[TrialRow]) -> dict[str, float]:
     """The highest value of every column, by family or benchmark; of a column of zeros none."""
     values: dict[str, list[Estimate | None]] = {
         family: [outcomes.retention(trial, family) for trial in trials] for family in FAMILIES
@@ -77,7 +77,7 @@ def _best(outcomes: Outcomes, trials: list[Trial]) -> dict[str, float]:
     return {key: max(column) for key, column in known.items() if max(column, default=0) > 0}
 
 
-def _row(outcomes: Outcomes, trial: Trial, best: dict[str, float]) -> Row:
+def _row(outcomes: Outcomes, trial: TrialRow, best: dict[str, float]) -> TableRow:
     def is_best(key: str, estimate: Estimate | None) -> bool:
         return trial.pruned and estimate is not None and estimate.value == best.get(key)
 
@@ -95,7 +95,7 @@ def _row(outcomes: Outcomes, trial: Trial, best: dict[str, float]) -> Row:
             )
         )
     retention = {family: outcomes.retention(trial, family) for family in FAMILIES}
-    return Row(
+    return TableRow(
         trial_id=trial.trial_id,
         name=outcomes.name(trial),
         color=method_style(trial.method).color,
@@ -119,14 +119,14 @@ def retention_cell(estimate: Estimate | None, best: bool = False) -> Cell:
     return Cell(percent(estimate.value), f"{percent(estimate.low)}–{percent(estimate.high)}", best, estimate)
 
 
-def token_columns(trial: Trial) -> tuple[str, ...]:
+def token_columns(trial: TrialRow) -> tuple[str, ...]:
     """K1, K2, stage-2 layer, realised average tokens and GFLOP; one K2 and layer a cut, a dash where there is none."""
     layers, keeps = ("/".join(str(cut[at]) for cut in trial.cuts) or DASH for at in (0, 1))
     average = plain_number(round(trial.average_tokens, 1))
     return (str(trial.stage1_keep), keeps, layers, average, f"{trial.flops / 1e9:.3g}")
 
 
-def _absent(outcomes: Outcomes, trials: list[Trial]) -> list[str]:
+def _absent(outcomes: Outcomes, trials: list[TrialRow]) -> list[str]:
     """Series with main trials, but none here: ``FastV (PESP, PERC), run at 32, 48``."""
     here = {(outcomes.name(trial), trial.position) for trial in trials}
     budgets: dict[tuple[str, str], list[float]] = {}

@@ -41,7 +41,7 @@ from pipelines.sweep.provenance import hardware, own_version, versions
 from pipelines.sweep.results import PARTS, ResultStore, StoredUnit
 from pipelines.sweep.tree import work_tree
 from pipelines.sweep.trials import Trial
-from pipelines.sweep.units import Example, WorkUnit, plan_units
+from pipelines.sweep.units import UnitExample, WorkUnit, plan_units
 from pipelines.workers import Failure, OnDone, Partial, UnitsFailed, run_units
 
 
@@ -114,34 +114,39 @@ class SweepWorker:
         began = time.perf_counter()
         hit = unit.images in self.encoded
         groups = self._read(unit.images).result()
-        wanted = {unit.images, upcoming.images if upcoming else unit.images}
-        self.encoded = {images: self._read(images) for images in wanted}
+        # The next unit's features are read while this one runs; those of the last are let go.
+        near = {unit.images, upcoming.images if upcoming else unit.images}
+        self.encoded = {images: self._read(images) for images in near}
+
         answered = answer_unit(self.vlm, groups, unit, self.words)
         failed = [trial for trial in unit.trials if trial.trial_id in answered.failed]
         whole = [trial for trial in unit.trials if trial.trial_id not in answered.failed]
-        finished = unit.only(whole) if whole else None
         report = None
-        if finished:
-            stored = StoredUnit(
-                finished.unit_id,
-                tuple(trial.answer_id for trial in finished.trials),
-                tuple(example.digest for example in finished.examples),
-                self._provenance(groups),
-            )
-            self.results.write(stored, answered.tables(stored.unit))
+        if whole:
+            finished = unit.only(whole)
+            self._store(finished, answered, groups)
             report = UnitReport(
-                tuple(trial.trial_id for trial in finished.trials),
-                len(finished.examples),
-                len(finished.images),
-                time.perf_counter() - began,
-                answered.model_seconds,
-                hit,
-                finished.flops,
-                self.device,
+                trial_ids=tuple(trial.trial_id for trial in whole),
+                examples=len(finished.examples),
+                images=len(finished.images),
+                seconds=time.perf_counter() - began,
+                model_seconds=answered.model_seconds,
+                feature_hit=hit,
+                flops=finished.flops,
+                device=self.device,
             )
         if failed or report is None:
             return Partial(report, unit.only(failed), answered.failed[failed[0].trial_id])
         return report
+
+    def _store(self, finished: WorkUnit, answered: Answered, groups: Sequence[EncodedImages]) -> None:
+        stored = StoredUnit(
+            finished.unit_id,
+            tuple(trial.answer_id for trial in finished.trials),
+            tuple(example.digest for example in finished.examples),
+            self._provenance(groups),
+        )
+        self.results.write(stored, answered.tables(stored.unit))
 
     def _provenance(self, groups: Sequence[EncodedImages]) -> str:
         """Where a unit's answers come from; ``batches``: how many images were answered together."""
@@ -188,12 +193,12 @@ def read_encoded(
 ) -> list[EncodedImages]:
     """What the store holds of ``images``, layout by layout; ``encoder``, ``resized``, ``heads``: see
     :class:`nuwa.signals.VisionSignals`."""
-    found = []
-    for layout, mine in store.by_layout(images).items():
-        again = resized(mine) if resized else None
-        views = view_signals(layout, store.read(mine), mine, again, encoder, heads)
-        found.append(EncodedImages(mine, layout, views))
-    return found
+    groups = []
+    for layout, alike in store.by_layout(images).items():
+        again = resized(alike) if resized else None
+        views = view_signals(layout, store.read(alike), alike, again, encoder, heads)
+        groups.append(EncodedImages(alike, layout, views))
+    return groups
 
 
 class Words:
@@ -225,14 +230,10 @@ class EncodedImages(NamedTuple):
     def to(self, device: torch.device) -> EncodedImages:
         return self._replace(views=[view.to(device) for view in self.views])
 
-    def itself(self) -> EncodedImages:
-        """For those who ask by image."""
-        return self
-
-    def by_question(self, vlm: Adapter, asked: Sequence[Sequence[Example]]) -> EncodedImages:
-        """A row for each question ``asked`` of an image, with what its words have to do with the image's tokens."""
-        texts = [[example.prompt for example in mine] for mine in asked]
-        images = tuple(example.image for mine in asked for example in mine)
+    def by_question(self, vlm: Adapter, questions: Sequence[Sequence[UnitExample]]) -> EncodedImages:
+        """A row for each of an image's ``questions``, with what its words have to do with the image's tokens."""
+        texts = [[example.prompt for example in about_image] for about_image in questions]
+        images = tuple(example.image for about_image in questions for example in about_image)
         return self._replace(images=images, views=vlm.read_questions(self.views, texts))
 
     def projected_by(self, vlm: Adapter) -> EncodedImages:
@@ -241,7 +242,7 @@ class EncodedImages(NamedTuple):
 
 
 @dataclass
-class _Answered:
+class Answered:
     """What a unit came to, trial by trial; ``failed``: trials that raised."""
 
     parts: dict[str, list[tuple[pa.Table, pa.Table]]]  # predictions and kept tokens of each trial, layout by layout
@@ -250,7 +251,7 @@ class _Answered:
     model_seconds: float = 0.0
 
     @classmethod
-    def of(cls, trials: Sequence[Trial]) -> _Answered:
+    def of(cls, trials: Sequence[Trial]) -> Answered:
         return cls({trial.trial_id: [] for trial in trials}, {})
 
     def add(self, trial_ids: Iterable[str], rows: Callable[[str], tuple[pa.Table, pa.Table]], **timing: float) -> None:
@@ -276,108 +277,129 @@ class _Answered:
         }
 
 
-def answer_unit(vlm: Adapter, groups: Sequence[EncodedImages], unit: WorkUnit, words: Words) -> _Answered:
+def answer_unit(vlm: Adapter, groups: Sequence[EncodedImages], unit: WorkUnit, words: Words) -> Answered:
     """All answers of a unit, layout by layout, depth first along the tree of what the trials are there."""
-    answered = _Answered.of(unit.trials)
+    answered = Answered.of(unit.trials)
     for stored in groups:
-        group = stored.to(vlm.device).projected_by(
-            vlm
-        )  # one layout at a time: what is read ahead stays in the machine's memory
-        alike: dict[str, list[str]] = {}  # trials that come to the same on this layout
-        there: dict[str, Trial] = {}
+        # One layout at a time: what is read ahead stays in the machine's memory.
+        group = stored.to(vlm.device).projected_by(vlm)
+        alike: dict[str, list[str]] = {}
+        on_layout: dict[str, Trial] = {}
         for trial in unit.trials:
             if trial.trial_id not in answered.failed:
-                one = trial.on(group.layout)
-                there.setdefault(one.trial_id, one)
-                alike.setdefault(one.trial_id, []).append(trial.trial_id)
-        asked = [[example for example in unit.examples if example.image == image] for image in group.images]
-        by_question = functools.cache(functools.partial(group.by_question, vlm, asked))  # for all trials that ask it
-        for positions in work_tree(there.values()).values():
-            branches = list(positions.values())
-            if branches[0][0].spec.reads_question:
-                alone = [[example] for mine in asked for example in mine]
-                _run_selection(vlm, by_question, branches, alone, alike, words, answered)
-            else:
-                _run_selection(
-                    vlm, functools.partial(EncodedImages.itself, group), branches, asked, alike, words, answered
-                )
+                there = trial.on(group.layout)
+                on_layout.setdefault(there.trial_id, there)
+                alike.setdefault(there.trial_id, []).append(trial.trial_id)
+
+        questions = [[example for example in unit.examples if example.image == image] for image in group.images]
+        work = _LayoutWork(vlm, words, group, questions, alike, answered)
+        for positions in work_tree(on_layout.values()).values():
+            work.answer_selection(list(positions.values()))
     return answered
 
 
-def _run_selection(
-    vlm: Adapter,
-    encoded: Callable[[], EncodedImages],
-    positions: Sequence[list[Trial]],
-    asked: list[list[Example]],
-    alike: Mapping[str, list[str]],
-    words: Words,
-    answered: _Answered,
-) -> None:
-    """The trials of one stage-1 selection, a list for each position strategy."""
-    began = time.perf_counter()
-    try:
-        group = encoded()
-        prompts = [[words.encode(example.prompt) for example in mine] for mine in asked]
-        selection = select_views(positions[0][0].plan, group.layout, group.views)
-    except Exception as error:
-        answered.fail((name for trials in positions for trial in trials for name in alike[trial.trial_id]), error)
-        return
-    selected = time.perf_counter() - began
-    for trials in positions:
-        _run_trunk(vlm, group, selection, prompts, asked, trials, alike, words, selected, answered)
+@dataclass(frozen=True)
+class _Selected:
+    """What stage 1 came to on images, or on questions each with a row of its own; ``questions``: of each row."""
+
+    rows: EncodedImages
+    questions: list[list[UnitExample]]
+    prompts: list[list[EncodedPrompt]]
+    selection: Selection
+    seconds: float
 
 
-def _run_trunk(
-    vlm: Adapter,
-    group: EncodedImages,
-    selection: Selection,
-    prompts: list[list[EncodedPrompt]],
-    asked: list[list[Example]],
-    trials: list[Trial],
-    alike: Mapping[str, list[str]],
-    words: Words,
-    selected: float,
-    answered: _Answered,
-) -> None:
-    """The trials of one trunk, by rising first cut."""
-    examples = [example for mine in asked for example in mine]
-    limits = [example.max_new_tokens for example in examples]
-    trunk = None
-    for done, trial in enumerate(trials):
-        began = time.perf_counter()
+@dataclass(frozen=True)
+class _LayoutWork:
+    """A unit's work on its images of one layout.
+
+    ``questions``: of each image. ``alike``: trial on this layout → the unit's trials that come to it here. What comes of
+    the work goes into ``answered``.
+    """
+
+    vlm: Adapter
+    words: Words
+    images: EncodedImages
+    questions: list[list[UnitExample]]
+    alike: Mapping[str, list[str]]
+    answered: Answered
+
+    @functools.cached_property
+    def _by_question(self) -> EncodedImages:
+        """Made once for all trials whose stage 1 reads questions, and not at all where none does."""
+        return self.images.by_question(self.vlm, self.questions)
+
+    def answer_selection(self, positions: Sequence[list[Trial]]) -> None:
+        """The trials of one stage-1 selection, a list for each position strategy."""
+        first = positions[0][0]
         try:
-            if trunk is None:
-                trunk = Trunk(vlm, selection, prompts, trial.spec.position, group.images, group.layout)
-            trunk.reach(trial.spec.running_cuts(trial.schedule))
-        except Exception as error:  # without a trunk none of the rest can go on
-            _refuse_without_reference(trials[done:], error)
-            answered.fail((name for rest in trials[done:] for name in alike[rest.trial_id]), error)
-            return
-        forked = time.perf_counter()
-        try:
-            answers = branch(trunk, trial, limits)
+            selected = self._select(first)
         except Exception as error:
-            _refuse_without_reference([trial], error)
-            answered.fail(alike[trial.trial_id], error)
-            continue
-        ended = time.perf_counter()
-        answered.model_seconds += ended - began
+            self._fail((trial for trials in positions for trial in trials), error)
+            return
 
-        def rows(
-            trial_id: str, answers: Sequence[Answer] = answers, by_question: bool = trial.spec.reads_question
-        ) -> tuple[pa.Table, pa.Table]:
+        for trials in positions:
+            self._answer_trunk(selected, trials)
+
+    def _select(self, trial: Trial) -> _Selected:
+        began = time.perf_counter()
+        rows, questions = self.images, self.questions
+        if trial.spec.reads_question:
+            rows = self._by_question
+            questions = [[example] for about_image in self.questions for example in about_image]
+
+        prompts = [[self.words.encode(example.prompt) for example in of_row] for of_row in questions]
+        selection = select_views(trial.plan, rows.layout, rows.views)
+        return _Selected(rows, questions, prompts, selection, time.perf_counter() - began)
+
+    def _answer_trunk(self, selected: _Selected, trials: list[Trial]) -> None:
+        """The trials of one trunk, by rising first cut."""
+        rows, examples = selected.rows, [example for of_row in selected.questions for example in of_row]
+        limits = [example.max_new_tokens for example in examples]
+        trunk = None
+        for done, trial in enumerate(trials):
+            began = time.perf_counter()
+            try:
+                if trunk is None:
+                    position = trial.spec.position
+                    trunk = Trunk(self.vlm, selected.selection, selected.prompts, position, rows.images, rows.layout)
+                trunk.reach(trial.spec.running_cuts(trial.schedule))
+            except Exception as error:  # without a trunk none of the rest can go on
+                _refuse_without_reference(trials[done:], error)
+                self._fail(trials[done:], error)
+                return
+
+            forked = time.perf_counter()
+            try:
+                answers = branch(trunk, trial, limits)
+            except Exception as error:
+                _refuse_without_reference([trial], error)
+                self._fail([trial], error)
+                continue
+            ended = time.perf_counter()
+            self.answered.model_seconds += ended - began
+            seconds = {"selection_s": selected.seconds, "trunk_s": forked - began, "answer_s": ended - forked}
+            self._add(trial, selected, examples, answers, seconds)
+
+    def _add(
+        self,
+        trial: Trial,
+        selected: _Selected,
+        examples: Sequence[UnitExample],
+        answers: Sequence[Answer],
+        seconds: Mapping[str, float],
+    ) -> None:
+        def tables(trial_id: str) -> tuple[pa.Table, pa.Table]:
+            predictions = _prediction_table(trial_id, examples, answers, self.words)
             # What stage 1 keeps for a question is no image's: where nothing is cut later it is the answer's own.
-            kept = PARTS["kept"].empty_table() if by_question else _kept_table(trial_id, group.images, selection)
-            return _prediction_table(trial_id, examples, answers, words), kept
+            if trial.spec.reads_question:
+                return predictions, PARTS["kept"].empty_table()
+            return predictions, _kept_table(trial_id, selected.rows.images, selected.selection)
 
-        answered.add(
-            alike[trial.trial_id],
-            rows,
-            questions=len(examples),
-            selection_s=selected,
-            trunk_s=forked - began,
-            answer_s=ended - forked,
-        )
+        self.answered.add(self.alike[trial.trial_id], tables, questions=len(examples), **seconds)
+
+    def _fail(self, trials: Iterable[Trial], error: Exception) -> None:
+        self.answered.fail((trial_id for trial in trials for trial_id in self.alike[trial.trial_id]), error)
 
 
 def _refuse_without_reference(trials: Sequence[Trial], error: Exception) -> None:
@@ -391,7 +413,9 @@ def branch(trunk: Trunk, trial: Trial, limits: list[int]) -> list[Answer]:
     return trunk.answer(trial.spec.running_cuts(trial.schedule), limits, trial.spec.seed)
 
 
-def _prediction_table(trial_id: str, examples: Sequence[Example], answers: Sequence[Answer], words: Words) -> pa.Table:
+def _prediction_table(
+    trial_id: str, examples: Sequence[UnitExample], answers: Sequence[Answer], words: Words
+) -> pa.Table:
     columns = {
         "trial_id": pa.repeat(trial_id, len(examples)),
         "example_id": pa.array([example.example_id for example in examples], pa.string()),
@@ -431,17 +455,17 @@ class SweepOutcome:
     @property
     def incomplete(self) -> dict[str, Failure]:
         """Trials that lack answers → why the first of them was given up."""
-        found: dict[str, Failure] = {}
+        reasons: dict[str, Failure] = {}
         for unit, failure in self.failures.values():
             for trial in unit.trials:
-                found.setdefault(trial.trial_id, failure)
-        return found
+                reasons.setdefault(trial.trial_id, failure)
+        return reasons
 
 
 def run_sweep(
     spec: SweepSpec,
     trials: Sequence[Trial],
-    examples: Sequence[Example],
+    examples: Sequence[UnitExample],
     cluster: ClusterSettings,
     *,
     costs: Sequence[Costs],

@@ -24,7 +24,7 @@ from pipelines.files.atomic import atomic_path
 from pipelines.files.storage import room_in
 from pipelines.settings import Reuse
 from pipelines.sweep.results import PARTS, ResultStore, reuse_key
-from pipelines.sweep.units import Example
+from pipelines.sweep.units import UnitExample
 
 KEYS = {"predictions": ("trial_id", "example_id"), "kept": ("trial_id", "image"), "timings": ("trial_id", "unit")}
 CHUNK_ROWS = 2**16  # answers of a row group, unless one trial has more
@@ -47,7 +47,7 @@ class Origins:
 def collect(
     store: ResultStore,
     answers: Iterable[str],
-    examples: Sequence[Example],
+    examples: Sequence[UnitExample],
     targets: Mapping[str, Path],
     scratch: Path,
     reuse: Reuse = "any",
@@ -87,14 +87,14 @@ def collect(
 
 
 def _relevant(
-    store: ResultStore, known: Mapping[str, str], examples: Sequence[Example], reuse: Reuse, origins: Origins
+    store: ResultStore, known: Mapping[str, str], examples: Sequence[UnitExample], reuse: Reuse, origins: Origins
 ) -> Iterator[dict[str, pa.Table]]:
     """Unit by unit the rows that are of trials ``known`` (by reuse key) and of ``examples``; ``origins`` are noted."""
-    asked = {example.digest: example for example in examples}
+    by_digest = {example.digest: example for example in examples}
     units, taken = [], []
     for unit in store.done():
         answers = {one: known[key] for one in unit.trials if (key := reuse_key(one, reuse)) in known}
-        if answers and not asked.keys().isdisjoint(unit.examples):
+        if answers and not by_digest.keys().isdisjoint(unit.examples):
             units.append(unit)
             taken.append(pa.array(answers.values(), pa.string()))
             origins.units.update([unit.provenance] if unit.provenance else [])
@@ -102,15 +102,15 @@ def _relevant(
                 origins.answers.setdefault(trial_id, set()).add(answer)
 
     for unit, trials, tables in zip(units, taken, store.read_all(unit.unit for unit in units), strict=True):
-        here = [asked[digest] for digest in unit.examples if digest in asked]
+        here = [by_digest[digest] for digest in unit.examples if digest in by_digest]
         wanted = {"example_id": {example.example_id for example in here}, "image": {example.image for example in here}}
-        found = {}
+        rows = {}
         for part, (_, key) in KEYS.items():
             chosen = pc.is_in(tables[part]["trial_id"], trials)
             if key in wanted:
                 chosen = pc.and_(chosen, pc.is_in(tables[part][key], pa.array(sorted(wanted[key]), pa.string())))
-            found[part] = tables[part].filter(chosen)
-        yield found
+            rows[part] = tables[part].filter(chosen)
+        yield rows
 
 
 class _Runs:

@@ -18,17 +18,9 @@ from pipelines.sweep.tree import work_tree
 from pipelines.sweep.trials import Trial
 
 TYPICAL_ANSWERS = {"grounding": "[0.12, 0.34, 0.56, 0.78]", "vqa": "yes"}  # their length forecasts decoding
-
-
 SPEEDS = {"cpu": 3e10, "cuda": 5e13}  # FLOP/s of one thread, of one GPU; until a sweep has measured its own
-
-
 SAMPLED = 500  # images whose questions are tokenised for a forecast
-
-
 STRATA = 12  # layouts that are costed, where images have layouts of their own
-
-
 RESULT_BYTES = 40  # of an answer, beside the patches it kept
 
 
@@ -93,18 +85,18 @@ class Load:
     @classmethod
     def of(cls, images: Sequence[Sequence[tuple[tuple[int, ...], int]]]) -> Load:
         """From each image's questions as token ids behind the image, and length of answer."""
-        asked = [(len(text), made) for questions in images for text, made in questions]
+        lengths = [(len(text), made) for questions in images for text, made in questions]
         depths = [
             place + 1 for questions in images for place in share_beginnings([text for text, _ in questions]).depth
         ]
         return cls(
             images=len(images),
-            questions=len(asked),
-            text=sum(text for text, _ in asked),
-            text_squared=sum(text**2 for text, _ in asked),
-            made=sum(made for _, made in asked),
-            made_squared=sum(made**2 for _, made in asked),
-            text_made=sum(text * made for text, made in asked),
+            questions=len(lengths),
+            text=sum(text for text, _ in lengths),
+            text_squared=sum(text**2 for text, _ in lengths),
+            made=sum(made for _, made in lengths),
+            made_squared=sum(made**2 for _, made in lengths),
+            text_made=sum(text * made for text, made in lengths),
             merged=len(depths),
             merged_depth=sum(depths),
         )
@@ -214,7 +206,7 @@ def forecast(trials: Sequence[Trial], costs: Sequence[Costs]) -> Forecast:
 
 def _forecast(trials: Sequence[Trial], costs: Costs) -> Forecast:
     tree, load = work_tree(trials), costs.load
-    trunks = [mine for positions in tree.values() for mine in positions.values()]
+    trunks = [trunk for positions in tree.values() for trunk in positions.values()]
     kept = sum(trial.final_keep for trial in trials) * load.questions
     chosen = sum(trial.schedule.stage1_keep for trial in trials) * load.images
     return Forecast(
@@ -225,7 +217,8 @@ def _forecast(trials: Sequence[Trial], costs: Costs) -> Forecast:
         answers=len(trials) * load.questions,
         alone_flops=sum(map(costs.alone, trials)),
         trunk_flops=sum(
-            costs.trunk(mine[0].schedule.stage1_keep, trunk_depth(mine), mine[0].spec.reads_question) for mine in trunks
+            costs.trunk(trunk[0].schedule.stage1_keep, trunk_depth(trunk), trunk[0].spec.reads_question)
+            for trunk in trunks
         ),
         branch_flops=sum(map(costs.branch, trials)),
         result_bytes=RESULT_BYTES * len(trials) * load.questions + 2 * kept + 3 * chosen,
@@ -246,25 +239,27 @@ def sweep_costs(vlm: Adapter, table: pd.DataFrame) -> list[Costs]:
     made = {
         family: len(tokenizer(answer, add_special_tokens=False).input_ids) for family, answer in TYPICAL_ANSWERS.items()
     }
+    model = ModelCost.of(vlm.model.config, len(vlm.encode_prompt("?").before))
+
     layouts = image_layouts(vlm, table)
     names = sorted(set(table["image"]))
     sampled = table[table["image"].isin(names[:: -(-len(names) // SAMPLED)])]
-    groups = [mine for _, mine in sampled.groupby("image")]
-    groups.sort(key=lambda mine: layout_order(layouts[mine["image"].iloc[0]]))
-    factor = len(table) / sum(map(len, groups))
-    model = ModelCost.of(vlm.model.config, len(vlm.encode_prompt("?").before))
-    found = []
-    for part in _strata([layouts[mine["image"].iloc[0]] for mine in groups]):
+    images = [(layouts[image], questions) for image, questions in sampled.groupby("image")]
+    images.sort(key=lambda image: layout_order(image[0]))
+    factor = len(table) / len(sampled)
+
+    costs = []
+    for part in _strata([layout for layout, _ in images]):
         sample = [
             [
                 (vlm.encode_prompt(row.prompt).after, min(made[row.family], row.max_new_tokens))
-                for row in mine.itertuples()
+                for row in questions.itertuples()
             ]
-            for mine in groups[part]
+            for _, questions in images[part]
         ]
-        middle = groups[(part.start + part.stop - 1) // 2]
-        found.append(Costs(model, Load.of(sample).scaled(factor), layouts[middle["image"].iloc[0]]))
-    return found
+        middle, _ = images[(part.start + part.stop - 1) // 2]
+        costs.append(Costs(model, Load.of(sample).scaled(factor), middle))
+    return costs
 
 
 def _strata(layouts: Sequence[VisualLayout]) -> list[slice]:

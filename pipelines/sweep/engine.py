@@ -29,7 +29,7 @@ from pipelines.sweep.progress import SweepProgress, worker_speed
 from pipelines.sweep.refill import PulledTables
 from pipelines.sweep.results import ResultStore
 from pipelines.sweep.trials import Trial
-from pipelines.sweep.units import Blocks, Example, read_examples
+from pipelines.sweep.units import Blocks, UnitExample, read_examples
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Engine:
         fingerprints = {**self.fingerprints, "code": code, "data": data}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16], fingerprints
 
-    def examples(self, questions: pd.DataFrame) -> list[Example]:
+    def examples(self, questions: pd.DataFrame) -> list[UnitExample]:
         return read_examples(questions, self.context.digest, self.layouts, blocks_of(self.settings))
 
     def run(
@@ -185,7 +185,7 @@ def pulled_tables(
     if not (places.facts.exists() and places.prepared.exists()):
         return None
 
-    def read(questions: pd.DataFrame) -> list[Example]:
+    def read(questions: pd.DataFrame) -> list[UnitExample]:
         return read_examples(questions, context, image_layouts(vlm, questions), blocks_of(settings))
 
     return PulledTables.of(places.facts, places.tables, context_name, pd.read_parquet(places.prepared), read)

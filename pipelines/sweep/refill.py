@@ -25,13 +25,13 @@ from pipelines.sweep.collection import CHUNK_ROWS, Origins
 from pipelines.sweep.provenance import merged
 from pipelines.sweep.results import PARTS, ResultStore, StoredUnit, reuse_key, unit_name
 from pipelines.sweep.trials import Trial
-from pipelines.sweep.units import Example
+from pipelines.sweep.units import UnitExample
 
 SEVERAL = "mixed"  # stands for the versions of a trial whose answers are of several
 
 
 def table_facts(
-    origins: Origins, context: str, examples: Sequence[Example], tables: Mapping[str, Path]
+    origins: Origins, context: str, examples: Sequence[UnitExample], tables: Mapping[str, Path]
 ) -> dict[str, Any]:
     """What ``sweep.json`` says of its ``tables`` (part → file), for :meth:`PulledTables.of`."""
     return {
@@ -43,7 +43,7 @@ def table_facts(
     }
 
 
-def questions_digest(examples: Iterable[Example]) -> str:
+def questions_digest(examples: Iterable[UnitExample]) -> str:
     """One digest of all that decides answers beside trials, whatever the order."""
     return hashlib.sha256("".join(sorted(example.digest for example in examples)).encode()).hexdigest()
 
@@ -67,7 +67,7 @@ class PulledTables:
     """Tables whose rows are answers to ``examples``; ``answers``: trial id → answer id."""
 
     answers: Mapping[str, str]
-    examples: tuple[Example, ...]
+    examples: tuple[UnitExample, ...]
     provenance: str
     predictions: Path
     kept: Path
@@ -79,7 +79,7 @@ class PulledTables:
         tables: Mapping[str, Path],
         context: str,
         questions: pd.DataFrame,
-        read: Callable[[pd.DataFrame], list[Example]],
+        read: Callable[[pd.DataFrame], list[UnitExample]],
     ) -> PulledTables | None:
         """The tables that the file ``facts`` describes; null where they are not there, not whole, or of another context.
 
@@ -110,7 +110,7 @@ class PulledTables:
         return StoredUnit(unit_name(trials, digests), trials, digests, self.provenance)
 
     def lacking(
-        self, store: ResultStore, trials: Sequence[Trial], examples: Sequence[Example], reuse: Reuse
+        self, store: ResultStore, trials: Sequence[Trial], examples: Sequence[UnitExample], reuse: Reuse
     ) -> list[str]:
         """Which of ``trials`` (with their code) lack answers to ``examples`` that these tables hold."""
         usable = {

@@ -15,6 +15,6 @@ def work_tree(trials: Iterable[Trial]) -> Tree:
     for trial in trials:
         tree.setdefault(trial.selection_identity, {}).setdefault(trial.spec.position, []).append(trial)
     for positions in tree.values():
-        for mine in positions.values():
-            mine.sort(key=lambda trial: trial.first_cut)
+        for trunk in positions.values():
+            trunk.sort(key=lambda trial: trial.first_cut)
     return tree

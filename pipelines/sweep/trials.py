@@ -18,7 +18,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -144,8 +144,8 @@ class Trial:
 
     @cached_property
     def seeded(self) -> bool:
-        # What a cut changes on the typical image says nothing of the others.
-        cuts = self.spec.cuts(self.schedule) if self.cuts or self.dynamic else []
+        # Which cuts run on the typical image says nothing of the others: there any of them may.
+        cuts = self.spec.cuts(self.schedule) if self.dynamic else self.spec.running_cuts(self.schedule)
         return get_method(self.spec.stage1).seeded or any(cut.scorer.seeded or cut.recycling for cut in cuts)
 
     @cached_property
@@ -270,45 +270,13 @@ def expand(
 
     ``tell`` gets one line a grid that ``where_reachable`` took trials from: which, and why.
     """
-    unit, dynamic = sweep.budget_unit, layouts.dynamic
-    trials: dict[str, Trial] = {}
-    grids: dict[str, dict[str, None]] = {}  # in the order of asking
-    budgets: dict[str, dict[float, None]] = {}
+    expansion = _Expansion(layouts, layers, sweep.budget_unit)
+    expansion.add(specify(UNPRUNED), None, {}, sweep.grids[0].name)
     left_out: dict[str, list[tuple[str, float, str]]] = {}  # grid → method, budget and why
-    plans: dict[Any, LayoutPlan] = {}  # of specifications alike in what decides the schedule
-
-    def add(spec: MethodSpec, asked: float | None, parameters: dict[str, Any], name: str) -> None:
-        def there(layout: VisualLayout) -> MethodSpec:
-            if asked is None:
-                return spec
-            return dataclasses.replace(spec, budget=budget_on(layout, asked, unit, dynamic))
-
-        own = (asked,) if asked is not None else ()
-        key = (spec.stage1, asked, spec.stage2)
-        if key not in plans:
-            everywhere = {}
-            for layout in layouts.counts:
-                try:
-                    everywhere[layout] = there(layout).on(layout, layers)
-                except UnreachableBudget as error:
-                    where = f" (budget {asked:g}, an image of {layout.tokens} tokens)" if dynamic else ""
-                    raise UnreachableBudget(f"{error}{where}") from None
-            plans[key] = everywhere[layouts.typical]
-        plan = plans[key]
-        if spec.budget != plan.spec.budget:
-            spec = dataclasses.replace(spec, budget=plan.spec.budget)
-        if not dynamic:  # else every layout reads a table by budget at its own share
-            spec = spec.resolved(layouts.typical.tokens)
-        trial = Trial(spec, plan.schedule, parameters, (), own, plan.keeps, unit, dynamic)
-        trials.setdefault(trial.trial_id, trial)
-        grids.setdefault(trial.trial_id, {})[name] = None
-        budgets.setdefault(trial.trial_id, {}).update(dict.fromkeys(own))
-
-    add(specify(UNPRUNED), None, {}, sweep.grids[0].name)
     for number, entry in enumerate(sweep.grids):
         for arguments in _specifications(entry, sweep.budgets):
             try:
-                add(specify(**arguments), arguments["budget"], arguments["parameters"], entry.name)
+                expansion.add(specify(**arguments), arguments["budget"], arguments["parameters"], entry.name)
             except UnreachableBudget as error:
                 if not entry.where_reachable:
                     raise SettingsError(
@@ -318,9 +286,59 @@ def expand(
                 left_out.setdefault(entry.name, []).append((arguments["method"], arguments["budget"], str(error)))
             except (ValueError, TypeError) as error:
                 raise SettingsError(f"sweep.grids.{number} ({entry.name}): {error}") from None
+
     for name, without in left_out.items():
         tell(_left_out(name, without))
-    return [trial.named(grids[trial_id], budgets[trial_id]) for trial_id, trial in trials.items()]
+    return expansion.named()
+
+
+@dataclass(frozen=True)
+class _Expansion:
+    """Trials by id, each once, with every grid and budget that came to it, in the order in which they came."""
+
+    layouts: Layouts
+    layers: int
+    unit: BudgetUnit
+    trials: dict[str, Trial] = field(default_factory=dict)
+    grids: dict[str, dict[str, None]] = field(default_factory=dict)
+    budgets: dict[str, dict[float, None]] = field(default_factory=dict)
+    plans: dict[Any, LayoutPlan] = field(default_factory=dict)  # of specifications alike in what decides the schedule
+
+    def add(self, spec: MethodSpec, budget: float | None, parameters: dict[str, Any], grid: str) -> None:
+        """The trial of ``spec`` at ``budget``, in the sweep's unit; raises ``ValueError`` where no layout can have it."""
+        key = (spec.stage1, budget, spec.stage2)
+        if key not in self.plans:
+            self.plans[key] = self._plan(spec, budget)
+        plan = self.plans[key]
+        if spec.budget != plan.spec.budget:
+            spec = dataclasses.replace(spec, budget=plan.spec.budget)
+        dynamic = self.layouts.dynamic
+        if not dynamic:  # else every layout reads a table by budget at its own share
+            spec = spec.resolved(self.layouts.typical.tokens)
+
+        own = () if budget is None else (budget,)
+        trial = Trial(spec, plan.schedule, parameters, (), own, plan.keeps, self.unit, dynamic)
+        self.trials.setdefault(trial.trial_id, trial)
+        self.grids.setdefault(trial.trial_id, {})[grid] = None
+        self.budgets.setdefault(trial.trial_id, {}).update(dict.fromkeys(own))
+
+    def _plan(self, spec: MethodSpec, budget: float | None) -> LayoutPlan:
+        """On the typical layout; raises :class:`UnreachableBudget` where the budget is out of reach on any."""
+        dynamic, plans = self.layouts.dynamic, {}
+        for layout in self.layouts.counts:
+            there = spec
+            if budget is not None:
+                there = dataclasses.replace(spec, budget=budget_on(layout, budget, self.unit, dynamic))
+            try:
+                plans[layout] = there.on(layout, self.layers)
+            except UnreachableBudget as error:
+                where = f" (budget {budget:g}, an image of {layout.tokens} tokens)" if dynamic else ""
+                raise UnreachableBudget(f"{error}{where}") from None
+        return plans[self.layouts.typical]
+
+    def named(self) -> list[Trial]:
+        """The trials with all their grids and budgets."""
+        return [trial.named(self.grids[name], self.budgets[name]) for name, trial in self.trials.items()]
 
 
 def _left_out(grid: str, without: list[tuple[str, float, str]]) -> str:
@@ -328,6 +346,8 @@ def _left_out(grid: str, without: list[tuple[str, float, str]]) -> str:
     budgets: dict[str, dict[float, None]] = {}
     for method, budget, _ in without:
         budgets.setdefault(method, {})[budget] = None
-    listed = "; ".join(f"{method} at {', '.join(f'{one:g}' for one in asked)}" for method, asked in budgets.items())
+    listed = "; ".join(
+        f"{method} at {', '.join(f'{one:g}' for one in of_method)}" for method, of_method in budgets.items()
+    )
     count = "1 trial" if len(without) == 1 else f"{len(without)} trials"
     return f"grid {grid!r} leaves out {count} that cannot be reached: {listed} (the first: {without[0][2]})"

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ UNIT_SECONDS = 10.0
 Member = tuple[str, str]  # kind and name of a trial, an example or an image
 
 
-class Example(NamedTuple):
+class UnitExample(NamedTuple):
     """One question as a worker needs it. ``digest`` names all that decides its answers beside the trial.
 
     ``block``: digest of the questions it must be answered together with; empty where the composition of a batch decides
@@ -55,7 +55,7 @@ def read_examples(
     context: str,
     layouts: Mapping[str, VisualLayout] | None = None,
     blocks: Blocks | None = None,
-) -> list[Example]:
+) -> list[UnitExample]:
     """The rows of ``table``, those of an image together and images of one layout side by side.
 
     ``context``: digest of model and features. ``blocks``, where the composition of a batch decides answers: then those
@@ -65,10 +65,11 @@ def read_examples(
     orders = {image: layout_order(layout) for image, layout in (layouts or {}).items()}
     rows = sorted(zip(*columns, strict=True), key=lambda row: (orders.get(row[1], ()), row[1], row[0]))
     if blocks is None:
-        return [Example(_digest([context, *row]), *row) for row in rows]
+        return [UnitExample(_digest([context, *row]), *row) for row in rows]
+
     benchmarks = dict(zip(columns[0], table["benchmark"], strict=True))
     return [
-        Example(_digest([context, *row, block]), *row, block)
+        UnitExample(_digest([context, *row, block]), *row, block)
         for block, together in blocks.of(rows, benchmarks, orders)
         for row in together
     ]
@@ -115,7 +116,7 @@ class WorkUnit:
     """``trials`` on ``examples``, every one on every one; both in the tree's order."""
 
     trials: tuple[Trial, ...]
-    examples: tuple[Example, ...]
+    examples: tuple[UnitExample, ...]
     flops: float = 0.0
 
     @cached_property
@@ -131,7 +132,7 @@ class WorkUnit:
         """Units of one home read the same features; a worker that has them is given more of them."""
         return self.images[0]
 
-    def only(self, trials: Sequence[Trial] | None = None, examples: Sequence[Example] | None = None) -> WorkUnit:
+    def only(self, trials: Sequence[Trial] | None = None, examples: Sequence[UnitExample] | None = None) -> WorkUnit:
         trials, examples = tuple(trials or self.trials), tuple(examples or self.examples)
         share = len(trials) * len(examples) / (len(self.trials) * len(self.examples))
         return WorkUnit(trials, examples, self.flops * share)
@@ -172,12 +173,14 @@ class WorkUnit:
             whole = [("block", self.block), *(("example", example.example_id) for example in self.examples)]
             if any(member in members for member in (*whole, *(("image", image) for image in self.images))):
                 return None, [self]
+
         trials = [trial for trial in self.trials if ("trial", trial.trial_id) not in members]
         examples = [
             example
             for example in self.examples
             if ("example", example.example_id) not in members and ("image", example.image) not in members
         ]
+
         taken = []
         if len(trials) < len(self.trials):
             taken.append(self.only([trial for trial in self.trials if trial not in trials]))
@@ -210,7 +213,7 @@ class WorkUnit:
 @no_cycles()
 def plan_units(
     trials: Sequence[Trial],
-    examples: Sequence[Example],
+    examples: Sequence[UnitExample],
     done: Iterable[tuple[Sequence[str], Sequence[str]]],
     costs: Sequence[Costs],
     speed: float,
@@ -226,53 +229,83 @@ def plan_units(
     most ``unit_images`` images, and on fewer where one trial alone takes longer; a block of examples is one unit's,
     whole, and is asked again where any of it is missing.
     """
-    # The answers a trial has are the bits of a number, one an example: patterns compare and combine at once.
-    number = {example.digest: place for place, example in enumerate(examples)}
-    known = {reuse_key(trial.answer_id, reuse): trial.trial_id for trial in trials}
-    have: dict[str, int] = {}
-    for stored, digests in done:
-        mine = [known[key] for key in (reuse_key(one, reuse) for one in stored) if key in known]
-        held = _bits([number[digest] for digest in digests if digest in number], len(examples)) if mine else 0
-        for trial_id in mine:
-            have[trial_id] = have.get(trial_id, 0) | held
-    ordered = [trial for positions in work_tree(trials).values() for mine in positions.values() for trial in mine]
+    there = _answers_there(trials, examples, done, reuse)
+    ordered = [trial for positions in work_tree(trials).values() for trunk in positions.values() for trial in trunk]
     seconds, trunk_seconds = _seconds_an_example(ordered, costs, speed)
     units: dict[str, WorkUnit] = {}
     start = 0
     for batch in _batches(examples, unit_images, unit_seconds, max(seconds.values(), default=0.0)):
         everything = (1 << len(batch)) - 1
-        open_units: dict[int, _OpenUnit] = {}
-        asked = functools.cache(functools.partial(_chosen, batch))  # few patterns, many units
-
-        def close(
-            missing: int,
-            asked: Callable[[int], tuple[Example, ...]] = asked,
-            open_units: dict[int, _OpenUnit] = open_units,
-        ) -> None:
-            begun, examples = open_units.pop(missing), asked(missing)
-            unit = WorkUnit(tuple(begun.trials), examples, begun.seconds * len(examples) * speed)
-            units[unit.unit_id] = unit
-
+        filling = _BatchUnits(batch, unit_seconds, speed)
         for trial in ordered:
-            missing = everything & ~(have.get(trial.trial_id, 0) >> start)
+            missing = everything & ~(there.get(trial.trial_id, 0) >> start)
             if not missing:
                 continue
-            if batch[0].block:
-                missing, have[trial.trial_id] = everything, have.get(trial.trial_id, 0) & ~(everything << start)
-            begun = open_units.setdefault(missing, _OpenUnit())
-            if begun.trunk != trial.trunk:
-                begun.trunk, begun.seconds = trial.trunk, begun.seconds + trunk_seconds[trial.trunk]
-            begun.trials.append(trial)
-            begun.seconds += seconds[trial.trial_id]
-            if begun.seconds * missing.bit_count() >= unit_seconds:
-                close(missing)
-        for missing in list(open_units):
-            close(missing)
+            if batch[0].block:  # asked whole: what is there of it will be made again
+                missing, there[trial.trial_id] = everything, there.get(trial.trial_id, 0) & ~(everything << start)
+            filling.add(trial, missing, seconds[trial.trial_id], trunk_seconds[trial.trunk])
+        units.update((unit.unit_id, unit) for unit in filling.closed())
         start += len(batch)
-    return units, sum(held.bit_count() for held in have.values())
+    return units, sum(present.bit_count() for present in there.values())
 
 
-def _chosen(batch: Sequence[Example], pattern: int) -> tuple[Example, ...]:
+def _answers_there(
+    trials: Sequence[Trial],
+    examples: Sequence[UnitExample],
+    done: Iterable[tuple[Sequence[str], Sequence[str]]],
+    reuse: Reuse,
+) -> dict[str, int]:
+    """Trial id → its answers that are stored, as the bits of a number, one an example: they compare and combine at
+    once, for very many trials."""
+    number = {example.digest: place for place, example in enumerate(examples)}
+    known = {reuse_key(trial.answer_id, reuse): trial.trial_id for trial in trials}
+    there: dict[str, int] = {}
+    for answer_ids, digests in done:
+        stored = [known[key] for key in (reuse_key(answer_id, reuse) for answer_id in answer_ids) if key in known]
+        if stored:
+            answered = _bits([number[digest] for digest in digests if digest in number], len(examples))
+            for trial_id in stored:
+                there[trial_id] = there.get(trial_id, 0) | answered
+    return there
+
+
+@dataclass
+class _OpenUnit:
+    trials: list[Trial] = field(default_factory=list)
+    trunk: tuple[str, str] | None = None
+    seconds: float = 0.0  # an example
+
+
+class _BatchUnits:
+    """Units on a batch of examples, filled with trials along the tree; trials that lack the same examples share one."""
+
+    def __init__(self, batch: Sequence[UnitExample], unit_seconds: float, speed: float) -> None:
+        self._unit_seconds, self._speed = unit_seconds, speed
+        self._chosen = functools.cache(functools.partial(_chosen, batch))  # few patterns, many units
+        self._open: dict[int, _OpenUnit] = {}  # by the pattern of missing examples
+        self._closed: list[WorkUnit] = []
+
+    def add(self, trial: Trial, missing: int, seconds: float, trunk_seconds: float) -> None:
+        begun = self._open.setdefault(missing, _OpenUnit())
+        if begun.trunk != trial.trunk:
+            begun.trunk, begun.seconds = trial.trunk, begun.seconds + trunk_seconds
+        begun.trials.append(trial)
+        begun.seconds += seconds
+        if begun.seconds * missing.bit_count() >= self._unit_seconds:
+            self._close(missing)
+
+    def _close(self, missing: int) -> None:
+        begun, examples = self._open.pop(missing), self._chosen(missing)
+        flops = begun.seconds * len(examples) * self._speed
+        self._closed.append(WorkUnit(tuple(begun.trials), examples, flops))
+
+    def closed(self) -> list[WorkUnit]:
+        for missing in list(self._open):
+            self._close(missing)
+        return self._closed
+
+
+def _chosen(batch: Sequence[UnitExample], pattern: int) -> tuple[UnitExample, ...]:
     """The examples whose bits are set."""
     return tuple(example for place, example in enumerate(batch) if pattern >> place & 1)
 
@@ -284,13 +317,6 @@ def _bits(places: Sequence[int], size: int) -> int:
     return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
 
 
-@dataclass
-class _OpenUnit:
-    trials: list[Trial] = field(default_factory=list)
-    trunk: tuple[str, str] | None = None
-    seconds: float = 0.0  # an example
-
-
 def _seconds_an_example(
     ordered: Sequence[Trial], costs: Sequence[Costs], speed: float
 ) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
@@ -299,26 +325,25 @@ def _seconds_an_example(
     trunks: dict[tuple[str, str], float] = {}
     branches: dict[str, float] = {}
     for trial in ordered:  # a trunk's last trial reaches deepest
-        there = [(part, trial.on(part.layout)) for part in costs]
-        trunks[trial.trunk] = (
-            sum(
-                part.trunk(one.schedule.stage1_keep, trunk_depth([one]), one.spec.reads_question) for part, one in there
-            )
-            / each
+        on_parts = [(part, trial.on(part.layout)) for part in costs]
+        trunk_flops = sum(
+            part.trunk(there.schedule.stage1_keep, trunk_depth([there]), there.spec.reads_question)
+            for part, there in on_parts
         )
-        branches[trial.trial_id] = sum(part.branch(one) for part, one in there) / each
+        trunks[trial.trunk] = trunk_flops / each
+        branches[trial.trial_id] = sum(part.branch(there) for part, there in on_parts) / each
     return branches, trunks
 
 
 def _batches(
-    examples: Sequence[Example], most_images: int, unit_seconds: float, dearest: float
-) -> Iterable[Sequence[Example]]:
+    examples: Sequence[UnitExample], most_images: int, unit_seconds: float, dearest: float
+) -> Iterable[Sequence[UnitExample]]:
     """Consecutive examples of at most ``most_images`` images, fewer where the dearest trial fills a unit with less;
     blocks as they are."""
     if examples and examples[0].block:
         yield from (list(block) for _, block in itertools.groupby(examples, key=lambda example: example.block))
         return
-    images: list[list[Example]] = []
+    images: list[list[UnitExample]] = []
     for example in examples:
         if not images or images[-1][0].image != example.image:
             images.append([])
@@ -326,4 +351,4 @@ def _batches(
     each = dearest * len(examples) / max(len(images), 1)
     count = max(1, min(most_images, int(unit_seconds / each))) if each else most_images
     for start in range(0, len(images), count):
-        yield [example for mine in images[start : start + count] for example in mine]
+        yield [example for of_image in images[start : start + count] for example in of_image]

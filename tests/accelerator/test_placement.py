@@ -19,11 +19,11 @@ from nuwa.stage1.learnpruner import Lpm, save_lpm
 from nuwa.stage2 import SCORERS
 from nuwa.vlm import Adapter, adapt
 from pipelines.features.store import FeatureStore
-from pipelines.profiling import Bench, Workload
+from pipelines.profiling import MethodTimer, WorkloadSize
 from pipelines.settings import SweepSettings
 from pipelines.sweep.answers import Words, answer_unit, read_encoded
 from pipelines.sweep.trials import Layouts, expand
-from pipelines.sweep.units import Example, WorkUnit
+from pipelines.sweep.units import UnitExample, WorkUnit
 
 FAMILIES = ["tiny_vlm", "tiny_next", "tiny_qwen"]
 NEEDS_RESIZING = {"downsample"}
@@ -154,7 +154,7 @@ def test_the_sweep_reads_signals_on_the_cpu_and_answers_on_the_device(family, ti
         grids=[{"name": "all", "method": methods}],
     )
     trials = tuple(expand(settings, layouts, vlm.layers))
-    examples = tuple(Example(image, image, image, "what is red ?", NEW_TOKENS) for image in photos)
+    examples = tuple(UnitExample(image, image, image, "what is red ?", NEW_TOKENS) for image in photos)
 
     def predictions(vlm: Adapter, folder):
         store = FeatureStore(folder, "store")
@@ -184,6 +184,6 @@ def test_methods_are_timed_on_the_device(family, tiny):
     vlm = adapt(on_device(tiny(family).model), tiny(family).processor)
     vlm.end_tokens = ()
     with Accelerator():
-        bench = Bench(vlm, Workload(1, (64, 48), 3, 4, 2), 1)
+        bench = MethodTimer(vlm, WorkloadSize(1, (64, 48), 3, 4, 2), 1)
         rows = [bench.time_method(specify("nuwa", budget=0.8 * bench.layout.tokens)), bench.time_stock()]
     assert [row["method"] for row in rows] == ["nuwa", "stock generate"]

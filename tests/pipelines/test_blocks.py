@@ -17,7 +17,7 @@ from pipelines.settings import ClusterSettings, FeatureSettings
 from pipelines.sweep.answers import SweepSpec, run_sweep
 from pipelines.sweep.results import ResultStore
 from pipelines.sweep.trials import Trial
-from pipelines.sweep.units import Blocks, Example, plan_units, read_examples
+from pipelines.sweep.units import Blocks, UnitExample, plan_units, read_examples
 
 BLOCKS = Blocks(3, seed=5)
 ONE = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
@@ -36,7 +36,7 @@ class HalfBench:
     spec: SweepSpec
     trials: list[Trial]
 
-    def examples(self, images: int | None = None) -> list[Example]:
+    def examples(self, images: int | None = None) -> list[UnitExample]:
         """Of the first so many ``images`` of every benchmark."""
         table = choose_questions(self.bench.questions.examples, BENCHMARKS, images, BLOCKS.seed).examples
         return read_examples(table, "context", None, BLOCKS)
@@ -145,8 +145,8 @@ def table(images: int) -> pd.DataFrame:
     )
 
 
-def blocks(questions: pd.DataFrame, cut: Blocks = BLOCKS) -> dict[str, list[Example]]:
-    held: dict[str, list[Example]] = {}
+def blocks(questions: pd.DataFrame, cut: Blocks = BLOCKS) -> dict[str, list[UnitExample]]:
+    held: dict[str, list[UnitExample]] = {}
     for example in read_examples(questions, "context", None, cut):
         held.setdefault(example.block, []).append(example)
     return held

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from pipelines.sweep import collection
 from pipelines.sweep.collection import collect
 from pipelines.sweep.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
-from pipelines.sweep.units import Example
+from pipelines.sweep.units import UnitExample
 
 TRIALS = ["t3", "t0", "t4", "t1", "t2"]
-EXAMPLES = [Example(f"d{n}", f"e{n}", f"i{n // 2}", "", 8) for n in (3, 0, 5, 1, 4, 2)]
+EXAMPLES = [UnitExample(f"d{n}", f"e{n}", f"i{n // 2}", "", 8) for n in (3, 0, 5, 1, 4, 2)]
 
 
-def prediction(trial: str, example: Example) -> dict:
+def prediction(trial: str, example: UnitExample) -> dict:
     return {
         "trial_id": trial,
         "example_id": example.example_id,
@@ -34,7 +34,7 @@ def kept(trial: str, image: str) -> dict:
     return {"trial_id": trial, "image": image, "indices": [int(image[1:]), 7], "pillar": [True, False]}
 
 
-def store_unit(store: ResultStore, trials: list[str], examples: list[Example]) -> None:
+def store_unit(store: ResultStore, trials: list[str], examples: list[UnitExample]) -> None:
     unit = unit_name(trials, [example.digest for example in examples])
     images = dict.fromkeys(example.image for example in examples)
     seconds = {"selection_s": 0.1, "trunk_s": 0.2, "answer_s": 0.3}
@@ -54,7 +54,7 @@ def collected(store: ResultStore, folder: Path, trials=TRIALS, examples=EXAMPLES
     return targets
 
 
-FOREIGN = [Example("d8", "e8", "i4", "", 8), Example("d9", "e0", "i0", "", 8)]  # the second: e0 in other words
+FOREIGN = [UnitExample("d8", "e8", "i4", "", 8), UnitExample("d9", "e0", "i0", "", 8)]  # the second: e0 in other words
 some_units = st.lists(
     st.tuples(
         st.lists(st.sampled_from([*TRIALS, "foreign"]), min_size=1, unique=True),
@@ -99,7 +99,7 @@ def test_rows_are_those_asked_for_sorted_and_once(units, chunk_rows, run_bytes):
 
 def peak(trials: int, folder: Path) -> tuple[int, int]:
     """Most bytes Arrow held while ``trials`` x 120 answers were collected, and bytes of the table."""
-    examples = [Example(f"d{n}", f"e{n}", f"i{n // 4}", "", 8) for n in range(120)]
+    examples = [UnitExample(f"d{n}", f"e{n}", f"i{n // 4}", "", 8) for n in range(120)]
     names = [f"t{number:05}" for number in range(trials)]
     store = ResultStore(folder / "store")
     for start in range(0, trials, 10):

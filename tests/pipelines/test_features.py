@@ -22,7 +22,7 @@ from nuwa.benchmarks import image_size
 from nuwa.vlm import LlavaAdapter
 from pipelines.data.datasets import write_examples
 from pipelines.features.encoding import encode_missing, features_identity
-from pipelines.features.faults import BrokenImages, MissingFeatures, NoRoom, NotFinite
+from pipelines.features.faults import BrokenImages, MissingFeatures, NoRoom, SignalNotFinite
 from pipelines.features.identity import ModelIdentity
 from pipelines.features.images import read_images
 from pipelines.features.loading import Loading
@@ -247,7 +247,7 @@ def test_a_signal_that_float16_cannot_hold_is_refused(model_folder, prepared, cl
         settings = FeatureSettings(dtype=dtype, shard_images=12, batch_size=3)
         return encode_missing(str(folder), images, tmp_path / "store", settings, cluster, in_process=in_process)
 
-    with pytest.raises(NotFinite) as raised:
+    with pytest.raises(SignalNotFinite) as raised:
         encode("float16")
     first = min(pq.read_table(images)["image"].to_pylist())
     assert str(raised.value) == (
@@ -264,7 +264,7 @@ def test_numbers_that_are_not_finite_in_the_model_are_refused(model_folder, prep
     """Weights too large for the model's dtype, and weights that no dtype holds: no dtype of the store mends that."""
     folder = scaled_model(model_folder, factor, tmp_path / "model")
     images, store = prepared / "images.parquet", tmp_path / "store"
-    with pytest.raises(NotFinite) as raised:
+    with pytest.raises(SignalNotFinite) as raised:
         encode_missing(str(folder), images, store, SETTINGS, cluster, loading=Loading(dtype), in_process=True)
     first = min(pq.read_table(images)["image"].to_pylist())
     remedy = {"float16": "set model.dtype: float32", "float32": f"mend the weights in {folder}"}[dtype]

@@ -13,7 +13,7 @@ from pipelines.settings import SweepSettings
 from pipelines.sweep.costs import Costs, Load, ModelCost, forecast
 from pipelines.sweep.tree import work_tree
 from pipelines.sweep.trials import Layouts, expand
-from pipelines.sweep.units import Example, WorkUnit, plan_units
+from pipelines.sweep.units import UnitExample, WorkUnit, plan_units
 
 GRID, LAYERS = Layouts.fixed(PatchGrid(12, 12)), 8
 MODEL = ModelCost(layers=LAYERS, token=1000.0, pair=7.0, head=50.0, projector=30.0, system=2)
@@ -37,7 +37,9 @@ COSTS = Costs(MODEL, Load.of(TEXTS))
 
 def examples_of(images, each=3):
     return [
-        Example(f"d{image}-{n}", f"e{image}-{n}", f"i{image}", "", 8) for image in range(images) for n in range(each)
+        UnitExample(f"d{image}-{n}", f"e{image}-{n}", f"i{image}", "", 8)
+        for image in range(images)
+        for n in range(each)
     ]
 
 

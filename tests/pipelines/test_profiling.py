@@ -11,7 +11,7 @@ from nuwa.cost import LlmShape, kv_cache_bytes
 from nuwa.methods import specify
 from nuwa.vlm.shapes import model_shape
 from pipelines import profiling
-from pipelines.profiling import Bench, peak_bytes, planned_methods, profile_model
+from pipelines.profiling import MethodTimer, peak_bytes, planned_methods, profile_model
 from pipelines.settings import ProfileSettings, SettingsError
 
 TESTBED = str(Path(__file__).parents[2] / "models/testbed")
@@ -103,7 +103,7 @@ def test_peak_memory_is_what_is_held_at_once():
 
 def test_decoding_makes_every_token_asked_for():
     adapter = profiling.random_model(TESTBED, "cpu", torch.float32, "sdpa")
-    bench = Bench(adapter, profiling._workload(settings(), 2), 1)
+    bench = MethodTimer(adapter, profiling._workload(settings(), 2), 1)
     spec = specify("nuwa", budget=16)
     planned = profiling.plan(adapter, spec, bench.layout)
     answers = bench.answer(bench._select(planned), planned, 5)
@@ -158,7 +158,7 @@ def counted(family, monkeypatch):
     adapter = profiling.adapt(family.model, family.processor)
     adapter.end_tokens = ()
     clock = WorkClock(adapter, monkeypatch)
-    yield Bench(adapter, profiling.Workload(2, (60, 40), 4, 12, 5), 1, clock)
+    yield MethodTimer(adapter, profiling.WorkloadSize(2, (60, 40), 4, 12, 5), 1, clock)
     for hook in clock.hooks:
         hook.remove()
 
@@ -177,7 +177,7 @@ def test_every_part_is_timed_with_its_own_work_alone(counted, method):
         assert row["decode_ms"] == 2 * 4 * (clock.HEAD + layers * clock.LAYER)
 
 
-def stock_inputs(bench: Bench) -> dict[str, torch.Tensor]:
+def stock_inputs(bench: MethodTimer) -> dict[str, torch.Tensor]:
     (prompt,) = bench.prompts[0]
     ids = [*prompt.before, *[bench.adapter.image_token] * bench.layout.tokens, *prompt.after]
     pixels = bench.adapter.processor.image_processor(bench.images, return_tensors="pt")
@@ -255,14 +255,14 @@ def test_true_sizes_are_planned_without_weights():
 
 
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
-    time_method = Bench.time_method
+    time_method = MethodTimer.time_method
 
     def memory_runs_out(self, spec):
         if spec.method == "unpruned" and self.workload.batch == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return time_method(self, spec)
 
-    monkeypatch.setattr(Bench, "time_method", memory_runs_out)
+    monkeypatch.setattr(MethodTimer, "time_method", memory_runs_out)
     rows, said = measured(methods=["nuwa"], shares=[0.1])
     assert [(row["batch"], row["method"]) for row in rows] == [
         (1, "stock generate"),
