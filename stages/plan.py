@@ -60,6 +60,7 @@ def plan(settings: Settings) -> None:
     tell(findings)
     if any(finding.level == "error" for finding in findings):
         sys.exit(BAD_INPUT)
+
     console.print(_grids(settings, planned_trials(settings)))
     examples = prepared_examples(settings.sweep)
     remarks: list[str] = []
@@ -71,6 +72,7 @@ def plan(settings: Settings) -> None:
     if examples.empty:
         say(f"{EXAMPLES} is not there yet: `dvc repro prepare` makes it, and the next plan says what this costs")
         return
+
     outlook = Outlook.of(settings, examples, exact)
     if Path(settings.model.path).is_dir():
         folder_memory(settings.model.path).save()  # what was asked of its processor
@@ -88,21 +90,21 @@ def tell(findings: Iterable[Finding]) -> None:
         print(finding, file=sys.stderr)
 
 
-def prepared_examples(asked: SweepSettings) -> pd.DataFrame | None:
-    """What ``prepare`` wrote, where it holds all benchmarks that are asked."""
+def prepared_examples(sweep: SweepSettings) -> pd.DataFrame | None:
+    """What ``prepare`` wrote, where it holds all benchmarks of ``sweep``."""
     if not EXAMPLES.exists():
         return None
     examples = pd.read_parquet(EXAMPLES)
-    return examples if set(asked.benchmarks) <= set(examples["benchmark"]) else None
+    return examples if set(sweep.benchmarks) <= set(examples["benchmark"]) else None
 
 
 def expected(settings: Settings) -> tuple[pd.DataFrame, list[str]]:
     """Stand-ins for the questions that ``prepare`` will write, and what to say of them."""
-    prepare, asked = settings.prepare, settings.sweep
+    prepare = settings.prepare
     if prepare.tables is None:
         return _drawn(settings), ["estimate, `dvc repro prepare` has not run: on test scenes drawn for it"]
     examples, unknown = expected_examples(
-        asked.benchmarks, settings.model.prompt_style, known_shape(settings.model.path).model_type
+        settings.sweep.benchmarks, settings.model.prompt_style, known_shape(settings.model.path).model_type
     )
     remarks = []
     if len(examples):
@@ -148,21 +150,23 @@ class Outlook:
     @classmethod
     def of(cls, settings: Settings, examples: pd.DataFrame, exact: bool) -> Outlook:
         """Of the questions in ``examples``. Stand-ins refuse nothing: what only they put out of reach is left out."""
-        asked = settings.sweep
+        sweep = settings.sweep
         if not exact:
-            images = _at_most(asked.images, examples)
-            grids = [entry.model_copy(update={"where_reachable": True}) for entry in asked.grids]
-            present = [name for name in asked.benchmarks if name in set(examples["benchmark"])]
-            asked = asked.model_copy(update={"images": images, "grids": grids, "benchmarks": present})
-        questions = choose_questions(examples, asked.benchmarks, asked.images, asked.subset_seed)
+            images = _at_most(sweep.images, examples)
+            grids = [entry.model_copy(update={"where_reachable": True}) for entry in sweep.grids]
+            present = [name for name in sweep.benchmarks if name in set(examples["benchmark"])]
+            sweep = sweep.model_copy(update={"images": images, "grids": grids, "benchmarks": present})
+
+        questions = choose_questions(examples, sweep.benchmarks, sweep.images, sweep.subset_seed)
         vlm = weightless(settings.model)
         layouts = image_layouts(vlm, questions.examples)
         left_out: list[str] = []
-        trials = expand(asked, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers, left_out.append)
+        trials = expand(sweep, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers, left_out.append)
         reasons = unaskable(vlm, questions.examples)
         if reasons:
             left_out.append(f"{len(reasons)} questions cannot be asked, first {next(iter(reasons.values()))}")
             questions = replace(questions, examples=without(questions.examples, reasons))
+
         costs = sweep_costs(vlm, priced(settings, questions.examples))
         widths = vlm.signal_widths(vlm.model.config)
         store = sum(signal_bytes(widths, layout, settings.features) for layout in layouts.values())
@@ -212,10 +216,10 @@ def _grids(settings: Settings, trials: list[Trial]) -> Table:
     for name in ("grid", "trials", "methods", "average tokens"):
         table.add_column(name, justify="left")
     for name in dict.fromkeys(entry.name for entry in settings.sweep.grids):
-        mine = [trial for trial in trials if name in trial.grids]
-        averages = sorted({trial.schedule.average_tokens for trial in mine})
-        methods = ", ".join(sorted({trial.spec.method for trial in mine}))
-        table.add_row(name, str(len(mine)), methods, ", ".join(f"{value:g}" for value in averages))
+        of_grid = [trial for trial in trials if name in trial.grids]
+        averages = sorted({trial.schedule.average_tokens for trial in of_grid})
+        methods = ", ".join(sorted({trial.spec.method for trial in of_grid}))
+        table.add_row(name, str(len(of_grid)), methods, ", ".join(f"{value:g}" for value in averages))
     return table
 
 
@@ -240,7 +244,7 @@ def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = 
 
     ``speed``: a worker's FLOP/s. ``each``: a line a trial that lacks answers.
     """
-    asked, cluster = settings.sweep, settings.cluster
+    sweep, cluster = settings.sweep, settings.cluster
     where = places(settings)
     store = ResultStore(where.results)
     stored = store.done()
@@ -258,7 +262,7 @@ def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = 
     if not stored:
         return []
     held = [(unit.trials, unit.examples) for unit in stored]
-    units, cached = plan_units(trials, examples, held, outlook.costs, speed, asked.unit_images, reuse=asked.reuse)
+    units, cached = plan_units(trials, examples, held, outlook.costs, speed, sweep.unit_images, reuse=sweep.reuse)
     missing, flops = len(trials) * len(examples) - cached, sum(unit.flops for unit in units.values())
     seconds = flops / speed
     lines = [
@@ -267,7 +271,7 @@ def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = 
         f"{seconds / 3600 * cluster.gpus:,.2f} GPU hours",
     ]
     changes = Changes.since(store, context, [code_of(trial, outlook.vlm) for trial in trials])
-    reasons = explain(trials, units.values(), stored, changes, asked.reuse)
+    reasons = explain(trials, units.values(), stored, changes, sweep.reuse)
     lines += summary(reasons)
     if each:
         lines += [f"  {one.trial.label}: {one.answers:,} of {len(examples):,} to come: {one.reason}" for one in reasons]

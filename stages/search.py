@@ -52,15 +52,15 @@ def search(settings: Settings) -> None:
     layouts = Layouts.of((of_image[image] for image in sorted(set(questions["image"]))), vlm.dynamic)
     anywhere = Layouts.of(of_image.values(), vlm.dynamic)  # the best points are asked on all images
 
-    trials = expand(plan, layouts, vlm.layers)
-    if wanted.swarm is not None:
-        check_space(wanted.swarm, plan.budget_unit, anywhere, vlm.layers)
-
     def make(swarm: SwarmSettings, point: dict[str, Any]) -> Trial:
         return trial_at(swarm, point, plan, layouts, vlm.layers)
 
-    encoder = ModelIdentity.of(model.path, loading, vlm).fingerprint
-    check_weights([*trials, *([make(wanted.swarm, {})] if wanted.swarm is not None else [])], encoder)
+    trials = expand(plan, layouts, vlm.layers)
+    presets = []
+    if wanted.swarm is not None:
+        check_space(wanted.swarm, plan.budget_unit, anywhere, vlm.layers)
+        presets = [make(wanted.swarm, {})]
+    check_weights([*trials, *presets], ModelIdentity.of(model.path, loading, vlm).fingerprint)
 
     with ExitStack() as stack:
         stack.enter_context(exclusive(shared_cache()))
@@ -69,14 +69,7 @@ def search(settings: Settings) -> None:
 
             stack.callback(ray.shutdown)
         engine = Engine.start(settings, vlm, of_image, places(settings))
-        further = [wanted.model_dump(), settings.evaluate.model_dump()]
-        search_id, fingerprints = engine.identify(trials, questions, *further)
-        tracking = settings.tracking
-        tracker = Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=search_id)
-        stack.enter_context(tracker)
-        name = f"search {search_id[:8]}: {len(trials)} trials, {len(questions)} questions"
-        size = {"trials": len(trials), "questions": len(questions), "shares": wanted.shares}
-        tracker.parent(name, size, git_and_dvc_tags(Path()) | fingerprints)
+        tracker, fingerprints = _tracked(stack, engine, trials, questions)
 
         asking = Asking(engine, tracker, CACHE)
         contest = partial(
@@ -104,6 +97,21 @@ def search(settings: Settings) -> None:
         _write(tables, summary | {"fingerprints": fingerprints})
         tracker.artifacts(SEARCH, "search")
     print(f"{asking.answered} answers were new; the race asked {summary['answers']} of {summary['full_answers']}")
+
+
+def _tracked(
+    stack: ExitStack, engine: Engine, trials: list[Trial], questions: pd.DataFrame
+) -> tuple[Tracker, dict[str, str]]:
+    """The search's MLflow run, closed with ``stack``, and the fingerprints of what it searches."""
+    wanted, tracking = engine.settings.search, engine.settings.tracking
+    further = [wanted.model_dump(), engine.settings.evaluate.model_dump()]
+    search_id, fingerprints = engine.identify(trials, questions, *further)
+
+    tracker = stack.enter_context(Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=search_id))
+    name = f"search {search_id[:8]}: {len(trials)} trials, {len(questions)} questions"
+    size = {"trials": len(trials), "questions": len(questions), "shares": wanted.shares}
+    tracker.parent(name, size, git_and_dvc_tags(Path()) | fingerprints)
+    return tracker, fingerprints
 
 
 def _questions(plan: SweepSettings, vlm: Adapter) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -161,8 +161,8 @@ def _remembered_digests(folder: Path, memory: Path) -> dict[str, dict[str, str]]
         held = {}
     fresh: dict[str, Any] = {}
     for path in weight_files(folder):
-        found = path.stat()
-        stamp = [found.st_size, found.st_mtime_ns]
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
         known = held.get(path.name)
         fresh[path.name] = known if known and known[0] == stamp else [stamp, _tensor_digests(path)]
     if fresh != held:
@@ -218,7 +218,7 @@ class StoredTensors(Mapping[str, Tensor]):
         for path in weight_files(folder):
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt") as content:
-                    self._places |= {canonical_name(name): (path, name) for name in content.keys()}  # noqa: SIM118
+                    self._places |= {canonical_name(name): (path, name) for name in content.keys()}  # noqa: SIM118 (no mapping)
 
     def __getitem__(self, name: str) -> Tensor:
         path, stored = self._places[name]

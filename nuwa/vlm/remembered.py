@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from nuwa.vlm.adapter import Adapter
 from nuwa.vlm.checkpoint import MEMORY, keep_json
@@ -51,12 +51,12 @@ class FolderMemory:
         """Every fault of the folder, as :func:`nuwa.vlm.folder.folder_faults` tells them; that there is none is remembered."""
         if self._known.get("whole"):
             return []
-        found = list(folder_faults(self.folder, families))
+        faults = list(folder_faults(self.folder, families))
         # The code of a plug-in's family is not in the stamp.
-        if not found and families(self.config().model_type).__module__.startswith("nuwa.vlm."):
+        if not faults and families(self.config().model_type).__module__.startswith("nuwa.vlm."):
             self._known["whole"] = True
             self.save()
-        return found
+        return faults
 
     def config(self) -> RememberedSettings:
         """The configuration; raises whatever ``AutoConfig.from_pretrained`` raises where it is not known."""
@@ -117,8 +117,8 @@ def _stamp(folder: Path) -> str:
     files = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            found = path.stat()
-            files.append([str(path.relative_to(folder)), found.st_size, found.st_mtime_ns, found.st_ctime_ns])
+            status = path.stat()
+            files.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     content = [files, [_version(name) for name in LIBRARIES], _own_code()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -160,12 +160,12 @@ def _described(settings: Any) -> dict[str, Any]:
         else:  # methods, properties, numbers by number
             further.append(name)
 
-    found: dict[str, Any] = {"values": values, "parts": parts, "further": further}
-    found["aliases"] = dict(getattr(settings, "attribute_map", {}))
+    described: dict[str, Any] = {"values": values, "parts": parts, "further": further}
+    described["aliases"] = dict(getattr(settings, "attribute_map", {}))
     if hasattr(settings, "get_text_config"):
         text = settings.get_text_config()
-        found["text"] = next((name for name in parts if getattr(settings, name) is text), None)
-    return found
+        described["text"] = next((name for name in parts if getattr(settings, name) is text), None)
+    return described
 
 
 def _is_plain(value: Any) -> bool:
@@ -209,9 +209,9 @@ def _part_of(real: Callable[[], Any], name: str) -> Any:
 
 
 class RememberedTexts:
-    """Answers of a pure function of texts; ``asked``: digests of what was asked in this process."""
+    """Answers of a pure function of texts; ``asked``: digests of what was asked in this process, of all instances."""
 
-    asked: set[str] = set()  # noqa: RUF012 (shared on purpose)
+    asked: ClassVar[set[str]] = set()
 
     def __init__(self, known: dict[str, Any]) -> None:
         self._known = known

@@ -176,9 +176,8 @@ def encode_missing(
     failures = run_units(spec, units, cluster, count, in_process=in_process)
     if failures:
         _, worst = next(iter(failures.values()))
-        raise UnitsFailed(
-            f"{len(failures)} of {len(shards)} feature shards failed, first: {worst.reason}\n{worst.detail}"
-        )
+        lost = f"{len(failures)} of {len(shards)} feature shards failed"
+        raise UnitsFailed(f"{lost}, first: {worst.reason}\n{worst.detail}")
     if broken:
         raise BrokenImages.found(broken, images_path)
     store.refresh()

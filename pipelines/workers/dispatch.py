@@ -261,6 +261,7 @@ class Dispatch:
         hours = self.used_s * (self.cluster.gpus or 1) / 3600
         if self.gpu_hours is not None and hours >= self.gpu_hours and self.ledger.waiting:
             self.ledger.leave(f"sweep.gpu_hours = {self.gpu_hours:g} are used")
+
         for slot in self.slots:
             if slot.actor is None and slot.rests_until <= now and self.ledger.waiting:
                 self._start(slot)
@@ -268,6 +269,7 @@ class Dispatch:
             self.without_workers = now
         else:
             self._refuse_if_none_starts(now)
+
         if now - self.looked >= self.policy.look_every_s:
             self.looked = now
             self._size()
