@@ -21,6 +21,7 @@ from nuwa.errors import UserError
 from pipelines.files.secrets import load_secrets
 from pipelines.files.storage import Folder
 from pipelines.settings import PARAMS_FILE, Settings
+from pipelines.workers.joining import own_sigterm
 from stages.entry import CACHE, EXAMPLES, FEATURES, IMAGES, KEPT, PREDICTIONS, SWEEP, TRIALS, run_stage
 from stages.features import features
 from stages.sweep import sweep
@@ -111,7 +112,8 @@ def main() -> None:
         if settings.tracking.uri is not None:
             os.environ.setdefault("MLFLOW_TRACKING_URI", settings.tracking.uri)
         enter_project(options.storage, options.work, options.submission)
-        ray.init()  # the job's own cluster and environment; the stages find it connected
+        with own_sigterm():
+            ray.init()  # the job's own cluster and environment; the stages find it connected
         features(settings)
         sweep(settings)
         publish_outputs(options.storage, options.submission)

@@ -24,6 +24,7 @@ from pipelines.settings import Settings, SettingsError, load_settings
 from pipelines.sweep.engine import Places
 from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.tracking.address import checked_uri
+from stages.ending import ToldToEnd, in_order
 
 DATA = Path("data")  # outputs that DVC tracks
 CACHE = Path("cache")  # work that can be resumed or thrown away; never tracked
@@ -161,11 +162,12 @@ def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) ->
     """Validate ``params.yaml`` and every trial it means, then run; what a user can mend ends as one line on stderr and a non-zero exit."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        settings = load_settings()
-        check_tracking(settings)
-        if needs_model:
-            planned_trials(settings)
-        stage(settings)
+        with in_order():
+            settings = load_settings()
+            check_tracking(settings)
+            if needs_model:
+                planned_trials(settings)
+            stage(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -186,6 +188,9 @@ def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) ->
         needs = "the model's processor needs torchvision, which is not installed"
         print(f"error: model.path = {settings.model.path!r}: {needs}; pip install torchvision", file=sys.stderr)
         sys.exit(1)
+    except ToldToEnd as told_to:
+        print(f"{told_to}: finished work is kept; run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + told_to.number)
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)

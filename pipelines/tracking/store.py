@@ -132,6 +132,13 @@ class TrackingStore:
         self.batch(run.info.run_id, params={key: texts[key] for key in texts if key not in known}, tags=tags)
         return run
 
+    def running(self, tag: str, value: str) -> str | None:
+        """The id of the active run whose `tag` is `value`, where it is still RUNNING."""
+        runs = self.client.search_runs(
+            [self.experiment_id], f"tags.`{tag}` = '{value}' and attributes.status = 'RUNNING'", max_results=1
+        )
+        return runs[0].info.run_id if runs else None
+
     def batch(
         self,
         run_id: str,

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     pass
+from pipelines.tracking.open_runs import begun, ended
 from pipelines.tracking.runs import TrialRun
 from pipelines.tracking.store import T, TrackingStore
 
@@ -81,6 +82,7 @@ class Tracker:
         Params cannot change in MLflow: a parent found again gets new ones only, and a warning names those that differ.
         What may change between two runs of the same sweep (commit, worker count) belongs in `tags`.
         """
+        begun(self._end_as_killed)
         run = self._store.attempt(lambda: self._store.resume_or_create("sweep_id", self._sweep_id, name, params, tags))
         self._parent_id = run.info.run_id if run else None
         self._children = None
@@ -130,6 +132,13 @@ class Tracker:
         if self._parent_id is not None:
             self._on_parent(lambda parent: self._store.client.set_terminated(parent, status))
             self._parent_id = None
+        ended(self._end_as_killed)
+
+    def _end_as_killed(self) -> None:
+        """Close the parent even where this process was interrupted while it found or made it."""
+        if self._parent_id is None:
+            self._parent_id = self._store.attempt(lambda: self._store.running("sweep_id", self._sweep_id))
+        self.finish("KILLED")
 
     def __enter__(self) -> Tracker:
         return self
@@ -137,8 +146,10 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish("FINISHED")
+        elif issubclass(kind, KeyboardInterrupt):
+            self._end_as_killed()
         else:
-            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            self.finish("FAILED")
 
     def _on_parent(self, action: Callable[[str], T]) -> T | None:
         if not self.on:

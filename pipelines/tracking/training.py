@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     pass
+from pipelines.tracking.open_runs import begun, ended
 from pipelines.tracking.runs import mlflow_metrics
 from pipelines.tracking.store import TrackingStore
 
@@ -31,21 +32,33 @@ def training_log(
     Raises:
         ValueError: the URI or the experiment's name is malformed.
     """
-    store = TrackingStore(uri, experiment, artifact_location=None)
-    run = store.attempt(lambda: store.resume_or_create("training_id", training_id, run_name, params or {}, tags or {}))
-    run_id, metrics = (run.info.run_id, run.data.metrics) if run else ("", {})
-    logged = store.attempt(lambda: {key: store.client.get_metric_history(run_id, key)[-1].step for key in metrics})
+    store, run = TrackingStore(uri, experiment, artifact_location=None), None
+
+    def close(status: str) -> None:
+        run_id = run.info.run_id if run else store.attempt(lambda: store.running("training_id", training_id))
+        if run_id:
+            store.attempt(lambda: store.client.set_terminated(run_id, status))
+        ended(killed)
+
+    def killed() -> None:
+        close("KILLED")
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
         fresh = {key: value for key, value in mlflow_metrics(metrics).items() if step > (logged or {}).get(key, -1)}
         store.attempt(lambda: store.batch(run_id, fresh, step=step))
 
     status = "FAILED"
+    begun(killed)
     try:
+        run = store.attempt(
+            lambda: store.resume_or_create("training_id", training_id, run_name, params or {}, tags or {})
+        )
+        run_id, metrics = (run.info.run_id, run.data.metrics) if run else ("", {})
+        logged = store.attempt(lambda: {key: store.client.get_metric_history(run_id, key)[-1].step for key in metrics})
         yield log
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        store.attempt(lambda: store.client.set_terminated(run_id, status))
+        close(status)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,9 @@ def start_ray(cluster: ClusterSettings) -> bool:
         options |= {"address": "local", "num_cpus": max(room, cluster.cpus), "object_store_memory": OBJECT_STORE_BYTES}
         if cluster.gpus == 0:
             options["num_gpus"] = 0
-    before = signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(own_sigterm())
             if address is not None:
                 staged = stack.enter_context(tempfile.TemporaryDirectory())
                 size = stage_code(Path(), Path(staged))
@@ -76,12 +77,20 @@ def start_ray(cluster: ClusterSettings) -> bool:
         raise ClusterUnavailable(
             f"Ray did not start or join {where}: {reason(error)}; see cluster.address and RAY_ADDRESS"
         ) from error
+    return True
+
+
+@contextlib.contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Around ``ray.init``, which takes the signal for itself and ends the process: the caller's handler, which ends what
+    it began in order, is put back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
     finally:
-        # Ray takes the signal for itself and ends the process; the caller's handler ends what it began in order.
         if signal.getsignal(signal.SIGTERM) is not before and before is not None:
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(signal.SIGTERM, before)
-    return True
 
 
 def _settle_authentication(address: str | None) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
+import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from bench import ROOT
+from forked import Ended, forked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -25,12 +32,15 @@ from mlflow.entities import Run
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow.utils.validation import _validate_metric_name
 
+from pipelines.files.lock import exclusive
 from pipelines.tracking import tracker as tracking
 from pipelines.tracking.address import checked_uri
 from pipelines.tracking.revision import git_and_dvc_tags
 from pipelines.tracking.runs import TrialRun, metric_key, mlflow_metrics, trial_runs
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.training import training_log
+from pipelines.workers.joining import own_sigterm
+from stages.entry import run_stage
 
 EXPERIMENT = "pruning"
 SWEEP = "4f1c9a"
@@ -317,6 +327,107 @@ def test_the_parent_ends_as_the_sweep_did(uri: str, error: BaseException | None,
     else:
         sweep()
     assert parent_of(uri).info.status == status
+
+
+# --- told to end ------------------------------------------------------------------------------------------------------
+
+WATCHED = ("pipelines/tracking/", "pipelines/files/lock.py", "tracking/sqlalchemy_store.py")
+
+
+def told_to_end_at(line: int, stage: Callable[[], None], told_by: int = signal.SIGTERM) -> Ended:
+    """A process that runs ``stage`` as stages are run, and is told to end when it has come to the ``line``-th line of
+    what tracks, locks and stores; it prints how many it came to."""
+
+    def one(_settings: object) -> None:
+        stage()
+
+    def run() -> None:
+        seen = 0
+
+        def trace(frame: FrameType, event: str, _argument: object) -> Any:
+            nonlocal seen
+            if not any(part in frame.f_code.co_filename for part in WATCHED):
+                return None
+            if event == "line":
+                seen += 1
+                if seen == line:
+                    os.kill(os.getpid(), told_by)
+            return trace
+
+        sys.settrace(trace)
+        run_stage(one, needs_model=False)
+        sys.settrace(None)
+        print(seen)
+
+    return forked(run)
+
+
+def statuses(database: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return [status for (status,) in connection.execute("SELECT status FROM runs")]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_sweep_that_is_told_to_end_at_any_moment_leaves_no_run_open_and_no_lock(database, uri, project):
+    """Moments from its first line to its last, before, while and after the parent run is found or made."""
+
+    def sweep() -> None:
+        with exclusive(project / "cache"), Tracker.open(uri, EXPERIMENT, sweep_id=SWEEP) as tracker:
+            tracker.parent("sweep", {"trials": 3}, {"git": "abc"})
+            tracker.progress(1, {"progress/trials_done": 1.0})
+
+    whole = told_to_end_at(0, sweep)
+    assert whole.code == 0 and statuses(database) == ["FINISHED"]
+    lines, ended_as = int(whole.out), set()
+    for line in range(1, lines, lines // 8):
+        with sqlite3.connect(database) as connection:  # every other time the run is there already
+            connection.execute("DELETE FROM runs" if line % 2 else "UPDATE runs SET status = 'FINISHED'")
+        connection.close()
+        ended = told_to_end_at(line, sweep)
+        assert ended.code == 128 + signal.SIGTERM, ended.err
+        assert ended.err == "SIGTERM: finished work is kept; run the same command again to go on\n"
+        ended_as |= {found := tuple(statuses(database))}
+        assert found in ((), ("KILLED",), ("FINISHED",)), f"line {line} of {lines}"
+        with exclusive(project / "cache"):
+            pass
+    assert ("KILLED",) in ended_as
+
+
+@pytest.mark.parametrize("told_by", [signal.SIGTERM, signal.SIGHUP])
+def test_a_sweep_that_is_told_to_end_while_it_starts_ray_is_killed_in_mlflow(database, uri, project, told_by):
+    """Ray takes the signal for itself while it starts; the sweep has it back when it is up."""
+
+    def sweep() -> None:
+        with Tracker.open(uri, EXPERIMENT, sweep_id=SWEEP) as tracker:
+            tracker.parent("sweep", {}, {})
+            with own_sigterm():
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+            os.kill(os.getpid(), told_by)
+
+    ended = told_to_end_at(0, sweep, told_by)
+    assert ended.code == 128 + told_by and statuses(database) == ["KILLED"]
+
+
+def test_a_training_that_is_told_to_end_while_its_run_is_made_leaves_none_open(database, uri, project):
+    def train() -> None:
+        with training_log(uri, EXPERIMENT, "training", training_id="t1", params={"lr": 0.1}) as log:
+            log(1, {"loss": 1.0})
+
+    whole = told_to_end_at(0, train)
+    assert statuses(database) == ["FINISHED"]
+    lines = int(whole.out)
+    for line in range(1, lines, lines // 3):
+        with sqlite3.connect(database) as connection:
+            connection.execute("DELETE FROM runs")
+        connection.close()
+        assert told_to_end_at(line, train).code == 128 + signal.SIGTERM
+        assert set(statuses(database)) <= {"KILLED", "FINISHED"}, f"line {line} of {lines}"
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------

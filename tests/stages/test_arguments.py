@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem not in ("__init__", "entry"))
+STAGES = sorted(
+    path.stem for path in (ROOT / "stages").glob("*.py") if path.stem not in ("__init__", "entry", "ending")
+)
 
 
 def run(stage: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3  # noqa: F401  (what a stage imports late may lie where an ordinary user cannot read)
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
