@@ -33,8 +33,9 @@ repro: $(READY)
 plan: $(READY)
 	$(RUN) python -m stages.plan $(PRESET)
 
+# Whole files to two processes, the longest first (tests/running_order.py).
 test: $(TESTABLE) lint
-	$(RUN) python -m pytest -n 2 --dist loadfile
+	$(RUN) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Twenty kills of workers, nodes and the driver during one sweep on a cluster of three raylets: about three minutes.
 chaos: $(TESTABLE)

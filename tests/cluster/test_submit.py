@@ -1,4 +1,4 @@
-"""``cluster/submit`` against real servers: a Ray head with two further raylets, and MLflow on PostgreSQL."""
+"""``cluster/submit`` against real servers: a Ray head with a further raylet, and MLflow on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 import pytest
 import yaml
+from dvc.repo import Repo
+from mlflow import MlflowClient
 
-from cluster.submit import SubmissionFailed, choose_authentication, connect, passed_on
+from cluster.submit import SubmissionFailed, choose_authentication, connect, main, passed_on
+from pipelines.settings import load_settings
+from stages.evaluate import evaluate
+from stages.inputs import write_inputs
+from stages.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -61,11 +66,16 @@ def answers(url: str) -> bool:
         return False
 
 
+def told(dashboard: str, what: str) -> str:
+    """What the cluster's API answers to one who has the token."""
+    question = urllib.request.Request(f"{dashboard}/{what}", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(question, timeout=30) as response:
+        return response.read().decode()
+
+
 def alive_nodes(dashboard: str) -> int:
-    question = urllib.request.Request(f"{dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {TOKEN}"})
     try:
-        with urllib.request.urlopen(question, timeout=5) as response:
-            nodes = json.load(response)["data"]["summary"]
+        nodes = json.loads(told(dashboard, "nodes?view=summary"))["data"]["summary"]
     except (urllib.error.URLError, OSError):
         return 0
     return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
@@ -140,7 +150,7 @@ def mlflow_on_postgres(servers, monkeypatch) -> str:
 
 @pytest.fixture
 def cluster_address(servers, monkeypatch) -> str:
-    """A head without a processor for work and two raylets with one each, so that what runs, runs on the raylets."""
+    """A head without a processor for work and a raylet with one, so that what runs, runs where the job does not."""
     token = servers.folder / "token"
     token.write_text(TOKEN)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -159,13 +169,12 @@ def cluster_address(servers, monkeypatch) -> str:
         wait_for(f"node {number}", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == number - 1, started)
 
     node(2, "--head", "--port", port, "--num-cpus", "0", *board)
-    for number in (3, 4):
-        node(number, "--address", f"127.0.0.2:{port}", "--num-cpus", "1")
+    node(3, "--address", f"127.0.0.2:{port}", "--num-cpus", "1")
     return f"http://127.0.0.1:{dashboard}"
 
 
 @pytest.fixture
-def repository(tmp_path, model_folder) -> Path:
+def repository(tmp_path, model_folder, monkeypatch) -> Path:
     """A user's checkout with a tiny model and a tiny sweep, its data prepared."""
     top = tmp_path / "repository"
     for name in subprocess.run(
@@ -185,8 +194,9 @@ def repository(tmp_path, model_folder) -> Path:
     who = ["-c", "user.name=user", "-c", "user.email=user@localhost"]
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "a sweep"]):
         subprocess.run(["git", *command], cwd=top, check=True)
-    run(top, "-m", "stages.inputs")
-    run(top, "-m", "stages.prepare")
+    monkeypatch.chdir(top)
+    write_inputs()
+    prepare(load_settings())
     return top
 
 
@@ -196,13 +206,6 @@ def run(top: Path, *arguments: str | Path) -> str:
     done = subprocess.run(command, cwd=top, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-LIST_JOBS = """
-import dataclasses, json, sys
-from ray.job_submission import JobSubmissionClient
-print(json.dumps([job.dict() for job in JobSubmissionClient(sys.argv[1]).list_jobs()], default=str))
-"""
 
 
 def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
@@ -217,7 +220,7 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     megabytes = float(re.search(r"^code: ([\d.]+) MB$", printed, re.MULTILINE)[1])
     assert 0.2 < megabytes <= 5
     # Nothing that a cluster's API or a process list shows holds a secret, and nobody without the token is answered.
-    jobs = run(repository, "-c", LIST_JOBS, cluster_address)
+    jobs = told(cluster_address, "api/jobs/")
     assert "cluster.job" in jobs and "MLFLOW_TRACKING_URI" in jobs
     processes = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     for secret in (*SECRETS.values(), TOKEN):
@@ -235,12 +238,12 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     assert len(predictions) == len(asked)
 
     # DVC takes what came back for the stages' own outputs: nothing of them would run again.
-    status = json.loads(run(repository, "-m", "dvc", "status", "--json", "features", "sweep"))
-    assert not {"features", "sweep"} & set(status)
+    with Repo(str(repository)) as dvc:
+        assert not {"features", "sweep"} & set(dvc.status(targets=["features", "sweep"]))
 
-    run(repository, "-m", "stages.evaluate")
-    mlflow.set_tracking_uri(mlflow_on_postgres)
-    runs = mlflow.search_runs(experiment_names=["nuwa-testbed"], output_format="list")
+    evaluate(load_settings())
+    client = MlflowClient(mlflow_on_postgres)
+    runs = client.search_runs([client.get_experiment_by_name("nuwa-testbed").experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert {run.data.tags["trial_id"] for run in children} == set(trials["trial_id"])
     assert len(children) == len(trials)
@@ -283,12 +286,18 @@ def test_variables_that_hold_secrets_stay_at_home(capsys):
     assert "MLFLOW_TRACKING_URI" in line and "~/.nuwa/secrets.env" in line
 
 
+def refusal(monkeypatch, capsys, *arguments: str) -> str:
+    """The last line that ``cluster/submit`` says when it refuses its arguments."""
+    monkeypatch.setattr(sys, "argv", ["submit", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("storage", ["s3://key:secret@bucket/x", "s3://bucket/x?access_key=a&secret_key=b"])
-def test_a_storage_uri_with_credentials_is_refused(storage):
-    command = [sys.executable, "-m", "cluster.submit", "--work", "/shared", "--storage", storage]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    line = done.stderr.splitlines()[-1]
+def test_a_storage_uri_with_credentials_is_refused(storage, monkeypatch, capsys):
+    line = refusal(monkeypatch, capsys, "--work", "/shared", "--storage", storage)
     assert "holds credentials, which the cluster's job list would show" in line and "secret@" not in line
 
 
@@ -302,10 +311,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
     assert "\n" not in str(raised.value)
 
 
-def test_a_uri_without_a_work_folder_is_refused():
-    command = [sys.executable, "-m", "cluster.submit", "--storage", "s3://bucket/x"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith(
+def test_a_uri_without_a_work_folder_is_refused(monkeypatch, capsys):
+    assert refusal(monkeypatch, capsys, "--storage", "s3://bucket/x").endswith(
         "error: --work is needed: --storage is a URI, and features and units need a folder that every node sees"
     )

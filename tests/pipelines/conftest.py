@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import ray
 import yaml
 from bench import BENCHMARKS, GRIDS, Bench
 from moto.server import ThreadedMotoServer
@@ -20,6 +22,7 @@ from pipelines.settings import ClusterSettings, FeatureSettings, SweepSettings
 from pipelines.sweep.costs import sweep_costs
 from pipelines.sweep.identity import answer_context
 from pipelines.sweep.trials import Layouts, expand
+from pipelines.workers import start_ray
 
 FEATURES = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
 QUESTIONS = {"refcoco": 1, "refcocoplus": 1, "pope": 2, "gqa": 1, "textvqa": 1}
@@ -52,6 +55,14 @@ def examples(prepared) -> pd.DataFrame:
 @pytest.fixture
 def cluster() -> ClusterSettings:
     return ClusterSettings(address=None, workers=2, cpus=1, gpus=0)
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """A Ray instance for two workers, for all tests of a module that need one; else each run starts and ends its own."""
+    assert start_ray(ClusterSettings(address=None, workers=2, cpus=1, gpus=0))
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -239,16 +239,16 @@ def scaled_model(model_folder, factor, folder):
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_a_signal_that_float16_cannot_hold_is_refused(model_folder, prepared, cluster, tmp_path, in_process):
+def test_a_signal_that_float16_cannot_hold_is_refused(model_folder, prepared, cluster, one_ray, tmp_path, in_process):
     folder = scaled_model(model_folder, 1e8, tmp_path / "model")
     images = prepared / "images.parquet"
 
-    def encode(dtype):
+    def encode(dtype, in_process=True):
         settings = FeatureSettings(dtype=dtype, shard_images=12, batch_size=3)
         return encode_missing(str(folder), images, tmp_path / "store", settings, cluster, in_process=in_process)
 
     with pytest.raises(SignalNotFinite) as raised:
-        encode("float16")
+        encode("float16", in_process)
     first = min(pq.read_table(images)["image"].to_pylist())
     assert str(raised.value) == (
         f"image {first[:12]}: signal features goes beyond 65504, the end of features.dtype: float16; "
@@ -301,7 +301,7 @@ def truncated(kind: str, seed: int) -> bytes:
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, cluster, tmp_path, in_process):
+def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, cluster, one_ray, tmp_path, in_process):
     """A JPEG and a PNG cut short: every whole image of every shard is stored, those of their own shards too."""
     table = pq.read_table(prepared / "benchmarks" / "pope.parquet")
     rows = table.to_pylist()
@@ -317,7 +317,7 @@ def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, clu
     asked = examples[examples["image"] == bad[0]]["example_id"].tolist()
     progress = []
 
-    def encode():
+    def encode(in_process=True):
         return encode_missing(
             str(model_folder),
             images,
@@ -329,7 +329,7 @@ def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, clu
         )
 
     with pytest.raises(BrokenImages) as raised:
-        encode()
+        encode(in_process)
     more = f" and {len(asked) - 1} more rows" if len(asked) > 1 else ""
     assert re.fullmatch(
         rf"2 images cannot be decoded, first {bad[0][:12]} \(OSError: .*(truncated|broken).*\); it is asked about by "

@@ -6,34 +6,36 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from bench import BENCHMARKS, ROOT
+from bench import BENCHMARKS
+from workers_here import work_here
 
 from stages.entry import run_stage
 from stages.plan import plan
+from stages.sweep import sweep
 
 GRID = [{"name": "methods", "method": ["nuwa", "random"], "budget": 16}]
 MORE = [*GRID, {"name": "cuts", "method": "nuwa", "budget": 16, "stage2_layer": [2, 6]}]
 
 
 @pytest.fixture
-def project(model_folder, prepared, params, tmp_path, monkeypatch) -> Path:
+def project(model_folder, prepared, examples, params, tmp_path, monkeypatch) -> Path:
     """A folder in which stages run: a tiny model, twelve images, one grid."""
     shutil.copytree(model_folder, tmp_path / "models" / "tiny")
     (tmp_path / "data").mkdir()
-    for name in ("examples.parquet", "images.parquet"):
-        shutil.copy(prepared / name, tmp_path / "data" / name)
+    shutil.copy(prepared / "images.parquet", tmp_path / "data")
+    # A random model never ends an answer by itself.
+    examples.assign(max_new_tokens=3).to_parquet(tmp_path / "data" / "examples.parquet")
     params["model"]["path"] = "models/tiny"
     params["cluster"] |= {"workers": 1, "cpus": 1}
     params["sweep"] |= {"benchmarks": BENCHMARKS, "images": 12, "unit_images": 4, "budgets": [16], "grids": GRID}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    work_here(monkeypatch)
     return tmp_path
 
 
@@ -61,21 +63,13 @@ def test_the_plan_and_the_sweep_say_what_a_grid_leaves_out(project, capsys):
         "grid 'more' leaves out 1 trial that cannot be reached: sparsevlm at 16 (the first: budget 16 is out of reach "
         "with stage-2 cuts before layers 1, 2, 4 of 8: allowed 18.88..144 average tokens)",
     ]
-    done = sweep_stage(project)
-    assert [line for line in done.stdout.splitlines() if line.startswith("grid ")] == told
-
-
-def sweep_stage(project: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "stages.sweep"]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
+    run_stage(sweep)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("grid ")] == told
 
 
 def swept(project: Path) -> list[dict]:
     """The units of all sweeps so far."""
-    sweep_stage(project)
+    run_stage(sweep)
     return [json.loads(line) for line in (project / "cache" / "units.jsonl").read_text().splitlines()]
 
 

@@ -86,7 +86,7 @@ def test_shared_trunks_answer_as_each_trial_alone(bench, undisturbed):
             assert vlm.decode_text(list(alone.tokens)) == answers[trial.trial_id, example.example_id]
 
 
-def test_ray_workers_equal_one_process_bit_for_bit(bench, undisturbed, cluster, tmp_path):
+def test_ray_workers_equal_one_process_bit_for_bit(bench, undisturbed, cluster, one_ray, tmp_path):
     outcome = bench.run(tmp_path, cluster, in_process=False)
     assert not outcome.failures
     assert same(outcome, undisturbed)
@@ -263,7 +263,7 @@ class Fragile:
         return name
 
 
-def test_dead_workers_are_replaced_and_their_units_retried(cluster, tmp_path):
+def test_dead_workers_are_replaced_and_their_units_retried(cluster, one_ray, tmp_path):
     units = {f"u{i}": (f"u{i}", 0, "") for i in range(8)} | {"frail": ("frail", 2, ""), "deadly": ("deadly", 99, "")}
     finished = []
     failures = run_units(Fragile(str(tmp_path)), units, cluster, lambda unit, result: finished.append(unit))
@@ -276,7 +276,7 @@ def test_dead_workers_are_replaced_and_their_units_retried(cluster, tmp_path):
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_an_exception_is_recorded_and_the_rest_goes_on(cluster, tmp_path, in_process):
+def test_an_exception_is_recorded_and_the_rest_goes_on(cluster, one_ray, tmp_path, in_process):
     units = {"good": ("good", 0, ""), "bad": ("bad", 0, "no such thing"), "fine": ("fine", 0, "")}
     finished = []
     failures = run_units(
@@ -287,7 +287,7 @@ def test_an_exception_is_recorded_and_the_rest_goes_on(cluster, tmp_path, in_pro
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_a_sweep_that_only_fails_stops_early(cluster, tmp_path, in_process):
+def test_a_sweep_that_only_fails_stops_early(cluster, one_ray, tmp_path, in_process):
     units = {f"u{i}": (f"u{i}", 0, "broken") for i in range(50)}
     with pytest.raises(UnitsFailed, match="the first 3 units all failed, so the run stops: KeyError: 'broken'"):
         run_units(Fragile(str(tmp_path)), units, cluster, lambda unit, result: None, in_process=in_process)
@@ -348,7 +348,7 @@ class Limited:
         return unit.values
 
 
-def test_units_are_split_until_what_fails_stands_alone(cluster):
+def test_units_are_split_until_what_fails_stands_alone(cluster, one_ray):
     units = {f"u{start}": Numbers(tuple(range(start, start + 8))) for start in range(0, 32, 8)}
     finished = []
     given_up = run_units(Limited(), units, cluster, lambda unit, values: finished.extend(values))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -193,6 +195,7 @@ class _Hub(BaseHTTPRequestHandler):
     """As much of a hub as a download needs: what a revision holds, and its files."""
 
     files: dict[str, bytes]
+    commit: str
 
     def log_message(self, *_args):
         pass
@@ -209,37 +212,48 @@ class _Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.partition("?")[0]
         if path.startswith("/api/datasets/lmms-lab/POPE"):
-            info = {"id": "lmms-lab/POPE", "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]}
+            info = {"id": "lmms-lab/POPE", "sha": self.commit, "siblings": [{"rfilename": name} for name in self.files]}
             if "/tree/" in path:
                 info = [
                     {"type": "file", "path": name, "size": len(b), "oid": "0" * 40} for name, b in self.files.items()
                 ]
             self._answer(json.dumps(info).encode(), Content_Type="application/json")
             return
-        name = path.rpartition(f"/resolve/{COMMIT}/")[2]
+        name = path.rpartition(f"/resolve/{self.commit}/")[2]
         if name not in self.files:
             self._answer(b"", 404)
             return
         body = self.files[name]
-        self._answer(body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+        self._answer(body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=self.commit)
 
     do_HEAD = do_GET
 
 
-def fetched(location: str, name: str, cache: Path) -> tuple[str, list[str]]:
-    """What a fresh process reads of ``_Hub.files``: the table's rows or what is wrong, and the files it downloaded."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = f"""
+ASKED_OF_THE_HUB = """
+import sys
 from pipelines.addresses import BenchmarkName
 from pipelines.data.tables import MissingTables, fetch_tables, read_benchmark
-name = BenchmarkName.parse({name!r})
-try:
-    table = read_benchmark(fetch_tables({location!r}, name), name)
-    print(table.count_rows() if hasattr(table, "count_rows") else table.num_rows)
-except MissingTables as error:
-    print(error)
+for line in sys.stdin:
+    location, written = line.split()
+    name = BenchmarkName.parse(written)
+    try:
+        table = read_benchmark(fetch_tables(location, name), name)
+        print(table.count_rows() if hasattr(table, "count_rows") else table.num_rows, flush=True)
+    except MissingTables as error:
+        print(error, flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Callable[[str, str], tuple[str, list[str]]]]:
+    """What is read of a folder of ``_Hub.files``: the table's rows or what is wrong, and the files that were downloaded.
+
+    In a process of its own, whose settings of the hub are those it was started with. One serves all tests: every call is
+    about another commit, of which nothing is cached.
+    """
+    cache, commits = tmp_path_factory.mktemp("hub"), itertools.count(1)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {
         **os.environ,
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
@@ -247,18 +261,25 @@ except MissingTables as error:
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-        )
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert done.returncode == 0, done.stderr
-    (snapshot,) = cache.glob("hub/datasets--lmms-lab--POPE/snapshots/*")
-    assert snapshot.name == COMMIT
-    said = done.stdout.strip().replace(str(snapshot), "SNAPSHOT")
-    return said, sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*.*"))
+    command = [sys.executable, "-c", ASKED_OF_THE_HUB]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def fetched(folder: str, name: str) -> tuple[str, list[str]]:
+        _Hub.commit = f"{next(commits):040x}"
+        process.stdin.write(f"hub:lmms-lab/POPE{folder}@{_Hub.commit} {name}\n")
+        process.stdin.flush()
+        said = process.stdout.readline()
+        assert said, f"the process ended with {process.wait()}"
+        (snapshot,) = cache.glob(f"hub/datasets--lmms-lab--POPE/snapshots/{_Hub.commit}")
+        files = sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*.*"))
+        return said.strip().replace(str(snapshot), "SNAPSHOT"), files
+
+    yield fetched
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
+    server.shutdown()
+    server.server_close()
 
 
 FETCHED = {
@@ -277,7 +298,7 @@ FETCHED = {
 
 
 @pytest.mark.parametrize("case", FETCHED)
-def test_only_the_split_that_is_asked_for_is_fetched(case, published, tmp_path):
+def test_only_the_split_that_is_asked_for_is_fetched(case, published, hub):
     folder, name, expected = FETCHED[case]
     pope = (published / "POPE" / "test.parquet").read_bytes()
     gqa = {str(path.relative_to(published / "GQA")): path.read_bytes() for path in published.glob("GQA/*/*.parquet")}
@@ -287,15 +308,15 @@ def test_only_the_split_that_is_asked_for_is_fetched(case, published, tmp_path):
     homes += ["en/val-00000-of-00001", "more/cn/dev", "data/latest", "data/test-mini", "pope", "en/pope"]
     others = [path.replace("testdev", "val") for path in gqa]
     _Hub.files = dict.fromkeys([*(f"{home}.parquet" for home in homes), "README.md", *others], pope) | gqa
-    said, files = fetched(f"hub:lmms-lab/POPE{folder}@{COMMIT}", name, tmp_path)
+    said, files = hub(folder, name)
     assert files == expected
     assert said == str(rows[name.partition("/")[0]])
 
 
-def test_configurations_that_are_not_told_apart_are_named(published, tmp_path):
+def test_configurations_that_are_not_told_apart_are_named(published, hub):
     pope = (published / "POPE" / "test.parquet").read_bytes()
     _Hub.files = {f"{home}/dev-00000-of-00001.parquet": pope for home in ("en", "cn")}
-    said, _ = fetched(f"hub:lmms-lab/POPE@{COMMIT}", "pope/dev", tmp_path)
+    said, _ = hub("", "pope/dev")
     assert said == (
         "pope/dev: several folders hold the split dev: SNAPSHOT/cn, SNAPSHOT/en; name one, "
         "of a dataset of the hub as hub:organisation/dataset/folder@commit"

@@ -23,15 +23,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import import_utils
+from workers_here import work_here
 
 import nuwa
 from benchmarks.gpu.families import QwenProcessor
 from nuwa.benchmarks import get_benchmark
 from nuwa.vlm import Adapter
-from pipelines.features import encoding
 from pipelines.settings import Settings, load_settings
-from pipelines.sweep import answers as sweep_answers
-from pipelines.workers import GivenUp, run_units
 from stages.entry import (
     HEADLINE,
     KEPT,
@@ -66,10 +64,6 @@ class SavedQwenProcessor(QwenProcessor):
     @classmethod
     def from_pretrained(cls, folder: str, **_options) -> SavedQwenProcessor:
         return cls(PreTrainedTokenizerFast.from_pretrained(folder))
-
-
-def run_units_here(*what, **how) -> GivenUp:
-    return run_units(*what, **how | {"in_process": True})
 
 
 def photos() -> list[Image.Image]:
@@ -181,8 +175,7 @@ def run(request, tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp(request.param))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setitem(PROCESSOR_MAPPING._extra_content, Qwen2_5_VLConfig, SavedQwenProcessor)
-        for room in (encoding, sweep_answers):  # the processor is patched in this process only
-            patch.setattr(room, "run_units", run_units_here)
+        work_here(patch)  # the processor is patched in this process only
         save(vlm, Path("models", request.param))
         write_tables(["unknown"] * len(SIZES) * len(QUESTIONS))
         write_params(request.param)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_here
 
 from pipelines.presets import REPLACED, compose
 from pipelines.profiling import planned_methods
@@ -68,9 +68,7 @@ def checkout(tmp_path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.experiment", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return run_here("stages.experiment", *arguments, folder=folder)
 
 
 def test_the_command_composes_once_and_refuses_to_lose_changes(checkout):

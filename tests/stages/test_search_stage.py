@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 import yaml
 from mlflow import MlflowClient
+from workers_here import work_here
 
 from pipelines.settings import SettingsError, load_settings
 from pipelines.sweep.results import ResultStore
+from stages.entry import EXAMPLES
 from stages.prepare import prepare
 from stages.search import search
 
@@ -45,12 +47,14 @@ def work(tiny_vlm, tmp_path, monkeypatch) -> Path:
     tiny_vlm.model.save_pretrained("tiny")
     tiny_vlm.processor.save_pretrained("tiny")
     prepare(settings_of(tmp_path))
+    # A random model never ends an answer by itself.
+    pd.read_parquet(EXAMPLES).assign(max_new_tokens=3).to_parquet(EXAMPLES)
     return tmp_path
 
 
-def test_a_search_leaves_its_tables_and_runs_and_asks_nothing_twice(work, capsys):
+def test_a_search_leaves_its_tables_and_runs_and_asks_nothing_twice(work, capsys, monkeypatch):
     settings = settings_of(work)
-    search(settings)
+    search(settings)  # on Ray; the searches below have nothing to ask of workers
     trials, points = (pd.read_csv(work / "data" / "search" / name) for name in ("trials.csv", "swarm.csv"))
     summary = json.loads((work / "data" / "search" / "search.json").read_text())
     assert len(trials) == 5 and trials["rung"].between(1, 2).all()
@@ -76,6 +80,7 @@ def test_a_search_leaves_its_tables_and_runs_and_asks_nothing_twice(work, capsys
 
     held = {path.name: path.read_bytes() for path in (work / "data" / "search").iterdir()}
     units = ResultStore(work / "cache" / "results").done()
+    work_here(monkeypatch)
     search(settings)
     assert "0 answers were new" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (work / "data" / "search").iterdir()} == held

@@ -1,0 +1,65 @@
+"""The order of test files: those that take longest first.
+
+``make test`` deals whole files to two processes, in this order, as either is done with the one before. Long files last
+would leave one process waiting for the other; so they come first, and the short ones fill the end. No test may depend on
+it: ``tests/isolation.py`` sees to that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SHOWN_S = 20.0  # the end of a run lists files that took longer
+
+# Seconds on one free core, of files that take more than five; the others follow in the order of their paths. What a run
+# lists at its end says when this is due to be renewed: only the order counts.
+SECONDS = {
+    "nuwa/test_device_placement.py": 110,
+    "cluster/test_submit.py": 100,
+    "pipelines/test_chaos.py": 70,
+    "pipelines/test_sweep.py": 60,
+    "pipelines/test_blocks.py": 60,
+    "pipelines/test_plugins.py": 50,
+    "stages/test_pruner_stage.py": 45,
+    "pipelines/test_dynamic_layouts.py": 45,
+    "pipelines/test_features.py": 40,
+    "pipelines/test_results.py": 40,
+    "stages/test_search_stage.py": 35,
+    "stages/test_dynamic_pipeline.py": 35,
+    "nuwa/test_generation.py": 30,
+    "pipelines/workers/test_policy.py": 30,
+    "pipelines/test_racing.py": 25,
+    "nuwa/test_training_processes.py": 20,
+    "pipelines/test_plan_stage.py": 20,
+    "pipelines/test_identity.py": 20,
+    "pipelines/test_swarm_search.py": 15,
+    "test_plugin_example.py": 15,
+}
+
+
+def cost(path: Path) -> float:
+    """Seconds that the file is known to take, 0 where it is short."""
+    return SECONDS.get(path.relative_to(TESTS).as_posix(), 0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first; within a file, and among files alike, the order stays."""
+    items.sort(key=lambda item: -cost(item.path))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the slowest files took, by the wall, all processes together."""
+    took: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            took[getattr(report, "nodeid", "").partition("::")[0]] += getattr(report, "duration", 0.0)
+    slow = sorted(((seconds, name) for name, seconds in took.items() if seconds > SHOWN_S), reverse=True)
+    if slow:
+        terminalreporter.section(f"files above {SHOWN_S:.0f} s (tests/running_order.py)")
+        for seconds, name in slow:
+            terminalreporter.write_line(f"{seconds:6.0f} s  {name}")
