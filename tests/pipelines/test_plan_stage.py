@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from bench import BENCHMARKS
+from bench import BENCHMARKS, ROOT
 from workers_here import work_here
 
 from stages.entry import run_stage
