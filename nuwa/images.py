@@ -5,9 +5,11 @@ Every stage and the library call read images here, so that sizes, boxes and pixe
 * **Orientation.** The EXIF orientation tag is applied; width, height and boxes are those of the turned picture.
 * **Frames.** Of an animation or a file of several pages the first is read.
 * **Bit depth.** Of 16-bit samples the high byte counts, as Pillow reads 16-bit colour. Float samples are shares of white
-  and must lie in [0, 1]. 32-bit integers have no agreed white and are refused.
+  and must lie in [0, 1]. Where a file says that zero is white, it is. 32-bit and signed integers have no agreed white and
+  are refused.
 * **Colour.** An embedded profile other than sRGB is converted to sRGB (LittleCMS, perceptual); one that is damaged or of
-  another colour space is passed over, as browsers do. What is transparent is shown on white.
+  another colour space is passed over, as browsers do. What is transparent is shown on white; one transparent colour among
+  16-bit ones is refused, since Pillow keeps only half of each sample to compare with it.
 * **Limits.** Formats are those of ``FORMATS``; more than ``MAX_PIXELS`` are refused from the header, before anything is
   decoded. A picture that is cut off is refused.
 
@@ -27,7 +29,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, Unidentifi
 
 from nuwa.errors import UserError
 
-READING = "upright, first frame, 8-bit sRGB on white: 1"
+READING = "upright, first frame, 8-bit sRGB on white: 2"
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO"),
     *("PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
@@ -36,6 +38,7 @@ MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; Pillow's own limit
 TOO_LARGE = f"an image of more than {MAX_PIXELS:,} pixels is not read; make it smaller"
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 PNG_TAGS = (b"eXIf", b"exif", b"XML:com.adobe.xmp")  # chunks that may hold an orientation
+SAMPLE_FORMAT, SIGNED = 339, 2  # a tag of TIFF, and what it says of integers below zero
 TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
 
 
@@ -56,6 +59,7 @@ def read_image(source: bytes | Path) -> Image.Image:
     with _quiet():
         try:
             with _opened(_content(source)) as image:
+                _check_samples(image)
                 image.load()
                 return upright_rgb(image)
         except (ImageError, MemoryError):
@@ -99,8 +103,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: samples of no agreed white, or float samples outside [0, 1].
     """
+    _check_samples(image)
+    from_white = _zero_is_white(image)
     if image.format == "TIFF":
         image.load()  # turns it and takes the tag away
+    if image.mode == "La":  # Pillow makes no RGB of it
+        image = image.convert("LA")
     turn = _orientation(image) > 1
     profile = image.info.get("icc_profile")
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
@@ -110,6 +118,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if turn:
         image = ImageOps.exif_transpose(image)
     image = _eight_bits(image)
+    if from_white:
+        image = ImageOps.invert(image)
     if transparent:
         image = _on_white(image)
     return _standard_colours(image, profile)
@@ -146,12 +156,34 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def _check_samples(image: Image.Image) -> None:
+    """Refuse what Pillow would decode into something else; what it is told of the file is gone once it is decoded."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and SIGNED in image.tag_v2.get(SAMPLE_FORMAT, ()):
+        raise ImageError("signed integer samples have no agreed white; save the image with 8 or 16 bits")
+    colour = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(colour, tuple):
+        wide = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+        if wide or max(colour) > 255:
+            raise ImageError("a transparent colour among 16-bit ones is not read; save the image with an alpha channel")
+
+
+def _zero_is_white(image: Image.Image) -> bool:
+    """Whether wide grey samples count from white, as a TIFF may say; narrow ones Pillow itself turns round."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or image.mode not in (*SIXTEEN_BITS, "I", "F"):
+        return False
+    return image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Wider samples as grey with eight bits; any other image as it is."""
-    if image.mode in SIXTEEN_BITS:
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode == "I":
-        return Image.fromarray((_sixteen_bits(np.asarray(image), image.format) >> 8).astype(np.uint8))
+    """Wider samples as grey with eight bits, and alpha where one of them is transparent; any other image as it is."""
+    if image.mode in (*SIXTEEN_BITS, "I"):
+        samples = np.asarray(image)
+        samples = _sixteen_bits(samples, image.format) if image.mode == "I" else samples.astype(np.uint16)
+        grey = Image.fromarray((samples >> 8).astype(np.uint8))
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):
+            grey.putalpha(Image.fromarray(np.where(samples == clear, 0, 255).astype(np.uint8)))
+        return grey
     if image.mode == "F":
         shares = np.asarray(image, np.float64)
         if not (np.isfinite(shares).all() and shares.min() >= 0 and shares.max() <= 1):

@@ -25,7 +25,7 @@ from nuwa.vlm.adapter import (
     render_question,
     tokenize_prompt,
 )
-from nuwa.vlm.checkpoint import CheckpointError
+from nuwa.vlm.checkpoint import TEXTS, CheckpointError
 from nuwa.vlm.generation_settings import check_generation, check_values
 from nuwa.vlm.weights import check_weights, refuse_pointer
 
@@ -272,6 +272,9 @@ def load_processor(path: Path) -> Any:
     for name in ("tokenizer_config.json", "tokenizer.json", *PROCESSOR_FILES, "special_tokens_map.json"):
         if (path / name).exists():
             _json(path / name)
+    for name in TEXTS:
+        if (path / name).is_file():
+            refuse_pointer(path / name)
     if (path / "tokenizer.json").exists():
         _check_frames(path / "tokenizer.json")
     held = [name for name in PROCESSOR_FILES if (path / name).exists()]

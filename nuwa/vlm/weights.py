@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ ITEM_BYTES = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")  # weights in any other type belong to quantised models
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal, in torch's messages
 NAMED = 3  # names in a message; the others are counted
 
 
@@ -101,6 +103,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for name in (WEIGHTS, f"{WEIGHTS}.index.json", PICKLED, f"{PICKLED}.index.json"):
         path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: a link to {path.readlink()}, which is not there; fetch it again")
         if not path.exists():
             continue
         if not name.endswith(".json"):
@@ -162,7 +166,7 @@ def _pickled_tensors(path: Path) -> dict[str, Tensor]:
         held = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         return {name: torch.empty_like(tensor, device="meta") for name, tensor in held.items()}
     except Exception as error:  # a damaged archive, an old format, anything but tensors
-        reason = " ".join(str(error).split())[:120]
+        reason = " ".join(COLOURS.sub("", str(error)).split())[:120]
         raise CheckpointError(f"{path}: no whole file of tensors ({reason}); fetch {WEIGHTS} instead") from None
 
 
@@ -178,8 +182,11 @@ def _safetensors_header(path: Path) -> dict[str, Tensor]:
         entries = json.loads(content)
         entries.pop("__metadata__", None)
         shapes = {name: (entry["dtype"], entry["shape"], entry["data_offsets"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: its header is damaged; fetch it again") from None
+    for name, (kind, shape, span) in shapes.items():
+        if not (isinstance(kind, str) and _counts(shape) and _counts(span) and len(span) == 2):
+            raise CheckpointError(f"{path}: its header is damaged at tensor {name}; fetch it again")
 
     end = 0
     for name, (kind, shape, (start, stop)) in sorted(shapes.items(), key=lambda item: item[1][2]):
@@ -199,6 +206,11 @@ def _safetensors_header(path: Path) -> dict[str, Tensor]:
         name: torch.empty(shape, dtype=TORCH_TYPES.get(kind, torch.uint8), device="meta")
         for name, (kind, shape, _) in shapes.items()
     }
+
+
+def _counts(value: Any) -> bool:
+    """Whether ``value`` is a list of sizes or places, and not of what only looks like them."""
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
 def _dry_load(model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

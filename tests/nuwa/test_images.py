@@ -113,17 +113,31 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_cut_to_white(file_format):
     assert (grey == (samples // 256)[..., None]).all() and grey.min() < 50 < 200 < grey.max()
 
 
-def png(bits: int, colour: int, rows: np.ndarray) -> bytes:
-    """A PNG by its specification, of ``rows`` of big-endian bytes."""
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+def png(bits: int, colour: int, rows: np.ndarray, further: bytes = b"") -> bytes:
+    """A PNG by its specification, of ``rows`` of big-endian bytes; ``further``: chunks before the pixels."""
 
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
     height, width = len(rows), rows.shape[1] * 8 // (bits * channels)
     filtered = b"".join(b"\0" + row.tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(filtered)) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", header) + further + chunk(b"IDAT", zlib.compress(filtered)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def tiff(samples: np.ndarray, *, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A TIFF of one grey channel by its specification; ``photometric`` 0: zero is white; ``sample_format`` 2: signed."""
+    (height, width), content = samples.shape, samples.tobytes()
+    tags = {256: width, 257: height, 258: samples.itemsize * 8, 259: 1, 262: photometric, 277: 1, 278: height}
+    tags |= {279: len(content), 339: sample_format}
+    tags[273] = 8 + 2 + 12 * (len(tags) + 1) + 4
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4 if value > 0xFFFF else 3, 1, value) for tag, value in sorted(tags.items())
+    )
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + content
 
 
 def test_grey_and_colour_of_one_picture_in_sixteen_bits_are_the_same_pixels():
@@ -133,6 +147,56 @@ def test_grey_and_colour_of_one_picture_in_sixteen_bits_are_the_same_pixels():
         for kind, channels in ((0, 1), (2, 3))
     )
     assert (seen(grey) == seen(colour)).all()
+
+
+def test_where_zero_is_white_wide_grey_is_turned_round_as_narrow_is():
+    samples = np.random.default_rng(3).integers(0, 65536, (6, 7), dtype=np.uint16)
+    narrow = (samples >> 8).astype(np.uint8)
+    for photometric, expected in ((1, narrow), (0, 255 - narrow)):
+        assert (seen(tiff(samples, photometric=photometric)) == expected[..., None]).all()
+        assert (seen(tiff(narrow, photometric=photometric)) == expected[..., None]).all()
+    shares = np.linspace(0, 1, 42, dtype=np.float32).reshape(6, 7)
+    plain, turned = (seen(tiff(shares, photometric=which, sample_format=3)).astype(int) for which in (1, 0))
+    assert (plain + turned == 255).all() and plain.max() == 255
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32])
+def test_signed_samples_are_refused(kind):
+    with pytest.raises(ImageError) as caught:
+        read_image(tiff(np.full((2, 3), -1, kind), sample_format=2))
+    assert str(caught.value) == "signed integer samples have no agreed white; save the image with 8 or 16 bits"
+    with pytest.raises(
+        ImageError, match=r"^32-bit integer samples have no agreed white; save the image with 8 or 16 bit"
+    ):
+        read_image(tiff(np.full((2, 3), 7, np.uint32)))
+
+
+def test_a_transparent_shade_of_sixteen_bits_is_that_shade_alone():
+    samples = np.array([[0x1234, 0x1235, 0x12FF]], np.uint16)
+    content = png(16, 0, samples.astype(">u2").view(np.uint8), chunk(b"tRNS", b"\x12\x34"))
+    assert seen(content)[0, :, 0].tolist() == [255, 0x12, 0x12]
+
+
+@pytest.mark.parametrize("colour", [(0x1234, 0, 0), (0, 0, 0)])
+def test_a_transparent_colour_of_sixteen_bits_is_refused(colour):
+    """Pillow holds the high byte of each sample, so it would clear pixels that only begin alike, or none."""
+    samples = np.array([[[0x1234, 0, 0], [0x12FF, 0, 0], [1, 2, 3]]], np.uint16)
+    content = png(
+        16, 2, samples.astype(">u2").reshape(1, -1).view(np.uint8), chunk(b"tRNS", struct.pack(">3H", *colour))
+    )
+    with pytest.raises(ImageError) as caught:
+        read_image(content)
+    assert str(caught.value) == (
+        "a transparent colour among 16-bit ones is not read; save the image with an alpha channel"
+    )
+    opened = Image.open(io.BytesIO(content))
+    with pytest.raises(ImageError, match="a transparent colour among 16-bit ones"):
+        upright_rgb(opened)
+
+
+@pytest.mark.parametrize("mode", ["La", "LA", "RGBa", "PA", "I;16", "F", "CMYK", "YCbCr", "LAB", "HSV", "1"])
+def test_the_library_takes_images_of_every_mode(mode):
+    assert upright_rgb(Image.new(mode, (4, 3))).mode == "RGB"
 
 
 def test_floats_are_shares_of_white():
@@ -145,7 +209,10 @@ def test_floats_are_shares_of_white():
     [
         (np.full((2, 2), 3.5, np.float32), "float samples from 3.5 to 3.5: only shares of white in [0, 1] are read; "),
         (np.full((2, 2), np.nan, np.float32), "float samples from nan to nan: only shares of white in [0, 1] are read"),
-        (np.full((2, 2), -1, np.int32), "32-bit integer samples have no agreed white; save the image with 8 or 16 bit"),
+        (
+            np.full((2, 2), -1, np.int32),
+            "signed integer samples have no agreed white; save the image with 8 or 16 bits",
+        ),
     ],
 )
 def test_samples_of_no_agreed_white_are_refused(samples, message):

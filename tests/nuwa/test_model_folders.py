@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import GenerationConfig
 
 from nuwa.versions import UnsupportedVersion, check_transformers
 from nuwa.vlm import PromptError, adapter_class, load_adapter
+from nuwa.vlm.adapter import render_question
 from nuwa.vlm.checkpoint import CheckpointError
 from nuwa.vlm.folder import check_folder
 from nuwa.vlm.generation_settings import check_generation
@@ -110,6 +112,54 @@ def cut_a_part(folder: Path) -> None:
     cut("model-00002-of-00002.safetensors", 0.9)(folder)
 
 
+def header(**entry) -> Callable[[Path], None]:
+    """What the header of the weights says of one tensor, set anew."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        whole = path.read_bytes()
+        length = int.from_bytes(whole[:8], "little")
+        held = json.loads(whole[8 : 8 + length])
+        held[NORM] |= entry
+        changed = json.dumps(held).encode()
+        path.write_bytes(len(changed).to_bytes(8, "little") + changed + whole[8 + length :])
+
+    return apply
+
+
+def folder_of(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return apply
+
+
+def link(name: str, to: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(to)
+
+    return apply
+
+
+def pickled(edit: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        torch.save(edit(load_file(folder / "model.safetensors")), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    return apply
+
+
+def layers(count: int) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        held = json.loads((folder / "config.json").read_text())
+        held["text_config"]["num_hidden_layers"] = count
+        (folder / "config.json").write_text(json.dumps(held))
+
+    return apply
+
+
 NORM = "language_model.model.norm.weight"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 FAULTS = {
@@ -132,6 +182,63 @@ FAULTS = {
     "git-lfs pointer": (write("model.safetensors", LFS), "a git-lfs pointer of 63 bytes, not the file; `git lfs pull`"),
     "cut weights": (cut("model.safetensors", 0.7), "bytes, but its header tells of"),
     "cut header": (cut("model.safetensors", 0.0005), "cut off within its header; fetch it again"),
+    "a header of numbers with points": (
+        header(shape=[128.0]),
+        "its header is damaged at tensor language_model.model.norm",
+    ),
+    "a header of words": (
+        header(data_offsets=["0", "512"]),
+        "its header is damaged at tensor language_model.model.norm",
+    ),
+    "a header of negative sizes": (
+        header(shape=[-128]),
+        "its header is damaged at tensor language_model.model.norm.weight",
+    ),
+    "a header of three places": (
+        header(data_offsets=[0, 1, 2]),
+        "its header is damaged at tensor language_model.model",
+    ),
+    "a header of no type": (
+        header(dtype=None),
+        "its header is damaged at tensor language_model.model.norm.weight; fetch",
+    ),
+    "weights that are a folder": (folder_of("model.safetensors"), "model.safetensors: Is a directory"),
+    "a link to nothing": (
+        link("model.safetensors", "../blobs/5e1f"),
+        "model.safetensors: a link to ../blobs/5e1f, which is not there; fetch it again",
+    ),
+    "a pickled program": (
+        pickled(lambda held: torch.nn.Linear(2, 2)),
+        "pytorch_model.bin: no whole file of tensors (We",
+    ),
+    "pickled and nested": (
+        pickled(lambda held: {"state_dict": held}),
+        "pytorch_model.bin: no whole file of tensors (em",
+    ),
+    "pickled without a tensor": (
+        pickled(lambda held: {name: value for name, value in held.items() if name != NORM}),
+        "1 tensor of the model missing from its files: model.language_model.norm.weight; fetch",
+    ),
+    "tensors under an adapter's names": (
+        tensors(lambda held: held.update({f"base_model.model.{name}": held.pop(name) for name in list(held)})),
+        "182 tensors of the model missing from its files: lm_head.weight, model.language_model.embed_tokens.weight, ",
+    ),
+    "a template's pointer": (
+        write("chat_template.jinja", LFS),
+        "chat_template.jinja: a git-lfs pointer of 63 bytes, not the file; `git lfs pull`",
+    ),
+    "a template that hides the question": (
+        write("chat_template.jinja", b"<image> what is it?"),
+        "the model's chat template does not show the question; fetch it again",
+    ),
+    "fewer layers": (
+        layers(7),
+        "9 tensors that the model of config.json does not have: model.language_model.layers.7.",
+    ),
+    "more layers": (
+        layers(9),
+        "9 tensors of the model missing from its files: model.language_model.layers.8.input_laye",
+    ),
     "empty weights": (write("model.safetensors", b"\0" * 0 + b"x"), "1 bytes, cut off within its header"),
     "no weights": (remove("model.safetensors"), "no model.safetensors or model.safetensors.index.json; fetch"),
     "a part missing": (
@@ -252,7 +359,14 @@ def test_a_folder_is_refused_in_one_line(kind, folder):
     damage(folder)
     with pytest.raises(ValueError) as caught:
         load_adapter(folder)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and not re.search(r"[\x00-\x1f]", str(caught.value))
+
+
+def test_a_template_may_change_the_question(folder):
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("part['text']", "part['text'] | upper"))
+    vlm = load_adapter(folder)
+    assert "RED?" in render_question(vlm.processor, "red?")
 
 
 def test_the_whole_folder_passes_under_the_names_of_every_version(folder):
