@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from nuwa.benchmarks import RecordError
 from nuwa.benchmarks.own_tables import JsonLines
 from nuwa.benchmarks.rows import ParquetFiles
 from nuwa.errors import UserError
@@ -150,7 +151,10 @@ def _ends(name: BenchmarkName, folder: Path) -> None:
         return
     table = read_benchmark(folder, name)
     assert isinstance(table, (ParquetFiles, JsonLines))
-    for row in table.ends(benchmark.schema):
+    ends = table.ends(benchmark.schema)
+    if not ends:
+        raise RecordError(f"{folder}: no question of {name.table} in it; fetch the table again")
+    for row in ends:
         for example in benchmark.questions_of(row):
             _look_at(example.image, f"{row.place}: row {row.number} of {benchmark.name}")
 

@@ -198,8 +198,8 @@ class Benchmark:
 
         ``notes`` counts what the model is not shown: rows that are no question, and every note of an example.
 
-        ``whole``: the table is one to score, so images whose header cannot be read and groups that are not whole are
-        refused.
+        ``whole``: the table is one to score, so images whose header cannot be read, groups that are not whole and a table
+        without questions are refused.
 
         Raises:
             SchemaError: the table's columns are not the published ones.
@@ -216,7 +216,11 @@ class Benchmark:
                     seen[example.example_id] += 1
                     repeat = seen[example.example_id]
                     if repeat > 1:
-                        example = replace(example, example_id=f"{example.example_id}#{repeat}")
+                        # A table may hold an id that looks like a repeated one.
+                        while (renamed := f"{example.example_id}#{repeat}") in seen:
+                            repeat += 1
+                        seen[renamed] = 1
+                        example = replace(example, example_id=renamed)
                     if whole and self.group_size is not None:
                         count, _ = groups.get(example.truth["group"], (0, ""))
                         groups[example.truth["group"]] = count + 1, place
@@ -227,6 +231,8 @@ class Benchmark:
                 raise RecordError(f"{place}: {error}; mend or drop the row, or fetch the file again") from None
             if notes is not None and not questions:
                 notes[LEFT_OUT] += 1
+        if whole and not seen:
+            raise RecordError(f"{source}: no question of {self.name} in it; fetch the table again")
         self._check_groups(groups)
 
     def questions_of(self, row: Row) -> list[Example]:

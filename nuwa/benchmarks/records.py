@@ -1,7 +1,8 @@
 """Published Parquet tables: checking their schema and reading their rows.
 
-An image column is a struct ``{bytes: binary, path: string}``, as the ``datasets`` library writes it. Types are compared
-by kind (:func:`same_kind`), since tools differ in how they write what means the same.
+An image column is a struct ``{bytes: binary, path: string}``, as the ``datasets`` library writes it; the encoded bytes alone,
+with or without a struct around them, mean the same to it and here. Types are compared by kind (:func:`same_kind`), since
+tools differ in how they write what means the same.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def same_kind(actual: pa.DataType, expected: pa.DataType) -> bool:
 
     if _is_any(expected, LISTS):
         return _is_any(actual, LISTS) and same_kind(actual.value_type, expected.value_type)
+    if expected.equals(IMAGE):
+        return is_image(actual)
     if pa.types.is_struct(expected):
         if not pa.types.is_struct(actual):
             return False
@@ -66,6 +69,15 @@ def same_kind(actual: pa.DataType, expected: pa.DataType) -> bool:
         if _is_any(expected, kinds):
             return _is_any(actual, kinds)
     return actual.equals(expected)
+
+
+def is_image(actual: pa.DataType) -> bool:
+    """Whether values of type ``actual`` hold encoded images: bytes, or a struct of them and whatever else."""
+    if _is_any(actual, BINARIES):
+        return True
+    held = {field.name: field.type for field in actual} if pa.types.is_struct(actual) else {}
+    path = held.get("path", pa.null())
+    return "bytes" in held and same_kind(held["bytes"], pa.binary()) and same_kind(path, pa.string())
 
 
 def _is_any(kind: pa.DataType, tests: tuple[Callable[[pa.DataType], bool], ...]) -> bool:
@@ -95,6 +107,10 @@ def check_columns(actual: pa.Schema, expected: pa.Schema, benchmark: str, path: 
         SchemaError: names the file, the first wrong column, the expected and the found type.
     """
     for field in expected:
+        if actual.names.count(field.name) > 1:
+            raise SchemaError(
+                f"{path}: column {field.name!r} of {benchmark} stands there twice; leave out one of the two"
+            )
         held = actual.field(field.name).type if field.name in actual.names else None
         if held is None or not same_kind(held, field.type):
             found_name = "missing" if held is None else type_name(held)

@@ -231,7 +231,9 @@ def _differs(published: pa.DataType, stored: pa.DataType) -> bool:
         return _differs(published, stored.value_type)
     if pa.types.is_list(published) and hasattr(stored, "value_type"):
         return _differs(published.value_type, stored.value_type)
-    if pa.types.is_struct(published) and pa.types.is_struct(stored):
+    if pa.types.is_struct(published):
+        if not pa.types.is_struct(stored) or {one.name for one in published} != {one.name for one in stored}:
+            return True  # an image's bytes without a path, or with more than that
         return any(_differs(one.type, stored.field(one.name).type) for one in published)
     if pa.types.is_integer(published):
         return not pa.types.is_integer(stored)
@@ -254,7 +256,8 @@ def _as(kind: pa.DataType, value: Any) -> Any:
     if pa.types.is_list(kind):
         return [_as(kind.value_type, one) for one in value]
     if pa.types.is_struct(kind):
-        return {one.name: _as(one.type, value.get(one.name)) for one in kind}
+        held = {"bytes": value} if isinstance(value, bytes) else value
+        return {one.name: _as(one.type, held.get(one.name)) for one in kind}
     if pa.types.is_floating(kind):
         return float(value)
     if pa.types.is_integer(kind) and isinstance(value, (float, decimal.Decimal)):

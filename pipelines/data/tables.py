@@ -118,7 +118,11 @@ def _split_files(folder: Path, split: str, name: BenchmarkName, parent: str | No
     for path in linked_files(folder, folders=".parquet"):
         match = pattern.fullmatch(path.name)
         if match and parent in (None, path.parent.name):
-            by_folder.setdefault(path.parent, {})[int(match[2] or 0)] = path
+            number = int(match[2] or 0)
+            if (other := by_folder.setdefault(path.parent, {}).setdefault(number, path)) != path:
+                raise MissingTables(
+                    f"{path.parent}: {other.name} and {path.name} both are part {number} of {name.table}; keep one of them"
+                )
             expected[path.parent] = int(match[3] or 1)
 
     where = f"{folder}/**/{parent or ''}".rstrip("/")

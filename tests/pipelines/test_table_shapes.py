@@ -66,7 +66,27 @@ def encoded(table: pa.Table) -> pa.Table:
     return table
 
 
+def pictures(table: pa.Table, **further: pa.Array) -> pa.Table:
+    """The image column as a struct of its bytes and ``further`` fields; as bytes alone without any."""
+    content = table["image"].combine_chunks().field("bytes")
+    held = pa.StructArray.from_arrays([content, *further.values()], ["bytes", *further]) if further else content
+    return table.set_column(table.column_names.index("image"), "image", held)
+
+
 SHAPES: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "images as bytes": pictures,
+    "images as views of bytes": lambda table: pictures(table).cast(
+        pa.schema(
+            [
+                pa.field(one.name, pa.binary_view() if one.name == "image" else one.type)
+                for one in pictures(table).schema
+            ]
+        )
+    ),
+    "images without a path": lambda table: pictures(table, sha256=pa.nulls(len(table), pa.string())),
+    "images with more than a path": lambda table: pictures(
+        table, width=pa.array(range(len(table))), path=pa.array(["a.png"] * len(table))
+    ),
     "large": lambda table: cast(table, large),
     "views": lambda table: cast(table, viewed),
     "dictionaries": encoded,
@@ -82,6 +102,48 @@ SHAPES: dict[str, Callable[[pa.Table], pa.Table]] = {
 def test_shapes_of_arrow(shape, name, tmp_path):
     pq.write_table(SHAPES[shape](published(name)), tmp_path / f"{name}.parquet", row_group_size=2)
     assert read(tmp_path, name) == expected(name)
+
+
+def test_a_column_that_stands_there_twice_is_named(tmp_path):
+    pq.write_table(published().append_column("answer", published()["answer"]), tmp_path / "pope.parquet")
+    with pytest.raises(SchemaError) as caught:
+        read(tmp_path, "pope")
+    assert str(caught.value) == (
+        f"{tmp_path}/pope.parquet: column 'answer' of pope stands there twice; leave out one of the two"
+    )
+
+
+def test_a_table_without_a_question_is_refused_before_anything_is_written(tmp_path):
+    pq.write_table(published().slice(0, 0), tmp_path / "pope.parquet")
+    with pytest.raises(RecordError) as caught:
+        write_examples({"pope": tmp_path}, "llava_v1", tmp_path / "out/e.parquet", tmp_path / "out/i.parquet")
+    assert str(caught.value) == f"{tmp_path} (pope): no question of pope in it; fetch the table again"
+    assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("ids", [["a", "a", "a#2"], ["a#2", "a", "a"]])
+def test_ids_that_repeat_stay_apart_from_those_that_look_so(ids, tmp_path):
+    table = published()
+    for name, values in {"question_id": ids, "category": ["random"] * 3}.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, tmp_path / "pope.parquet")
+    found = [one.example_id for one in read(tmp_path, "pope")]
+    assert len(set(found)) == 3 and found[0] == f"pope:random/{ids[0]}"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("test-00000-of-00001.parquet", "test.parquet"),
+        ("test-00000-of-00001-0123456789abcdef.parquet", "test-00000-of-00001-fedcba9876543210.parquet"),
+    ],
+)
+def test_two_files_of_one_part_are_named(one, other, tmp_path):
+    for name in (one, other):
+        pq.write_table(published(), tmp_path / name)
+    with pytest.raises(MissingTables) as caught:
+        read(tmp_path, "pope/test")
+    assert str(caught.value) == f"{tmp_path}: {one} and {other} both are part 0 of pope/test; keep one of them"
 
 
 def test_whole_numbers_beside_a_missing_one_come_back_whole(tmp_path):

@@ -176,6 +176,10 @@ def test_tables_that_are_not_here_yet_are_a_warning_and_others_an_error(project)
     pope("tables", [png()], name="val")
     (line,) = lines(settings)
     assert line.startswith("error: prepare.tables.pope/test: tables/**: no test.parquet")
+    pope("tables", [])
+    assert lines(settings) == [
+        "error: prepare.tables.pope/test: tables: no question of pope/test in it; fetch the table again"
+    ]
     Path("tables/test.parquet").write_bytes(b"PAR1")
     (line,) = lines(settings)
     assert line.startswith("error: prepare.tables.pope/test: tables/test.parquet: no whole Parquet file (")
