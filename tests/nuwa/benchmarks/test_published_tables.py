@@ -265,8 +265,8 @@ def test_the_whole_message_of_a_schema_error(published):
         schema.remove(5): "column 'bbox' of refcoco should be list<float>, found missing",
         schema.set(5, pa.field("bbox", pa.list_(pa.string()))): "column 'bbox' of refcoco should be list<float>, "
         "found list<string>",
-        schema.set(1, pa.field("image", pa.binary())): "column 'image' of refcoco should be "
-        "struct{bytes: binary, path: string}, found binary",
+        schema.set(1, pa.field("image", pa.string())): "column 'image' of refcoco should be "
+        "struct{bytes: binary, path: string}, found string",
         schema.set(6, pa.field("iscrowd", pa.bool_())): "column 'iscrowd' of refcoco should be int8, found bool",
     }
     for damaged, message in broken.items():
