@@ -136,13 +136,12 @@ class _Walk:
         self.dormant: dict[str, list[_Piece]] = {}  # members of classes whose names have not occurred
 
     def run(self, roots: Iterable[Any]) -> dict[str, str]:
-        self.waiting.extend(roots)
+        self.waiting.extend(map(_unwrapped, roots))
         while self.waiting:
             self._visit(self.waiting.pop())
         return self.pieces
 
     def _visit(self, target: Any) -> None:
-        target = _unwrapped(target)
         if id(target) in self.seen or id(target) in self.without or not self._is_ours(target):
             return
         self.seen[id(target)] = target
@@ -167,7 +166,7 @@ class _Walk:
         self._follow(piece.reached)
 
     def _follow(self, reached: _Reached) -> None:
-        self.waiting.extend(reached.objects)
+        self.waiting += [target for target in reached.objects if id(target) not in self.seen]
         for name in reached.attributes - self.attributes:
             self.attributes.add(name)
             for member in self.dormant.pop(name, ()):
@@ -184,9 +183,14 @@ class _Walk:
 
     def _is_ours(self, target: Any) -> bool:
         module = getattr(target, "__module__", None) or ""
-        if isinstance(target, type) and issubclass(target, BaseException):
-            return False  # it says what went wrong
-        return isinstance(target, (type, types.FunctionType)) and (_in_package(module) or module in self.modules)
+        return _may_be_walked(target) and (_in_package(module) or module in self.modules)
+
+
+def _may_be_walked(target: Any) -> bool:
+    """Whether it has code at all; an exception says what went wrong."""
+    return isinstance(target, types.FunctionType) or (
+        isinstance(target, type) and not issubclass(target, BaseException)
+    )
 
 
 def _in_package(module: str) -> bool:
@@ -340,7 +344,9 @@ class _Gathered:
         self.bound: set[str] = set()
 
     def reached(self) -> _Reached:
-        return _Reached(tuple(self.objects), frozenset(self.attributes), tuple(self.registries))
+        """Each object once, and none that no walk would visit: walks are many, and what is gathered is kept."""
+        objects = {id(target): target for target in map(_unwrapped, self.objects) if _may_be_walked(target)}
+        return _Reached(tuple(objects.values()), frozenset(self.attributes), tuple(self.registries))
 
     def add_tree(
         self,
@@ -415,6 +421,8 @@ class _Gathered:
     def add_annotations(self, node: ast.AST, scope: Mapping[str, Any]) -> None:
         """Classes that annotations name: they say whose methods are called; how they are written has no meaning."""
         for part in ast.walk(node):
+            if not isinstance(part, (ast.arg, ast.AnnAssign, ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
             annotation = getattr(part, "annotation", None) or getattr(part, "returns", None)
             for name in ast.walk(annotation) if isinstance(annotation, ast.AST) else ():
                 if isinstance(name, ast.Constant) and isinstance(name.value, str):
@@ -645,7 +653,7 @@ class _Normaliser(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         if node.value is not None:
-            return self.generic_visit(ast.Assign(targets=[node.target], value=node.value, lineno=node.lineno))
+            return self.generic_visit(ast.Assign(targets=[node.target], value=node.value))
         return ast.Expr(node.target)  # a field has a name and a place
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
@@ -690,13 +698,19 @@ def _normalised(tree: Any) -> Any:
 
 
 def _copied(node: Any) -> Any:
-    """A tree that can be changed; much faster than ``copy.deepcopy``."""
+    """A tree that can be changed, of no place in a file; much faster than ``copy.deepcopy``."""
     if isinstance(node, list):
         return [_copied(one) for one in node]
     if not isinstance(node, ast.AST):
         return node
-    copy = type(node)(**{name: _copied(value) for name, value in ast.iter_fields(node)})
-    return ast.copy_location(copy, node)
+    copy = type(node)()
+    for name in node._fields:
+        value = getattr(node, name, None)
+        setattr(copy, name, _copied(value) if isinstance(value, (ast.AST, list)) else value)
+    return copy
+
+
+_UNSPELLED = frozenset(("ctx", "kind", "type_comment", "type_params"))
 
 
 def _spelled(node: Any) -> str:
@@ -707,8 +721,8 @@ def _spelled(node: Any) -> str:
         return repr(node)
     held = [
         f"{name}={_spelled(value)}"
-        for name, value in ast.iter_fields(node)
-        if name not in ("ctx", "kind", "type_comment", "type_params") and value is not None and value != []
+        for name in node._fields
+        if name not in _UNSPELLED and (value := getattr(node, name, None)) is not None and value != []
     ]
     if isinstance(node, ast.Constant) and node.value is None:
         held = ["None"]

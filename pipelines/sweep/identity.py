@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from nuwa.methods import Stage2
+from nuwa.plugins import plugin_code
 from nuwa.source import closure
+from nuwa.stage2.coordinates import with_coordinates
+from nuwa.stage2.recycling import Recycling, cluster_noise, recycle
 from nuwa.vlm import Adapter
 from pipelines.features.encoding import features_identity
 from pipelines.features.identity import Described, ModelIdentity, code_by_file, code_names, model_type
@@ -31,10 +35,22 @@ def answer_context(model: ModelIdentity, vlm: Adapter, features: FeatureSettings
     return Described.of({**store.parts, **model.language})
 
 
+# What a stage 2 runs only where it is configured to: field of Stage2 → the code; left out where that is null.
+OPTIONAL_CODE: Mapping[str, tuple[Any, ...]] = {
+    "coordinates": (with_coordinates,),
+    "recycling": (Recycling, recycle, cluster_noise),
+}
+
+
 @functools.cache
-def trial_code(method: str, stage1: str, scorers: tuple[str, ...], family: str, language: str) -> Described:
-    """The code between stored features and an answer, of one trial on models of ``family``, by file; ``language``: the
-    type of their language model."""
+def trial_code(
+    method: str, stage1: str, scorers: tuple[str, ...], options: tuple[str, ...], family: str, language: str
+) -> Described:
+    """The code between stored features and an answer, of one trial on models of ``family``, by file.
+
+    ``options``: the keys of :data:`OPTIONAL_CODE` that the trial's stage 2 has; ``language``: the type of the model's
+    language model.
+    """
     roots: tuple[Any, ...] = (answer_unit, read_encoded, read_images, load_model, SweepWorker._resized)
     # What a trial is called on a layout decides whose answers it shares there.
     roots += (Trial.on, Trial.plan, Trial.trial_id, Trial.selection_identity)
@@ -44,14 +60,29 @@ def trial_code(method: str, stage1: str, scorers: tuple[str, ...], family: str, 
         "method": [method],
         "stage-2 scorer": list(scorers),
     }
-    return Described.of(code_by_file(closure(roots, names, without=(Trial, Layouts, WorkUnit, Loading))))
+
+    unused = [part for option, code in OPTIONAL_CODE.items() if option not in options for part in code]
+    # What a plug-in's code is called stands in a trial's id, and its code in the closure.
+    outside = (Trial, Layouts, WorkUnit, Loading, plugin_code, *unused)
+    return Described.of(code_by_file(closure(roots, names, without=outside)))
+
+
+def _code_key(trial: Trial) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+    """What :func:`trial_code` asks of a trial."""
+    spec, stage2 = trial.spec, trial.spec.stage2
+    if stage2 is None:
+        return spec.method, spec.stage1, (), ()
+    return spec.method, spec.stage1, stage2.scorer_names, options_of(stage2)
+
+
+def options_of(stage2: Stage2) -> tuple[str, ...]:
+    """The keys of :data:`OPTIONAL_CODE` that ``stage2`` is configured to run."""
+    return tuple(name for name in OPTIONAL_CODE if getattr(stage2, name) is not None)
 
 
 def code_of(trial: Trial, vlm: Adapter) -> Described:
     """The code that ``trial`` runs, and the text tower where it reads one."""
-    stage2 = trial.spec.stage2
-    scorers = stage2.scorer_names if stage2 is not None else ()
-    code = trial_code(trial.spec.method, trial.spec.stage1, scorers, *_types_of(vlm))
+    code = trial_code(*_code_key(trial), *_types_of(vlm))
     if trial.spec.reads_question and vlm.text_tower is not None:
         return Described.of({**code.parts, "model.text_tower": vlm.text_tower.identity})
     return code
@@ -74,12 +105,11 @@ def context_key(context: Described) -> str:
 
 def with_code(trials: Iterable[Trial], vlm: Adapter, device: str) -> list[Trial]:
     """``trials`` that know the code they run and the versions they run with."""
-    versions, codes = versions_digest(device), dict[tuple[str, tuple[str, ...], bool], str]()
+    versions, codes = versions_digest(device), dict[tuple[Any, ...], str]()
+    reads_question = vlm.text_tower is not None  # of others the code alone counts
     coded = []
     for trial in trials:
-        spec = trial.spec
-        scorers = spec.stage2.scorer_names if spec.stage2 is not None else ()
-        kind = (spec.method, scorers, spec.reads_question)  # what trials run alike
+        kind = (*_code_key(trial), reads_question and trial.spec.reads_question)  # what trials run alike
         if kind not in codes:
             codes[kind] = f"{code_key(code_of(trial, vlm))}.{versions}"
         coded.append(trial.coded(codes[kind]))

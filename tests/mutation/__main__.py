@@ -1,35 +1,33 @@
 """``python -m mutation``: draw changes, measure each in a process of its own, and say what they came to.
 
 The process that forks has loaded the packages this project builds on, and nothing of the project itself; each child
-imports the project from a copy with one line changed.
+imports the project from a copy with one line changed. With ``--log`` all that was measured is kept: the same command on
+the same code goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
+import contextlib
+import gc
+import hashlib
 import json
 import os
+import resource
 import shutil
-import signal
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mutation.verdicts import is_digest, verdict
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("nuwa", "pipelines", "stages")
-TOO_LONG_S = 900
-# What a method or scorer takes from another's file by name.
-BORROWED = {"nuwa.stage1.downsample": {"nuwa/stage1/pooling.py"}, "nuwa.stage1.vscan": {"nuwa/stage1/nuwa.py"}}
-SCORER_FILES = {"nuwa/stage2/dart.py", "nuwa/stage2/sparsevlm.py", "nuwa/stage2/without_rope.py"}
-ADAPTERS = {
-    "nuwa/vlm/llava.py": {"llava"},
-    "nuwa/vlm/llava_next.py": {"llava_next"},
-    "nuwa/vlm/qwen2_5_vl.py": {"qwen2_5_vl"},
-}
+CPU_SECONDS = 90  # of one change: what never ends gives no answer
 
 
 def in_child(work: Callable[[], Any]) -> Any:
@@ -38,7 +36,8 @@ def in_child(work: Callable[[], Any]) -> Any:
     child = os.fork()
     if not child:
         os.close(reader)
-        signal.alarm(TOO_LONG_S)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        gc.disable()  # nothing lives long here, and all that the parent holds would be looked through
         try:
             result = work()
         except BaseException as error:
@@ -46,6 +45,7 @@ def in_child(work: Callable[[], Any]) -> Any:
         with os.fdopen(writer, "w") as sink:
             json.dump(result, sink)
         os._exit(0)
+
     os.close(writer)
     with os.fdopen(reader) as source:
         text = source.read()
@@ -69,75 +69,65 @@ def measured(
     return measure(world, before, answers=answers)
 
 
-def verdict(change: Any, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What a change did to every slot, and whether it may."""
-    if "error" in after:
-        return {"change": str(change), "kind": "no answers", "stale": [], "strayed": [], "ids": 0}
-    # A trial that cannot be planned any more has another identity or none; a family without a plan has no answer.
-    touched = [name for name in before if after.get(name, {"id": ""})["id"] not in (before[name]["id"], None)]
-    same = [name for name in before if name not in touched]
-    # What raises leaves no answer that could be stored.
-    raised = [name for name in same if not _is_digest(after[name]["answers"])]
-    stale = [name for name in same if name not in raised and after[name]["answers"] != before[name]["answers"]]
-    strayed = [name for name in touched if not may_touch(change.file, before[name])]
-    kind = "new identity" if touched else "no answers" if raised else "equal"
-    return {"change": str(change), "kind": kind, "stale": stale, "strayed": strayed, "ids": len(touched)}
-
-
-def _is_digest(answers: str) -> bool:
-    return len(answers) == 64 and set(answers) <= set("0123456789abcdef")
-
-
-def may_touch(file: str, slot: Mapping[str, Any]) -> bool:
-    """Whether a change of ``file`` may be a change of the slot: another's method, scorers or adapter may not."""
-    if file in ADAPTERS:
-        return slot["family"] in ADAPTERS[file]
-    if file == "nuwa/stage2/scorers.py":  # what scorers of other files build on stands there too
-        return slot["scorer"] is not None
-    if file in SCORER_FILES:
-        return slot["scorer"] == file.removesuffix(".py").replace("/", ".")
-    if file.startswith("nuwa/stage1/") and Path(file).stem not in ("registry", "__init__"):
-        own = f"{slot['module'].replace('.', '/')}.py"
-        return file == own or file in BORROWED.get(slot["module"], set())
-    return True
-
-
 def copy_of_the_project(target: Path) -> Path:
     for package in PACKAGES:
         shutil.copytree(ROOT / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(target, quiet=2)
     return target
 
 
-def prepared_world(folder: Path) -> Any:
-    """Made in a child of its own by the project as it is; what comes back is pickled, and of other packages."""
-    from mutation.models import tiny_models
+@contextlib.contextmanager
+def rewritten(path: Path, text: str) -> Iterator[None]:
+    """A file that says ``text`` for a while; afterwards it is what it was, or gone."""
+    whole, known = (path.read_bytes(), path.stat()) if path.exists() else (None, None)
+    path.write_text(text)
+    try:
+        yield
+    finally:
+        if whole is None or known is None:
+            path.unlink()
+        else:
+            path.write_bytes(whole)
+            os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))  # so that what was compiled still counts
+
+
+def prepared_world(folder: Path, options: argparse.Namespace) -> Any:
+    """What is measured; all that is in it is of other packages."""
+    from mutation.models import save_pruner, tiny_models
     from mutation.world import make_world
 
-    return make_world(folder, tiny_models())
+    world = make_world(folder, tiny_models(options.families), options.small)
+    save_pruner(*world.models["llava"][:2], world.pruner)
+    return world
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--changes", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--file", action="append", help="only files whose path contains this")
-    parser.add_argument("--edits", type=Path, help="JSON: name → file, old and new text; says which slots each changes")
-    parser.add_argument("--log", type=Path, help="a line of JSON a change")
-    options = parser.parse_args()
+    options = _arguments()
     sys.dont_write_bytecode = True
-    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        world = prepared_world(Path(folder))
+        world = prepared_world(Path(folder), options)
         tree = copy_of_the_project(Path(folder) / "tree")
         before = in_child(lambda: measured(tree, world, None))
         if "error" in before:
             sys.exit(f"the project as it is cannot be measured: {before['error']}")
         edits = json.loads(options.edits.read_text()) if options.edits else {}
         edited = {name: slots_changed_by(edit, tree, world, before) for name, edit in edits.items()}
-        results = try_changes(tree, world, before, options)
-    summary = summarised(results, before, time.monotonic() - began) | {"edits": edited}
+        results, missed = try_changes(tree, world, before, options)
+    summary = summarised(results, before) | {"not hit": missed, "edits": edited}
     print(json.dumps(summary, indent=1, ensure_ascii=False))
     sys.exit(1 if summary["stale"] or summary["strayed"] else 0)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--changes", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", action="append", help="only files whose path contains this")
+    parser.add_argument("--families", nargs="+", help="of models; all there are")
+    parser.add_argument("--small", action="store_true", help="a few trials of every kind")
+    parser.add_argument("--edits", type=Path, help="JSON: name → file, old and new text; says which slots each changes")
+    parser.add_argument("--log", type=Path, help="a line of JSON a change; what stands there is not measured again")
+    return parser.parse_args()
 
 
 def slots_changed_by(edit: Mapping[str, str], tree: Path, world: Any, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,11 +135,8 @@ def slots_changed_by(edit: Mapping[str, str], tree: Path, world: Any, before: Ma
     path = tree / edit["file"]
     whole = path.read_text() if edit["old"] else ""
     assert edit["old"] in whole
-    path.write_text(whole.replace(edit["old"], edit["new"], 1) if edit["old"] else edit["new"])
-    try:
+    with rewritten(path, whole.replace(edit["old"], edit["new"], 1) if edit["old"] else edit["new"]):
         after = in_child(lambda: measured(tree, world, before, answers=False))
-    finally:
-        path.write_text(whole) if edit["old"] else path.unlink()
     if "error" in after:
         return after
     changed = [name for name in before if after.get(name, {}).get("id") != before[name]["id"]]
@@ -160,38 +147,63 @@ def _features(slots: Mapping[str, Any]) -> set[str]:
     return {slot["id"].partition(" ")[0] for slot in slots.values()}
 
 
-def try_changes(tree: Path, world: Any, before: Mapping[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+def try_changes(
+    tree: Path, world: Any, before: Mapping[str, Any], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The verdict on every change that is drawn, and the files that none was drawn of."""
     from mutation.changes import draw
 
     files = sorted({file for slot in before.values() for file in slot["files"] if (tree / file).is_file()})
     files = [file for file in files if not options.file or any(part in file for part in options.file)]
+    drawn = draw(tree, files, options.changes, options.seed)
+    known = logged(options.log, code_of(tree))
+
     results = []
-    for change in draw(tree, files, options.changes, options.seed):
-        path = tree / change.file
-        whole = path.read_text()
-        path.write_text(change.applied(whole))
-        try:
-            after = in_child(lambda: measured(tree, world, before))
-        finally:
-            path.write_text(whole)
-        results.append(verdict(change, before, after) | {"file": change.file})
-        if options.log:
-            with options.log.open("a") as log:
-                log.write(json.dumps(results[-1], ensure_ascii=False) + "\n")
-    return results
+    for change in drawn:
+        if str(change) not in known:
+            path = tree / change.file
+            whole = path.read_text()
+            with rewritten(path, change.applied(whole)):
+                after = in_child(lambda: measured(tree, world, before))
+            known[str(change)] = verdict(change, whole, before, after)
+            if options.log:
+                with options.log.open("a") as log:
+                    log.write(json.dumps(known[str(change)], ensure_ascii=False) + "\n")
+        results.append(known[str(change)])
+    return results, sorted(set(files) - {change.file for change in drawn})
 
 
-def summarised(results: list[dict[str, Any]], before: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def logged(log: Path | None, code: str) -> dict[str, dict[str, Any]]:
+    """What was measured already; a log of other code is begun anew."""
+    if log is None:
+        return {}
+    lines = log.read_text().splitlines() if log.exists() else []
+    if not lines or json.loads(lines[0]) != {"code": code}:
+        log.write_text(json.dumps({"code": code}) + "\n")
+        return {}
+    return {result["change"]: result for result in map(json.loads, lines[1:])}
+
+
+def code_of(tree: Path) -> str:
+    """Digest of all that is changed and of all that measures."""
+    digest = hashlib.sha256()
+    for path in sorted([*tree.rglob("*.py"), *Path(__file__).parent.glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def summarised(results: list[dict[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
     kinds = [result["kind"] for result in results]
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "changes": len(results),
         "files": len({result["file"] for result in results}),
         "slots": len(before),
-        "answered": sum(_is_digest(slot["answers"]) for slot in before.values()),
+        "answered": sum(is_digest(slot["answers"]) for slot in before.values()),
         **{kind: kinds.count(kind) for kind in ("new identity", "equal", "no answers")},
         "stale": [f"{result['change']}: {', '.join(result['stale'])}" for result in results if result["stale"]],
         "strayed": [f"{result['change']}: {', '.join(result['strayed'])}" for result in results if result["strayed"]],
-        "seconds": round(seconds),
+        "CPU seconds": round(sum(one.ru_utime + one.ru_stime for one in spent)),
     }
 
 

@@ -25,19 +25,27 @@ SIZES = [(60, 40), (48, 48)]
 QUESTIONS = ["what is on the left ?", "where is the red sign near the dog ?"]
 COLUMNS = {"image": pa.string(), "width": pa.int32(), "height": pa.int32(), "bytes": pa.binary()}
 POSITIONS = ["perc", "pesp", "rpme"]
+FEW_METHODS = ("fastv", "random", "visionzip")
+FEW_SCORERS = ("attention_raters", "random", "feather")
 
 
 @dataclass(frozen=True)
 class World:
-    """``models``: model type → model, processor and folder of its files; ``tables``: images and questions."""
+    """``models``: model type → model, processor and folder of its files; ``examples``: questions about ``images``.
+    ``pruner``: weights of LearnPruner for LLaVA's encoder.
+
+    ``small``: one trial of every kind, instead of all methods and scorers.
+    """
 
     models: Mapping[str, tuple[Any, Any, Path]]
     images: Path
     examples: pd.DataFrame
     memory: Path
+    pruner: Path
+    small: bool
 
 
-def make_world(folder: Path, models: Mapping[str, tuple[Any, Any]]) -> World:
+def make_world(folder: Path, models: Mapping[str, tuple[Any, Any]], small: bool) -> World:
     """Write what is measured below ``folder``."""
     generator, rows = np.random.default_rng(8), []
     for size in SIZES:
@@ -60,7 +68,9 @@ def make_world(folder: Path, models: Mapping[str, tuple[Any, Any]]) -> World:
         model.save_pretrained(folder / name)
         getattr(processor, "save_pretrained", processor.image_processor.save_pretrained)(folder / name)
         saved[name] = (model, processor, folder / name)
-    return World(saved, folder / "images.parquet", pd.DataFrame(asked), folder / "memory")
+    return World(
+        saved, folder / "images.parquet", pd.DataFrame(asked), folder / "memory", folder / "lpm.safetensors", small
+    )
 
 
 def measure(
@@ -87,6 +97,7 @@ def measure(
 def _measure_family(
     world: World, family: str, vlm: Any, path: Path, before: Mapping[str, Mapping[str, Any]] | None, answers: bool
 ) -> dict[str, dict[str, Any]]:
+    from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
     from nuwa.stage1 import get_method
     from nuwa.stage2 import get_scorer
     from pipelines.features.encoding import features_identity
@@ -94,70 +105,79 @@ def _measure_family(
     from pipelines.features.layouts import image_layouts
     from pipelines.features.loading import Loading
     from pipelines.settings import FeatureSettings, SweepSettings
-    from pipelines.sweep.identity import answer_context, code_of, with_code
+    from pipelines.sweep.identity import answer_context, code_of, options_of, with_code
     from pipelines.sweep.trials import Layouts, expand
 
     layouts = image_layouts(vlm, world.examples)
-    features = FeatureSettings(dtype="float32", shard_images=8, batch_size=2)
+    keep = SIGNAL_NAMES if vlm.dynamic else (*SIGNAL_NAMES, *OPTIONAL_SIGNALS)
+    features = FeatureSettings(dtype="float32", shard_images=8, batch_size=2, keep=keep)
     known = ModelIdentity.of(str(path), Loading(), vlm, world.memory)
-    stored, context = features_identity(known, vlm, features.dtype), answer_context(known, vlm, features)
+    stored, context = features_identity(known, vlm, features.dtype, features.keep), answer_context(known, vlm, features)
     budgets = {"budget_unit": "share", "budgets": [0.4]} if vlm.dynamic else {"budgets": [48]}
     asked = {"benchmarks": ["pope"], "images": None, "subset_seed": 0, "unit_images": 4, **budgets}
-    plan, dynamic = SweepSettings(**asked, grids=_grids(vlm, budgets["budgets"][0])), vlm.dynamic
+    plan, dynamic = SweepSettings(**asked, grids=_grids(world, vlm, budgets["budgets"][0])), vlm.dynamic
     trials = with_code(expand(plan, Layouts.of(layouts.values(), dynamic), vlm.layers), vlm, "cpu")
 
     slots, of_slot = {}, {f"{family} {trial.spec.method} {trial.trial_id}": trial for trial in trials}
     for name, trial in of_slot.items():
-        scorer = trial.spec.stage2.scorer if trial.spec.stage2 else None
+        stage2 = trial.spec.stage2
+        scores = [get_scorer(scorer).score for scorer in stage2.scorer_names] if stage2 else []
         files = sorted({*code_of(trial, vlm).parts, *context.parts})
         slots[name] = {
             "id": f"{stored.digest} {context.digest} {trial.answer_id}",
             "module": get_method(trial.spec.stage1).select.__module__,
-            "scorer": get_scorer(scorer).score.__module__ if scorer else None,
+            "scorers": [f"{score.__module__}:{score.__qualname__}" for score in scores],
+            "options": options_of(stage2) if stage2 else [],
             "family": family,
             "files": [name.removeprefix("code of ") for name in files if name.startswith("code of ")],
         }
     same = [name for name in slots if before is None or slots[name]["id"] == before.get(name, {}).get("id")]
     chosen = [of_slot[name] for name in same]
     if answers and same:
-        outcomes = _answers(world, vlm, known, stored.digest[:16], layouts, chosen)
+        outcomes = _answers(world, vlm, known, stored.digest[:16], features, layouts, chosen)
         for name, trial in zip(same, chosen, strict=True):
             slots[name]["answers"] = outcomes[trial.trial_id]
     return slots
 
 
-def _grids(vlm: Any, budget: float) -> list[dict[str, Any]]:
-    """Every position strategy, every scorer, and every method that needs no trained module and no further signal.
+def _grids(world: World, vlm: Any, budget: float) -> list[dict[str, Any]]:
+    """Every position strategy, every scorer and every method.
 
     Models of dynamic layouts have fewer of them: their code is the same.
     """
     from nuwa.methods import RECIPES, check_encoder, specify
     from nuwa.stage2 import SCORERS
 
+    few = world.small or vlm.dynamic
+    parameters = {
+        "learnpruner": {"weights": str(world.pruner)},
+        "cdpruner": {"relevance": "none"},
+    }  # it has no text tower
+
     def offered(name: str, **options: Any) -> bool:
         try:
-            spec = specify(name, budget=budget, **options)
-            check_encoder(spec, type(vlm))
+            check_encoder(specify(name, budget=budget, **options), type(vlm))
         except ValueError:
             return False
-        return not spec.further_signals and not hasattr(spec.config, "weights")
+        return True
 
-    methods = [name for name in RECIPES if offered(name)]
+    chosen = [name for name in RECIPES if name in FEW_METHODS or not few]
+    methods = [name for name in chosen if offered(name, parameters=parameters.get(name))]
     scorers = [name for name in SCORERS if offered("nuwa", stage2={"scorer": name})]
-    chosen = ["fastv", "random", "visionzip"] if vlm.dynamic else methods
+    scorers = [name for name in scorers if name in FEW_SCORERS or not world.small]
     grids = [
-        {"name": "methods", "method": [name for name in methods if name in chosen]},
+        *({"name": "methods", "method": name, "parameters": parameters.get(name, {})} for name in methods),
         {"name": "scorers", "method": "uniform", "stage2_layer": 2, "stage2_scorer": scorers, "stage2_ratio": 0.5},
         {"name": "positions", "method": "uniform", "position": POSITIONS},
+        {"name": "coordinates", "method": "nuwa", "parameters": {"coordinates": 0.1}},
     ]
     return [{**grid, "where_reachable": True} for grid in grids]
 
 
 def _answers(
-    world: World, vlm: Any, known: Any, identity: str, layouts: Mapping[str, Any], trials: list
+    world: World, vlm: Any, known: Any, identity: str, features: Any, layouts: Mapping[str, Any], trials: list
 ) -> dict[str, str]:
     """Trial id → digest of what the trial comes to, through encoding, store and decoder."""
-    from nuwa.signals import SIGNAL_NAMES
     from pipelines.features.encoding import EncodeSpec, EncodeWorker
     from pipelines.features.store import FeatureStore
     from pipelines.sweep.answers import SweepWorker, Words, answer_unit, read_encoded
@@ -172,7 +192,7 @@ def _answers(
             root=root,
             identity=identity,
             dtype="float32",
-            keep=SIGNAL_NAMES,
+            keep=features.keep,
             batch_size=2,
             threads=1,
             device="cpu",

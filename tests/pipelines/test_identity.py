@@ -23,7 +23,7 @@ from pipelines.features.identity import ModelIdentity
 from pipelines.features.loading import Loading
 from pipelines.settings import ClusterSettings, FeatureSettings
 from pipelines.sweep.collection import Origins, collect
-from pipelines.sweep.identity import answer_context, code_of, trial_code, with_code
+from pipelines.sweep.identity import answer_context, code_of, options_of, trial_code, with_code
 from pipelines.sweep.provenance import merged, mixed, told
 from pipelines.sweep.refill import PulledTables, table_facts
 from pipelines.sweep.results import PARTS, ResultStore, StoredUnit, reuse_key
@@ -242,8 +242,10 @@ def test_no_trial_runs_the_file_of_another_method_or_scorer(name):
     module = get_method(spec.stage1).select.__module__
     modules = {module, *(get_scorer(scorer).score.__module__ for scorer in scorers)}
     own = {f"{one.replace('.', '/')}.py" for one in modules} | BORROWED.get(module, set())
-    shared = {f"nuwa/stage2/{one}.py" for one in ("coordinates", "cut", "projections", "recycling", "scorers")}
-    code = trial_code(name, spec.stage1, scorers, "llava", "llama")
+    shared = {f"nuwa/stage2/{one}.py" for one in ("cut", "projections", "scorers")}
+    options = options_of(spec.stage2) if spec.stage2 else ()
+    shared |= {f"nuwa/stage2/{option}.py" for option in options}
+    code = trial_code(name, spec.stage1, scorers, options, "llava", "llama")
     ran = {one.removeprefix("code of ") for one in code.parts}
     assert {one for one in ran if "/stage1/" in one or "/stage2/" in one} <= own | shared | {"nuwa/stage1/registry.py"}
 
