@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import torch
 from PIL import Image
 
 import nuwa
+from benchmarks.gpu import families
 from nuwa.budget import budget_on
 from nuwa.generation import ImageBatch, answer_encoded
 from nuwa.layout import VisualLayout
@@ -41,7 +41,7 @@ from pipelines.features.images import read_images
 from pipelines.features.signals import signal_dtype
 
 TESTBED = "models/testbed"
-TESTS = Path(__file__).parents[1] / "tests"  # which make the tiny models
+TINY = {"llava": families.tiny_llava, "llava_next": families.tiny_next, "qwen2_5_vl": families.tiny_qwen}
 QUESTIONS = {"refcoco": 1, "pope": 1}
 WORDS = ["what is on the left ?", "where is the red sign near the dog ?", "how many", "is a cat near the blue sign ?"]
 SHARE = 0.33  # of the tokens, where pruned answers are compared
@@ -139,13 +139,7 @@ def testbed(images: int, dtype: torch.dtype) -> Subject:
 
 def tiny(name: str, images: int, dtype: torch.dtype) -> Subject:
     """A tiny random model of a family, as the tests have it, on photos of several sizes."""
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
-    import conftest  # type: ignore[import-not-found]  # of tests/, on the path as of the line above
-    import tiny_families  # type: ignore[import-not-found]  # likewise
-
-    fixture = conftest.tiny_vlm if name == "llava" else getattr(tiny_families, name)
-    made, photos = fixture.__wrapped__(), tiny_families.photos.__wrapped__()
+    made, photos = TINY[name](), families.draw_photos()
     vlm = adapt(made.model.to(dtype), made.processor)
     pairs = [(photo, word) for word in WORDS for photo in photos][:images]
     return Subject(f"tiny {name}", vlm, [photo for photo, _ in pairs], [word for _, word in pairs], 8)
@@ -171,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=40, help="of the testbed; of tiny models at most 32 questions")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--models", nargs="+", default=["testbed", "llava", "tiny_next", "tiny_qwen"])
+    parser.add_argument("--models", nargs="+", default=["testbed", *TINY])
     options = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -1,9 +1,10 @@
 """Identity of code: what a result really ran, so that no stored result outlives the code it came from.
 
 The *closure* of some functions is everything of this project they can reach: through the globals they name, defaults,
-bases, annotations, and methods called by a name that occurs. It is walked from the live objects, so a decorator, a new
-module or a function moved to another file needs no list kept by hand. Where a method is called by an attribute's name,
-every class of the closure that has a method of that name counts: too much rather than too little.
+bases, annotations, methods called by a name that occurs, and what their modules call when they are imported. It is
+walked from the live objects, so a decorator, a new module or a function moved to another file needs no list kept by hand.
+Where a method is called by an attribute's name, every class of the closure that has a method of that name counts: too much
+rather than too little.
 
 Through a :class:`nuwa.registry.Registry`, and through the mappings in :data:`TABLES`, only the entries that are named
 count: a trial is identified by its own method, scorer and adapter and by what all share.
@@ -131,6 +132,7 @@ class _Walk:
         self.names, self.modules, self.without = names, modules, without
         self.pieces: dict[str, str] = {}
         self.seen: dict[int, Any] = {}  # by identity; the object is held so that no id is used twice
+        self.imported: set[str] = set()  # modules
         self.waiting: list[Any] = []
         self.attributes: set[str] = set()
         self.dormant: dict[str, list[_Piece]] = {}  # members of classes whose names have not occurred
@@ -145,6 +147,10 @@ class _Walk:
         if id(target) in self.seen or id(target) in self.without or not self._is_ours(target):
             return
         self.seen[id(target)] = target
+        if target.__module__ not in self.imported:
+            self.imported.add(target.__module__)
+            if (piece := _import_piece(sys.modules[target.__module__])) is not None:
+                self._take(piece)
         if not isinstance(target, type):
             self._take(_function_piece(target))
             return
@@ -221,6 +227,28 @@ def _unwrapped(target: Any) -> Any:
 
 
 # Single objects
+
+
+@functools.cache
+def _import_piece(module: types.ModuleType) -> _Piece | None:
+    """What a module calls when it is imported, such as the registration of an attention kernel with another package.
+
+    Null where it calls nothing. What it adds to registries of this project counts by entry.
+    """
+    texts, gathered = [], _Gathered()
+    for statement in _tree(module).body:
+        call = statement.value if isinstance(statement, ast.Expr) else None
+        owner = call.func.value if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) else None
+        named = vars(module).get(owner.id) if isinstance(owner, ast.Name) else None
+        if not isinstance(call, ast.Call) or isinstance(named, Registry):
+            continue
+        tree = _normalised(ast.Module([statement], []))
+        if tree.body:
+            texts.append(_spelled(tree))
+            gathered.add_tree(tree, vars(module), None, module)
+    if not texts:
+        return None
+    return _Piece(f"{module.__name__}:import", _sha("\n".join([*texts, *gathered.bindings])), gathered.reached())
 
 
 @functools.cache

@@ -164,7 +164,7 @@ def _grids(world: World, vlm: Any, budget: float) -> list[dict[str, Any]]:
     chosen = [name for name in RECIPES if name in FEW_METHODS or not few]
     methods = [name for name in chosen if offered(name, parameters=parameters.get(name))]
     scorers = [name for name in SCORERS if offered("nuwa", stage2={"scorer": name})]
-    scorers = [name for name in scorers if name in FEW_SCORERS or not world.small]
+    scorers = [name for name in scorers if name in FEW_SCORERS or not few]
     grids = [
         *({"name": "methods", "method": name, "parameters": parameters.get(name, {})} for name in methods),
         {"name": "scorers", "method": "uniform", "stage2_layer": 2, "stage2_scorer": scorers, "stage2_ratio": 0.5},

@@ -26,6 +26,7 @@ import functools
 import logging
 import operator
 import math as maths
+from collections import ChainMap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,8 +126,14 @@ def second_thing(value):
     return value + 20
 
 
+def kernel(value):
+    return value * 7
+
+
 THINGS.add("first", first_thing)
 THINGS.add("second", second_thing)
+KERNELS = ChainMap()  # as another package's
+KERNELS.update(first=kernel)
 
 
 def run(point: Point, name: str) -> float:
@@ -199,6 +206,8 @@ MEANINGFUL = {
     "a method with two underscores": ("value):\n        return value\n", "value):\n        return value + 1\n"),
     "a named registered thing": ("value + 10", "value + 11"),
     "another function under a name": ('"first", first_thing', '"first", second_thing'),
+    "what is registered with another package": ("value * 7", "value * 8"),
+    "the name under which it is": ("update(first=", "update(second="),
     "an import": ("import math as maths", "import numpy as maths"),
     "a comprehension": ("helper(one) for one", "helper(one, 2) for one"),
 }
