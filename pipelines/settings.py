@@ -339,6 +339,9 @@ class SweepSettings(Section):
     gpu_hours: Annotated[float, Field(gt=0)] | None = None
     """What a run may use, GPUs (without any: workers) times hours: then it begins no unit more and says what is missing;
     null: no limit."""
+    finish_with: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """A run ends with what is there where at most this share of its answers is missing; scores are then over the
+    questions that all compared trials have answered. Null: only with all."""
     reuse: Reuse = "any"
     """Whether stored answers of other versions of torch and transformers, or of another kind of device, are taken."""
     budget_unit: BudgetUnit = "tokens"

@@ -23,6 +23,8 @@ def report(settings: Settings) -> None:
     provenance = facts["fingerprints"] | {"model path": settings.model.path}
     if len(words := facts.get("provenance", [])) > 1:
         provenance["answers"] = f"of mixed provenance: {'; '.join(words)}"
+    if missing := facts.get("missing"):
+        provenance["missing answers"] = missing
     about = TESTBED if settings.prepare.tables is None else ""
     inputs = ReportInputs.load(DATA, provenance, partial(places_of_model, settings.model.path), about)
     tokens = int(inputs.trials["image_tokens"].iloc[0])

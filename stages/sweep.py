@@ -13,7 +13,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nuwa import UNPRUNED
 from nuwa.cost import LlmShape, cost_columns
 from pipelines.axes import COLUMNS
 from pipelines.data.datasets import choose_questions
@@ -22,16 +21,17 @@ from pipelines.features.layouts import image_layouts
 from pipelines.features.loading import Loading
 from pipelines.files.atomic import atomic_path
 from pipelines.files.lock import exclusive
-from pipelines.settings import Settings
+from pipelines.settings import Settings, SweepSettings
 from pipelines.sweep.answers import SweepOutcome
 from pipelines.sweep.askable import askable
 from pipelines.sweep.engine import Engine, check_weights
+from pipelines.sweep.finishing import Finished, LimitReached, finish
 from pipelines.sweep.provenance import mixed, told
 from pipelines.sweep.refill import table_facts
 from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.tracking.revision import git_and_dvc_tags
 from pipelines.tracking.tracker import Tracker
-from pipelines.workers import UnitsFailed
+from pipelines.workers import Fault
 from stages.entry import (
     COLLECTING,
     EXAMPLES,
@@ -62,17 +62,28 @@ def sweep(settings: Settings) -> None:
 
     with exclusive(shared_cache()):
         engine = Engine.start(settings, vlm, of_image, places(settings))
-        facts = _facts(engine, trials, questions) | ({"left_out": unasked} if unasked else {})
+        facts = _facts(engine, trials, questions)
         tracking = settings.tracking
         with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
             tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
             outcome, _ = engine.run(trials, questions, tracker.progress)
+            try:
+                finished = _finished(plan, trials, questions, outcome)
+            except LimitReached:
+                tracker.finish("KILLED")  # as asked for; it did not fail
+                raise
 
-        trials = _without_incomplete(trials, outcome, facts, allowed=plan.quarantine == "allow")
+        trials = finished.trials
+        facts |= {"left_out": left_out} if (left_out := unasked | finished.left_out) else {}
+        facts |= {"incomplete": finished.incomplete} if finished.incomplete else {}
+        if finished.told:
+            facts["missing"] = finished.told
+            print(finished.told)
         targets = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}
-        origins = engine.collect(trials, questions, targets, COLLECTING)
+        origins = engine.collect(trials, questions, targets, COLLECTING, finished.left_out)
         facts["provenance"] = told(origins.provenance)
-        facts["tables"] = table_facts(origins, engine.spec.context, engine.examples(questions), targets)
+        answered = engine.examples(questions, finished.left_out)
+        facts["tables"] = table_facts(origins, engine.spec.context, answered, targets)
         if line := mixed(facts["provenance"]):
             print(line)
 
@@ -83,15 +94,8 @@ def sweep(settings: Settings) -> None:
             fresh.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
 
-def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict, *, allowed: bool) -> list[Trial]:
-    """The trials that have all their answers; the others are listed in ``QUARANTINE``, and in ``facts``.
-
-    Raises :class:`UnitsFailed` where leaving trials out is not allowed, or the unpruned one would be.
-    """
-    QUARANTINE.unlink(missing_ok=True)
-    incomplete = outcome.incomplete
-    if not incomplete:
-        return trials
+def _finished(plan: SweepSettings, trials: list[Trial], questions: pd.DataFrame, outcome: SweepOutcome) -> Finished:
+    """What is compared; all that failed is listed in ``QUARANTINE``. Raises as :func:`finish` does."""
     rows: list[dict[str, Any]] = [
         {
             "trials": [trial.trial_id for trial in unit.trials],
@@ -102,20 +106,21 @@ def _without_incomplete(trials: list[Trial], outcome: SweepOutcome, facts: dict,
             "detail": failure.detail,
         }
         for unit, failure in outcome.failures.values()
+        if failure.fault != Fault.LEFT
     ]
 
-    with atomic_path(QUARANTINE) as path:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-    reference = next(trial for trial in trials if trial.spec.method == UNPRUNED)
-    if not allowed or reference.trial_id in incomplete:
-        first = rows[0]
-        raise UnitsFailed(
-            f"{len(incomplete)} of {len(trials)} trials lack answers, all others are kept; first {first['examples'][0]} "
-            f"under {first['trials'][0]}: {first['reason']}; {QUARANTINE} lists all. Run the same command again to try "
-            "just these, or set sweep.quarantine: allow to go on without these trials"
-        )
-    facts["incomplete"] = {trial_id: failure.reason for trial_id, failure in sorted(incomplete.items())}
-    return [trial for trial in trials if trial.trial_id not in incomplete]
+    QUARANTINE.unlink(missing_ok=True)
+    if rows:
+        with atomic_path(QUARANTINE) as path:
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+    return finish(
+        trials,
+        questions,
+        outcome,
+        quarantine=plan.quarantine,
+        finish_with=plan.finish_with,
+        listed=str(QUARANTINE),
+    )
 
 
 def _facts(engine: Engine, trials: list[Trial], questions: pd.DataFrame) -> dict:

@@ -1,4 +1,4 @@
-"""Questions that a sweep left out of all trials, because its model cannot be asked them."""
+"""Questions that a sweep left out of all trials: its model cannot be asked them, or some trial has no answer to them."""
 
 from __future__ import annotations
 

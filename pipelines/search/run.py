@@ -25,6 +25,7 @@ from pipelines.search.swarm import Tried, objective_of, ranking, run_study
 from pipelines.search.tables import race_table, study_runs, study_table
 from pipelines.settings import SearchSettings, SwarmSettings
 from pipelines.sweep.engine import Engine
+from pipelines.sweep.finishing import LimitReached
 from pipelines.sweep.trials import Layouts, Trial
 from pipelines.tracking.tracker import Tracker
 from pipelines.workers import UnitsFailed
@@ -51,7 +52,7 @@ class Asking:
     began: float = field(default_factory=time.monotonic)
 
     def __call__(self, trials: Sequence[Trial], questions: pd.DataFrame) -> pd.DataFrame:
-        """Raises :class:`UnitsFailed` where answers cannot be made and ``sweep.quarantine`` does not let them go."""
+        """Raises :class:`LimitReached` at ``sweep.gpu_hours``, and :class:`UnitsFailed` where answers cannot be made and ``sweep.quarantine`` does not let them go."""
         since = int(1000 * (time.monotonic() - self.began))
         outcome, made = self.engine.run(
             trials, questions, lambda step, figures: self.tracker.progress(since + step, figures)
@@ -60,6 +61,8 @@ class Asking:
         lacking = outcome.incomplete
         unpruned = any(trial.spec.method == UNPRUNED for trial in trials if trial.trial_id in lacking)
 
+        if outcome.left is not None:
+            raise LimitReached(f"{outcome.left}: what is answered is kept; run the same command again to go on")
         if lacking and (self.engine.settings.sweep.quarantine != "allow" or unpruned):
             first, failure = next(iter(sorted(lacking.items())))
             raise UnitsFailed(

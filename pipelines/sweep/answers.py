@@ -35,6 +35,7 @@ from nuwa.vlm import Adapter, EncodedPrompt, view_signals
 from pipelines.features.images import read_images
 from pipelines.features.loading import FULL_PRECISION, Loading, load_model
 from pipelines.features.store import FeatureStore
+from pipelines.files.lines import tell
 from pipelines.settings import ClusterSettings, Reuse
 from pipelines.sweep.costs import Costs
 from pipelines.sweep.provenance import hardware, own_version, versions
@@ -42,7 +43,7 @@ from pipelines.sweep.results import PARTS, ResultStore, StoredUnit
 from pipelines.sweep.tree import work_tree
 from pipelines.sweep.trials import Trial
 from pipelines.sweep.units import UnitExample, WorkUnit, plan_units
-from pipelines.workers import Failure, OnDone, Partial, UnitsFailed, run_units
+from pipelines.workers import ClusterUnavailable, Failure, Fault, OnDone, Partial, UnitsFailed, run_units
 
 
 class NoReference(UnitsFailed):
@@ -461,6 +462,22 @@ class SweepOutcome:
                 reasons.setdefault(trial.trial_id, failure)
         return reasons
 
+    @property
+    def lacking(self) -> dict[str, dict[str, str]]:
+        """Trial id → example id of an answer that is missing → why, in one line."""
+        missing: dict[str, dict[str, str]] = {}
+        for unit, failure in self.failures.values():
+            for trial in unit.trials:
+                mine = missing.setdefault(trial.trial_id, {})
+                for example in unit.examples:
+                    mine.setdefault(example.example_id, failure.reason)
+        return missing
+
+    @property
+    def left(self) -> str | None:
+        """Why units were left untried, where a limit ended the run."""
+        return next((failure.reason for _, failure in self.failures.values() if failure.fault == Fault.LEFT), None)
+
 
 def run_sweep(
     spec: SweepSpec,
@@ -475,13 +492,29 @@ def run_sweep(
     on_done: OnDone = lambda unit, report: None,
     in_process: bool = False,
     gpu_hours: float | None = None,
+    finish_with: float | None = None,
 ) -> SweepOutcome:
     """Run what the store lacks. ``costs``, ``speed``, ``unit_images``: see :func:`pipelines.sweep.units.plan_units`.
 
     ``on_start(units, cached_answers)`` is called before work starts, ``on_done(unit id, report)`` as each unit finishes;
-    ``gpu_hours``: see :func:`pipelines.workers.run_units`.
+    ``gpu_hours``: see :func:`pipelines.workers.run_units`. ``finish_with``: where too much fails for the run to go on and
+    at most this share of all answers is missing, that is an outcome and no error.
     """
     stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(tidy=True)]
     units, cached = plan_units(trials, examples, stored, costs, speed, unit_images, reuse=spec.reuse)
     on_start(units, cached)
-    return SweepOutcome(run_units(spec, units, cluster, on_done, in_process=in_process, gpu_hours=gpu_hours))
+    try:
+        return SweepOutcome(run_units(spec, units, cluster, on_done, in_process=in_process, gpu_hours=gpu_hours))
+    except NoReference:
+        raise
+    except (UnitsFailed, ClusterUnavailable) as error:
+        if finish_with is None:
+            raise
+        stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done()]
+        units, cached = plan_units(trials, examples, stored, costs, speed, unit_images, reuse=spec.reuse)
+        everything = len(trials) * len(examples)
+        if everything - cached > finish_with * everything:
+            raise
+        why = str(error).partition("\n")[0]
+        tell(f"{why}; {cached:,} of {everything:,} answers are there (sweep.finish_with)")
+        return SweepOutcome({unit_id: (unit, Failure(why, str(error), 0)) for unit_id, unit in units.items()})

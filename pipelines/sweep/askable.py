@@ -29,19 +29,20 @@ def unaskable(vlm: Adapter, examples: pd.DataFrame) -> dict[str, str]:
             vlm.encode_prompt(str(row.prompt))
         except PromptError as error:
             reasons[str(row.example_id)] = str(error)
-            reasons |= _scored_together(examples, row)
+            reasons |= scored_together(examples, row, "cannot be asked")
     return reasons
 
 
-def _scored_together(examples: pd.DataFrame, one: Any) -> dict[str, str]:
-    """The other questions of a group (MME's pairs, MMBench's copies), which have no score without this one."""
+def scored_together(examples: pd.DataFrame, one: Any, why: str) -> dict[str, str]:
+    """The other questions of a group (MME's pairs, MMBench's copies), which have no score without this one, that is left
+    out: example id → the reason, with ``why``."""
     group = json.loads(one.truth).get("group")
     if group is None:
         return {}
     marked = json.dumps(group)
     fellows = examples[(examples["benchmark"] == one.benchmark) & examples["truth"].str.contains(marked, regex=False)]
     return {
-        str(row.example_id): f"it is scored together with {one.example_id}, which cannot be asked"
+        str(row.example_id): f"it is scored together with {one.example_id}, which {why}"
         for row in fellows.itertuples()
         if json.loads(row.truth).get("group") == group and row.example_id != one.example_id
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,10 @@ class Engine:
         fingerprints = {**self.fingerprints, "code": code, "data": data}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16], fingerprints
 
-    def examples(self, questions: pd.DataFrame) -> list[UnitExample]:
-        return read_examples(questions, self.context.digest, self.layouts, blocks_of(self.settings))
+    def examples(self, questions: pd.DataFrame, left_out: Collection[str] = ()) -> list[UnitExample]:
+        """What workers are asked of ``questions``; those ``left_out`` (ids) still stand in the blocks of the others."""
+        asked = read_examples(questions, self.context.digest, self.layouts, blocks_of(self.settings))
+        return [example for example in asked if example.example_id not in left_out]
 
     def run(
         self,
@@ -133,6 +135,7 @@ class Engine:
                 on_start=progress.start,
                 on_done=progress.done,
                 gpu_hours=sweep.gpu_hours,
+                finish_with=sweep.finish_with,
             )
         return outcome, progress.finished
 
@@ -156,12 +159,18 @@ class Engine:
             print(f"{count:,} answers are taken from the tables beside {places.facts}")
 
     def collect(
-        self, trials: Sequence[Trial], questions: pd.DataFrame, targets: Mapping[str, Path], scratch: Path
+        self,
+        trials: Sequence[Trial],
+        questions: pd.DataFrame,
+        targets: Mapping[str, Path],
+        scratch: Path,
+        left_out: Collection[str] = (),
     ) -> Origins:
-        """Write the tables of finished ``trials``; returns where their answers came from."""
+        """Write the tables of finished ``trials``; returns where their answers came from. ``left_out``: see
+        :meth:`examples`."""
         answers = [trial.answer_id for trial in self.coded(trials)]
         store, reuse = ResultStore(self.places.results), self.settings.sweep.reuse
-        return collect(store, answers, self.examples(questions), targets, scratch, reuse)
+        return collect(store, answers, self.examples(questions, left_out), targets, scratch, reuse)
 
 
 def blocks_of(settings: Settings) -> Blocks | None:
