@@ -10,15 +10,6 @@ BudgetUnit = Literal["tokens", "share"]
 UNITS: tuple[str, ...] = get_args(BudgetUnit)
 
 
-def check_budget_share(named: str, share: float, because: str = "") -> None:
-    """Refuse a budget that is no share of an image's tokens; raises ``ValueError``.
-
-    ``named``: key and value, with which the message begins; ``because``: why it has to be one, at its end.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"{named} must lie in (0, 1]{because}")
-
-
 def budget_on(layout: VisualLayout, budget: float, unit: BudgetUnit, dynamic: bool) -> float:
     """Average tokens that ``budget`` asks of an image of ``layout``.
 

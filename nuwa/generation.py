@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from nuwa import UNPRUNED
-from nuwa.budget import budget_on, check_budget_share
+from nuwa.allowed import check_share
+from nuwa.budget import budget_on
 from nuwa.decoder import Trunk
 from nuwa.images import upright_rgb
 from nuwa.layout import VisualLayout
@@ -293,7 +294,7 @@ def _budget(
             raise ValueError("method 'unpruned' takes neither average_tokens nor retention; leave them out")
         return lambda layout: None
     if retention is not None and average_tokens is None:
-        check_budget_share(f"retention {retention:g}", retention)
+        check_share(f"retention {retention:g}", retention, "(0, 1]")
         return lambda layout: budget_on(layout, retention, "share", dynamic=True)
     if average_tokens is not None and retention is None:
         return lambda layout: budget_on(layout, average_tokens, "tokens", dynamic=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
+from nuwa.allowed import check_share
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout, grid_tokens, place
 from nuwa.positions import PositionStrategy, resolve
@@ -33,7 +34,7 @@ from nuwa.signals import OPTIONAL_SIGNALS, VisionSignals
 from nuwa.stage1 import METHODS, Method, get_method
 from nuwa.stage1.registry import check_type, type_hints
 from nuwa.stage2 import Cut, Recycling, Scorer, get_scorer
-from nuwa.stage2.coordinates import IvcPrune, check_share, with_coordinates
+from nuwa.stage2.coordinates import IvcPrune, with_coordinates
 from nuwa.stage2.dart import Dart
 
 
@@ -548,7 +549,7 @@ def _keeping_coordinates(method: str, cut: Stage2 | None, share: float) -> Stage
     """The stage 2 that keeps ``share`` of the tokens as coordinates, for the cosine and again for the sine."""
     if cut is None:
         raise ValueError(f"{method} makes no cut inside the language model that could keep coordinates; leave them out")
-    check_share("coordinates", share)
+    check_share(f"coordinates {share:g}", share)
     return replace(cut, coordinates=share)
 
 

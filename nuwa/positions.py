@@ -17,6 +17,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_word
 from nuwa.layout import VisualLayout
 
 PositionStrategy = Literal["perc", "pesp", "rpme"]
@@ -29,8 +30,7 @@ SYNONYMS: dict[str, PositionStrategy] = {"gap": "pesp"}
 
 def resolve(name: str, own: PositionStrategy) -> PositionStrategy:
     """The strategy that ``name`` stands for, where a method's authors use ``own``; raises ``ValueError``."""
-    if name not in NAMES:
-        raise ValueError(f"position {name!r} is unknown; allowed: {', '.join(NAMES)}")
+    check_word("position", name, NAMES)
     return own if name == "own" else cast(PositionStrategy, SYNONYMS.get(name, name))
 
 
@@ -40,7 +40,7 @@ def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layo
     ``slots``: places of the kept tokens in the unpruned image, ascending, ``(batch, kept)``. ``start``: the id of the
     image's first token, so the original ids of an axis are ``[start, start + span]``, inclusive.
     """
-    _check(strategy)
+    check_word("position strategy", strategy, STRATEGIES)
     everything = layout.offsets.to(slots.device)
     kept = everything[:, slots]
     if strategy == "pesp" or not slots.shape[1]:
@@ -56,13 +56,8 @@ def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layo
 
 def text_start(strategy: PositionStrategy, start: int, positions: Tensor, layout: VisualLayout) -> Tensor:
     """Position id of the first token after the image, ``(batch,)``; ``positions`` are those of its kept tokens."""
-    _check(strategy)
+    check_word("position strategy", strategy, STRATEGIES)
     if strategy == "perc":
         none = positions.new_full((len(positions), positions.shape[1], 1), start - 1)
         return torch.cat([none, positions], dim=2).amax(dim=(0, 2)) + 1
     return positions.new_full(positions.shape[1:2], start + layout.length)
-
-
-def _check(strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"position strategy {strategy!r} is unknown; allowed: {', '.join(STRATEGIES)}")

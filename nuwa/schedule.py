@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from nuwa.allowed import check_share
 from nuwa.errors import UserError
 from nuwa.layout import VisualLayout
 
@@ -152,8 +153,8 @@ class Decay:
 
     def __post_init__(self) -> None:
         for ratio in self.ratio.values if isinstance(self.ratio, ByBudget) else [self.ratio]:
-            if ratio is not None and not 0 < ratio <= 1:
-                raise ValueError(f"stage-2 ratio K2/K1 {ratio:g} must lie in (0, 1]")
+            if ratio is not None:
+                check_share(f"stage-2 ratio K2/K1 {ratio:g}", ratio, "(0, 1]")
 
     def at(self, budget: float, tokens: int) -> Decay:
         """With the one ratio of ``budget`` average tokens on an image of ``tokens``."""

@@ -26,8 +26,9 @@ from pydantic import (
 )
 
 from nuwa import UNPRUNED
+from nuwa.allowed import check_share
 from nuwa.benchmarks import PROTOCOLS, TESTBED
-from nuwa.budget import BudgetUnit, check_budget_share
+from nuwa.budget import BudgetUnit
 from nuwa.errors import UserError
 from nuwa.image_rules import ImageRules
 from nuwa.methods import RECIPES, MethodSpec, specify
@@ -61,6 +62,11 @@ class SettingsError(UserError, ValueError):
     """A wrong ``params.yaml``; the message is one line a user can act on."""
 
     exit_code = 2
+
+
+def _check_kernels(attention: Sequence[str], dtype: str) -> None:
+    if "flash_attention_2" in attention and dtype == "float32":
+        raise ValueError("attention flash_attention_2 needs dtype bfloat16 or float16, not float32")
 
 
 class Section(BaseModel):
@@ -117,8 +123,7 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _flash_attention_in_half_precision(self) -> ModelSettings:
-        if self.attention == "flash_attention_2" and self.dtype == "float32":
-            raise ValueError("attention flash_attention_2 needs dtype bfloat16 or float16, not float32")
+        _check_kernels([self.attention], self.dtype)
         return self
 
     @model_validator(mode="after")
@@ -376,7 +381,7 @@ class SweepSettings(Section):
                         f"method {method!r} of grid {entry.name!r} is unknown; allowed: {', '.join(sorted(RECIPES))}"
                     )
             for budget in axes["budget"] if self.budget_unit == "share" else ():
-                check_budget_share(f"budget {budget:g} of grid {entry.name!r}", budget, ": budget_unit is share")
+                check_share(f"budget {budget:g} of grid {entry.name!r}", budget, "(0, 1]", ": budget_unit is share")
         return self
 
 
@@ -427,8 +432,7 @@ class ProfileSettings(Section):
             if method not in RECIPES or method == UNPRUNED:
                 known = ", ".join(sorted(set(RECIPES) - {UNPRUNED}))
                 raise ValueError(f"methods: {method!r} is unknown; allowed: {known} (unpruned is always timed)")
-        if "flash_attention_2" in self.attention and self.dtype == "float32":
-            raise ValueError("attention flash_attention_2 needs dtype bfloat16 or float16, not float32")
+        _check_kernels(self.attention, self.dtype)
         return self
 
 
@@ -729,7 +733,9 @@ class Settings(Section):
             )
 
         if swarm is not None and sweep.budget_unit == "share":
-            check_budget_share(f"search.swarm.budget = {swarm.budget:g}", swarm.budget, ": sweep.budget_unit is share")
+            check_share(
+                f"search.swarm.budget = {swarm.budget:g}", swarm.budget, "(0, 1]", ": sweep.budget_unit is share"
+            )
         return self
 
     @model_validator(mode="after")

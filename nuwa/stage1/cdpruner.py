@@ -15,11 +15,12 @@ zero. On LLaVA-NeXT it keeps the padding of the crops, here the local grid is un
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_words
 from nuwa.selection import Selection, keep_unmerged
 from nuwa.signals import NORM_EPSILON, VisionSignals
 from nuwa.stage1.registry import register
@@ -41,10 +42,7 @@ class CDPruner:
     theta: float | None = None
 
     def __post_init__(self) -> None:
-        if self.relevance not in get_args(Relevance):
-            raise ValueError(
-                f"cdpruner.relevance {self.relevance!r} is unknown; allowed: {', '.join(get_args(Relevance))}"
-            )
+        check_words("cdpruner", self, relevance=Relevance)
         if self.theta is not None and not 0 <= self.theta < 1:
             raise ValueError(f"cdpruner.theta {self.theta} must be null or lie in [0, 1)")
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_share, check_words
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection, keep_unmerged
 from nuwa.signals import VisionSignals, ranked
@@ -38,10 +39,8 @@ class HiPrune:
     edges: Edges = "drop"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"hiprune.alpha {self.alpha} must lie in [0, 1]")
-        if self.edges not in get_args(Edges):
-            raise ValueError(f"hiprune.edges {self.edges!r} is unknown; allowed: {', '.join(get_args(Edges))}")
+        check_share(f"hiprune.alpha {self.alpha}", self.alpha)
+        check_words("hiprune", self, edges=Edges)
 
 
 def anchor_count(keep: int, alpha: float) -> int:

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nuwa.allowed import check_words
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
 from nuwa.signals import VisionSignals, ranked, top_indices
@@ -53,11 +54,7 @@ class HoloV:
     scale_single: bool = True
 
     def __post_init__(self) -> None:
-        for name, kind in (("crops", Crops), ("inside", Inside), ("overflow", Overflow)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"holov.{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(get_args(kind))}"
-                )
+        check_words("holov", self, crops=Crops, inside=Inside, overflow=Overflow)
         if self.count is not None and self.count < 1:
             raise ValueError(f"holov.count {self.count} must be null or at least 1")
         if self.beta < 0:

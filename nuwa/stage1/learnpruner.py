@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from nuwa.allowed import check_share
 from nuwa.errors import UserError
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
 from nuwa.signals import VisionSignals, cosine_similarity, directions, ranked
@@ -120,8 +121,7 @@ class LearnPruner:
     diversity_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.diversity_share < 1:
-            raise ValueError(f"learnpruner.diversity_share {self.diversity_share} must lie in [0, 1)")
+        check_share(f"learnpruner.diversity_share {self.diversity_share}", self.diversity_share, "[0, 1)")
         if self.digest is None and Path(self.weights).is_file():
             object.__setattr__(self, "digest", _digest(Path(self.weights)))
 

@@ -22,12 +22,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nuwa.allowed import check_share, check_words
 from nuwa.grid import PatchGrid
 from nuwa.schedule import ByBudget
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
@@ -72,18 +73,8 @@ class Nuwa:
     reset_self_weight: bool = True
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("salience", Salience),
-            ("pillar_signal", PillarSignal),
-            ("distance_convention", DistanceConvention),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"nuwa.{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(get_args(kind))}"
-                )
-
-        if not 0 <= self.pillar_quantile <= 1:
-            raise ValueError(f"nuwa.pillar_quantile {self.pillar_quantile} must lie in [0, 1]")
+        check_words("nuwa", self, salience=Salience, pillar_signal=PillarSignal, distance_convention=DistanceConvention)
+        check_share(f"nuwa.pillar_quantile {self.pillar_quantile}", self.pillar_quantile)
         if not 0 < self.distance_threshold <= (math.inf if self.distance_convention == "patches" else 1):
             allowed = "be above 0 patches" if self.distance_convention == "patches" else "lie in (0, 1]"
             raise ValueError(f"nuwa.distance_threshold {self.distance_threshold} must {allowed}")

@@ -14,11 +14,12 @@ ones too), and the order is raster order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_words
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
 from nuwa.signals import VisionSignals, cosine_similarity, directions, ranked, top_indices
 from nuwa.stage1.registry import register
@@ -45,8 +46,7 @@ class PruMerge:
             raise ValueError(f"prumerge.outlier_range {self.outlier_range} must be at least 0")
         if self.neighbours < 0:
             raise ValueError(f"prumerge.neighbours {self.neighbours} must be at least 0")
-        if self.weights not in get_args(Weights):
-            raise ValueError(f"prumerge.weights {self.weights!r} is unknown; allowed: {', '.join(get_args(Weights))}")
+        check_words("prumerge", self, weights=Weights)
 
 
 def outliers(attention: Tensor, outlier_range: float) -> Tensor:

@@ -11,11 +11,12 @@ crop by itself, here the stitched local grid is one view.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_words
 from nuwa.selection import Selection, keep_unmerged
 from nuwa.signals import VisionSignals, cosine_similarity, directions
 from nuwa.stage1.registry import register
@@ -36,8 +37,7 @@ class Scope:
     def __post_init__(self) -> None:
         if self.alpha < 0:
             raise ValueError(f"scope.alpha {self.alpha} must be at least 0")
-        if self.combine not in get_args(Combine):
-            raise ValueError(f"scope.combine {self.combine!r} is unknown; allowed: {', '.join(get_args(Combine))}")
+        check_words("scope", self, combine=Combine)
         if self.attention_heads < 1:
             raise ValueError(f"scope.attention_heads {self.attention_heads} must be at least 1")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_share
 from nuwa.selection import Selection, gather_tokens
 from nuwa.signals import VisionSignals, cosine_similarity, directions, ranked
 from nuwa.stage1.registry import register
@@ -26,8 +27,7 @@ class VisionZip:
     contextual_share: float = 10 / 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.contextual_share < 1:
-            raise ValueError(f"visionzip.contextual_share {self.contextual_share} must lie in [0, 1)")
+        check_share(f"visionzip.contextual_share {self.contextual_share}", self.contextual_share, "[0, 1)")
 
 
 def contextual_count(keep: int, tokens: int, share: float) -> int:

@@ -19,6 +19,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_share
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
 from nuwa.signals import VisionSignals, cosine_similarity, directions, ranked
 from nuwa.stage1.registry import register
@@ -32,8 +33,7 @@ class VisPruner:
     drop_per_round: int = 8
 
     def __post_init__(self) -> None:
-        if not 0 <= self.important_share <= 1:
-            raise ValueError(f"vispruner.important_share {self.important_share} must lie in [0, 1]")
+        check_share(f"vispruner.important_share {self.important_share}", self.important_share)
         if self.drop_per_round < 1:
             raise ValueError(f"vispruner.drop_per_round {self.drop_per_round} must be at least 1")
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_words
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection, gather_tokens
 from nuwa.signals import VisionSignals, cosine_similarity, directions, top_indices
@@ -52,11 +53,7 @@ class VScan:
     cap: Cap = "exact"
 
     def __post_init__(self) -> None:
-        for name, kind in (("local_scan", LocalScan), ("local_rounding", LocalRounding), ("cap", Cap)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"vscan.{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(get_args(kind))}"
-                )
+        check_words("vscan", self, local_scan=LocalScan, local_rounding=LocalRounding, cap=Cap)
         if self.window_side is not None and self.window_side < 1:
             raise ValueError(f"vscan.window_side {self.window_side} must be null or at least 1")
 

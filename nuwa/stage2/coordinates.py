@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_share, check_words
 from nuwa.signals import top_indices
 from nuwa.stage2.scorers import CutEvidence, Scorer, privileged, register_scorer, rounded
 
@@ -41,17 +42,11 @@ class IvcPrune:
     skipped: int = 2
 
     def __post_init__(self) -> None:
-        check_share("ivc_prune.coordinate_share", self.coordinate_share)
-        check_share("ivc_prune.seed_share", self.seed_share)
-        if self.affinity not in get_args(Among):
-            raise ValueError(f"ivc_prune.affinity {self.affinity!r} is unknown; allowed: {', '.join(get_args(Among))}")
+        check_share(f"ivc_prune.coordinate_share {self.coordinate_share:g}", self.coordinate_share)
+        check_share(f"ivc_prune.seed_share {self.seed_share:g}", self.seed_share)
+        check_words("ivc_prune", self, affinity=Among)
         if self.skipped < 0:
             raise ValueError(f"ivc_prune.skipped {self.skipped} must be at least 0 tokens")
-
-
-def check_share(name: str, share: float) -> None:
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} {share:g} must lie in [0, 1]")
 
 
 @register_scorer("ivc_prune", reads_attention=False, options=IvcPrune(), cite=("ivcprune",))

@@ -12,11 +12,12 @@ their places in the sequence, and drops what an equal number for every pivot lea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_words
 from nuwa.signals import cosine_similarity, directions, ranked
 from nuwa.stage2.scorers import CutEvidence, register_scorer
 
@@ -44,11 +45,7 @@ class Dart:
     pivot_rope: bool = True
 
     def __post_init__(self) -> None:
-        for name, kind in (("pivot_order", PivotOrder), ("spread", Spread), ("pivot_norm", PivotNorm)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"dart.{name} {getattr(self, name)!r} is unknown; allowed: {', '.join(get_args(kind))}"
-                )
+        check_words("dart", self, pivot_order=PivotOrder, spread=Spread, pivot_norm=PivotNorm)
         for name, least in (("image_pivots", 1), ("text_pivots", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"dart.{name} {getattr(self, name)} must be at least {least}")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nuwa.allowed import check_share
 from nuwa.selection import gather_tokens
 from nuwa.signals import ranked, seeded_generator, top_indices
 
@@ -29,8 +30,7 @@ class Recycling:
     per_cluster: int = 10
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"recycling share {self.share:g} must lie in (0, 1]")
+        check_share(f"recycling share {self.share:g}", self.share, "(0, 1]")
         if self.per_cluster < 1:
             raise ValueError(f"recycling needs at least 1 token a cluster, not {self.per_cluster}")
 

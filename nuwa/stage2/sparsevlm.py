@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nuwa.allowed import check_share
 from nuwa.stage2.scorers import CutEvidence, raters, register_scorer, rounded
 
 
@@ -29,8 +30,7 @@ class PriorityHeads:
     def __post_init__(self) -> None:
         if self.priority_heads < 1:
             raise ValueError(f"attention_raters_by_distance.priority_heads {self.priority_heads} must be at least 1")
-        if not 0 < self.floor <= 1:
-            raise ValueError(f"attention_raters_by_distance.floor {self.floor:g} must lie in (0, 1]")
+        check_share(f"attention_raters_by_distance.floor {self.floor:g}", self.floor, "(0, 1]")
 
 
 @register_scorer("attention_raters_by_distance", reads_attention=True, options=PriorityHeads(), cite=("sparsevlm",))

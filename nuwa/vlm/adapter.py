@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nuwa.allowed import check_word
 from nuwa.errors import UserError
 from nuwa.grid import PatchGrid
 from nuwa.image_rules import ImageRules
@@ -388,8 +389,7 @@ class Adapter(ABC):
 
 def check_framing(family: type[Adapter], conversation: str, image_aspect_ratio: str) -> None:
     """Raises ``ValueError`` that names the argument and what is allowed for models of ``family``."""
-    if conversation not in CONVERSATIONS:
-        raise ValueError(f"conversation {conversation!r} is unknown; allowed: {', '.join(CONVERSATIONS)}")
+    check_word("conversation", conversation, CONVERSATIONS)
     allowed = ASPECT_RATIOS if family.pads else ASPECT_RATIOS[:1]
     if image_aspect_ratio not in allowed:
         raise ValueError(

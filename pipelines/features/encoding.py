@@ -24,7 +24,7 @@ from pipelines.features.layouts import layouts_of
 from pipelines.features.loading import FULL_PRECISION, Loading, load_model
 from pipelines.features.signals import signal_bytes, signal_dtype
 from pipelines.features.store import FeatureStore
-from pipelines.files.storage import is_uri
+from pipelines.files.storage import everywhere
 from pipelines.settings import ClusterSettings, FeatureSettings
 from pipelines.workers import UnitsFailed, run_units
 
@@ -155,7 +155,7 @@ def encode_missing(
     spec = EncodeSpec(
         model=model,
         images=str(images_path.resolve()),
-        root=str(root if is_uri(root) else Path(root).resolve()),
+        root=everywhere(root),
         identity=identity,
         dtype=settings.dtype,
         keep=settings.keep,
