@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from nuwa.pruner.instructions import Conversations, InstructionDataError, Instru
 from nuwa.pruner.train import build_learner, train_pruner
 from nuwa.source import closure, digest_of
 from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS, WeightsError, read_lpm
-from nuwa.training import Log, PhaseSchedule
+from nuwa.training import PhaseSchedule
 from nuwa.vlm import LlavaAdapter
 from nuwa.vlm.shapes import model_shape
 from pipelines.settings import SCENES, Settings, SettingsError
-from pipelines.tracking.training import training_log
+from pipelines.tracking.training import shown_training
 from stages.entry import CACHE, run_stage
 
 WARMUP, DECAY_SHARE = 10, 0.5
@@ -52,6 +51,7 @@ def _train(settings: Settings) -> None:
     instructions = None if recipe.data == SCENES else _instructions(settings)
     if instructions is not None and main:
         print(instructions, flush=True)
+
     model = settings.model
     framing = {"conversation": model.conversation, "image_aspect_ratio": model.image_aspect_ratio}
     vlm = LlavaAdapter.load(model.path, dtype=getattr(torch, model.dtype), **framing)
@@ -60,6 +60,7 @@ def _train(settings: Settings) -> None:
         data = Scenes(vlm, recipe.seed, recipe.images, recipe.share)
     else:
         data = Conversations(vlm, instructions, recipe.max_tokens)
+
     facts = {"parameters": recipe.model_dump(), "model": vlm.fingerprint()}
     if instructions is not None:
         facts["data"] = instructions.digest
@@ -68,13 +69,16 @@ def _train(settings: Settings) -> None:
         print(f"{DEFAULT_WEIGHTS} is of this recipe, data, model and code already; `make pruner` trains it again")
         return
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    with ExitStack() as stack:
-        log = _mlflow(stack, settings, identity) if main else (lambda step, metrics: None)
 
-        def show(step: int, metrics: dict[str, float]) -> None:
-            print(step, json.dumps({name: round(value, 4) for name, value in metrics.items()}), flush=True)
-            log(step, metrics)
-
+    tracking = settings.tracking
+    with shown_training(
+        tracking.resolved_uri,
+        tracking.experiment,
+        "pruner training",
+        logged=main,
+        training_id=identity,
+        params=recipe.model_dump(),
+    ) as show:
         train_pruner(
             build_learner(
                 vlm, recipe.seed, recipe.sparsity, recipe.keep_share, recipe.penalty_weight, recipe.recompute
@@ -120,14 +124,6 @@ def _instructions(settings: Settings) -> Instructions:
         )
     path = Path(recipe.data)
     return read_instructions(path, Path(recipe.images_folder or path.parent), recipe.seed, recipe.share)
-
-
-def _mlflow(stack: ExitStack, settings: Settings, identity: str) -> Log:
-    tracking, params = settings.tracking, settings.pruner.model_dump()
-    run = training_log(
-        tracking.resolved_uri, tracking.experiment, "pruner training", training_id=identity, params=params
-    )
-    return stack.enter_context(run)
 
 
 if __name__ == "__main__":

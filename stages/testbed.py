@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import ExitStack
 from pathlib import Path
 
 from accelerate import PartialState
 
 from nuwa.source import code_fingerprint
 from nuwa.testbed.train import LANGUAGE_EVALUATE_EVERY, LANGUAGE_WARMUP, train_testbed
-from nuwa.training import Log, PhaseSchedule
+from nuwa.training import PhaseSchedule
 from pipelines.settings import Settings
-from pipelines.tracking.training import training_log
+from pipelines.tracking.training import shown_training
 from stages.entry import CACHE, run_stage
 
 TESTBED_MODEL = Path("models/testbed")
@@ -27,13 +26,15 @@ def testbed(settings: Settings) -> None:
     recipe = settings.testbed
     content = json.dumps([recipe.model_dump(), code_fingerprint(("testbed", "training"))], sort_keys=True)
     identity = hashlib.sha256(content.encode()).hexdigest()[:16]
-    with ExitStack() as stack:
-        log = (lambda step, metrics: None) if not PartialState().is_main_process else _mlflow(stack, settings, identity)
-
-        def show(step: int, metrics: dict[str, float]) -> None:
-            print(step, json.dumps({name: round(value, 4) for name, value in metrics.items()}), flush=True)
-            log(step, metrics)
-
+    tracking = settings.tracking
+    with shown_training(
+        tracking.resolved_uri,
+        tracking.experiment,
+        "testbed training",
+        logged=PartialState().is_main_process,
+        training_id=identity,
+        params=recipe.model_dump(),
+    ) as show:
         train_testbed(
             TESTBED_MODEL,
             CACHE / "training" / identity,
@@ -45,14 +46,6 @@ def testbed(settings: Settings) -> None:
             compile_layers=recipe.compile,
             log=show,
         )
-
-
-def _mlflow(stack: ExitStack, settings: Settings, identity: str) -> Log:
-    tracking, params = settings.tracking, settings.testbed.model_dump()
-    run = training_log(
-        tracking.resolved_uri, tracking.experiment, "testbed training", training_id=identity, params=params
-    )
-    return stack.enter_context(run)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 from pipelines.tracking.open_runs import begun, ended
 from pipelines.tracking.runs import mlflow_metrics
 from pipelines.tracking.store import TrackingStore
@@ -62,3 +60,23 @@ def training_log(
         raise
     finally:
         close(status)
+
+
+@contextlib.contextmanager
+def shown_training(
+    uri: str | None, experiment: str, run_name: str, *, logged: bool, training_id: str, params: Mapping[str, object]
+) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Yield `show(step, metrics)`, which prints a line and, where it is `logged`, adds to the curves of the run.
+
+    Of several processes one logs. The rest, and errors, as of :func:`training_log`.
+    """
+    with contextlib.ExitStack() as stack:
+        curves = training_log(uri, experiment, run_name, training_id=training_id, params=params)
+        log = stack.enter_context(curves) if logged else None
+
+        def show(step: int, metrics: Mapping[str, float]) -> None:
+            print(step, json.dumps({name: round(value, 4) for name, value in metrics.items()}), flush=True)
+            if log is not None:
+                log(step, metrics)
+
+        yield show
