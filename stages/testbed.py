@@ -26,6 +26,7 @@ def testbed(settings: Settings) -> None:
     recipe = settings.testbed
     content = json.dumps([recipe.model_dump(), code_fingerprint(("testbed", "training"))], sort_keys=True)
     identity = hashlib.sha256(content.encode()).hexdigest()[:16]
+
     tracking = settings.tracking
     with shown_training(
         tracking.resolved_uri,

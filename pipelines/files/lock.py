@@ -104,23 +104,23 @@ def _processes() -> str:
 
 @contextmanager
 def _leased(lease: Path) -> Iterator[None]:
-    mine = Holder.here()
-    _take(lease, mine)
+    taker = Holder.here()
+    _take(lease, taker)
     ended = threading.Event()
-    touching = threading.Thread(target=_keep_touching, args=(lease, mine, ended), daemon=True, name="lease")
+    touching = threading.Thread(target=_keep_touching, args=(lease, taker, ended), daemon=True, name="lease")
     touching.start()
     try:
         yield
     finally:
         ended.set()
         touching.join()
-        if Holder.of(lease) == mine:
+        if Holder.of(lease) == taker:
             lease.unlink(missing_ok=True)
 
 
-def _take(lease: Path, mine: Holder) -> None:
+def _take(lease: Path, taker: Holder) -> None:
     """Create ``lease``, or take over one whose holder is gone or silent; raises :class:`WorkDirectoryBusy`."""
-    while not _create(lease, mine):
+    while not _create(lease, taker):
         holder = Holder.of(lease)
         if not _is_dead(lease):
             who = f"{holder.user} on {holder.host}, process {holder.pid}" if holder else "another sweep"
@@ -128,7 +128,7 @@ def _take(lease: Path, mine: Holder) -> None:
                 f"{lease.parent} is in use by {who}; wait for it or stop it. If it is dead, {lease} is free "
                 f"{SILENT_S / 60:.0f} minutes after its last sign of life"
             )
-        _remove_dead(lease, mine)
+        _remove_dead(lease, taker)
 
 
 def _is_dead(lease: Path) -> bool:
@@ -136,10 +136,10 @@ def _is_dead(lease: Path) -> bool:
     return (holder is not None and holder.is_gone) or _is_silent(lease)
 
 
-def _remove_dead(lease: Path, mine: Holder) -> None:
+def _remove_dead(lease: Path, taker: Holder) -> None:
     """Remove ``lease`` if it is dead, one process at a time: what was dead a moment ago may be another's by now."""
     removing = lease.with_name(f"{lease.name}.removing")
-    if not _create(removing, mine):
+    if not _create(removing, taker):
         if _is_dead(removing):
             removing.unlink(missing_ok=True)
         time.sleep(0.05)
@@ -151,10 +151,10 @@ def _remove_dead(lease: Path, mine: Holder) -> None:
         removing.unlink(missing_ok=True)
 
 
-def _create(lease: Path, mine: Holder) -> bool:
+def _create(lease: Path, taker: Holder) -> bool:
     """Whether this process is the one that has made ``lease``; it appears with its content."""
-    fresh = lease.with_name(f".{lease.name}.{mine.token}.tmp")
-    fresh.write_text(json.dumps(asdict(mine)))
+    fresh = lease.with_name(f".{lease.name}.{taker.token}.tmp")
+    fresh.write_text(json.dumps(asdict(taker)))
     try:
         os.link(fresh, lease)
     except FileExistsError:
@@ -162,16 +162,16 @@ def _create(lease: Path, mine: Holder) -> bool:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
-        return _create_in_place(lease, mine)  # a file system without hard links
+        return _create_in_place(lease, taker)  # a file system without hard links
     finally:
         fresh.unlink(missing_ok=True)
     return True
 
 
-def _create_in_place(lease: Path, mine: Holder) -> bool:
+def _create_in_place(lease: Path, taker: Holder) -> bool:
     try:
         with open(lease, "x") as content:
-            content.write(json.dumps(asdict(mine)))
+            content.write(json.dumps(asdict(taker)))
     except FileExistsError:
         return False
     return True
@@ -189,8 +189,8 @@ def _is_silent(lease: Path) -> bool:
         now.unlink(missing_ok=True)
 
 
-def _keep_touching(lease: Path, mine: Holder, ended: threading.Event) -> None:
+def _keep_touching(lease: Path, taker: Holder, ended: threading.Event) -> None:
     while not ended.wait(TOUCH_S):
         with contextlib.suppress(OSError):  # the mount may be away for a while
-            if Holder.of(lease) == mine:
+            if Holder.of(lease) == taker:
                 os.utime(lease)

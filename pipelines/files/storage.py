@@ -223,6 +223,7 @@ class Folder:
             self._move(name, aside, moved)
         except FileNotFoundError:
             return None
+
         try:
             damaged = still is None or still(aside, moved)
         finally:

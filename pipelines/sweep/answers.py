@@ -501,6 +501,7 @@ def run_sweep(
     at most this share of all answers is missing, that is an outcome and no error.
     """
     stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(tidy=True)]
+
     units, cached = plan_units(trials, examples, stored, costs, speed, unit_images, reuse=spec.reuse)
     on_start(units, cached)
     try:
