@@ -13,7 +13,7 @@ from PIL import Image
 
 import nuwa
 from nuwa.decoder import Trunk
-from nuwa.generation import plan, select
+from nuwa.generation import ImageBatch, plan, select
 from nuwa.methods import specify
 from nuwa.vlm import LlavaAdapter, adapt
 
@@ -109,7 +109,7 @@ def run(vlm, spec, images, asked):
     layout = encoded[0].layout
     planned = plan(vlm, spec, layout)
     ids = [f"photo {number}" for number in range(len(images))]
-    selection = select(vlm, planned, layout, encoded, ids)
+    selection = select(vlm, planned, layout, ImageBatch(encoded=encoded, names=ids))
     prompts = [[vlm.encode_prompt(text) for text in texts] for texts in asked]
     trunk = Trunk(vlm, selection, prompts, spec.position, ids, layout)
     heard: list[torch.Tensor] = []

@@ -12,7 +12,7 @@ from oracles.masked_model import eager_copy
 from PIL import Image
 
 from nuwa.decoder import Trunk
-from nuwa.generation import plan, select
+from nuwa.generation import ImageBatch, plan, select
 from nuwa.methods import specify
 from nuwa.vlm import LlavaAdapter
 
@@ -84,7 +84,7 @@ def decode(vlm, spec, images, asked):
     layout = encoded[0].layout
     planned = plan(vlm, spec, layout)
     names = [f"photo {number}" for number in range(len(images))]
-    selection = select(vlm, planned, layout, encoded, names)
+    selection = select(vlm, planned, layout, ImageBatch(encoded=encoded, names=names))
     prompts = [[vlm.encode_prompt(text) for text in texts] for texts in asked]
     trunk = Trunk(vlm, selection, prompts, spec.position, names, layout)
     heard: list[torch.Tensor] = []
@@ -156,7 +156,7 @@ def test_batches_of_1_8_and_64_give_the_same_answers(tiny_vlm, scenes, method):
         """``asked``: questions by image."""
         rows = list(asked)
         names = [f"photo {row}" for row in rows]
-        selection = select(tiny_vlm, planned, layout, [encoded[row] for row in rows], names)
+        selection = select(tiny_vlm, planned, layout, ImageBatch(encoded=[encoded[row] for row in rows], names=names))
         prompts = [[tiny_vlm.encode_prompt(text) for text in texts] for texts in asked.values()]
         trunk = Trunk(tiny_vlm, selection, prompts, spec.position, names, layout)
         found = trunk.answer(spec.running_cuts(planned.schedule), [3] * sum(map(len, prompts)), spec.seed)
