@@ -94,7 +94,7 @@ def _answer(truth: dict, right: bool, rng: np.random.Generator) -> str:
 
 def score_sweep(folder: Path) -> dict[str, float]:
     """Read, score and write as the stage does; seconds and this process's peak memory."""
-    from stages.evaluate import score_tables, write_scores
+    from stages.evaluate import score_tables, write_table
 
     before = _peak_gib()
     started, cpu = time.perf_counter(), time.process_time()
@@ -105,7 +105,7 @@ def score_sweep(folder: Path) -> dict[str, float]:
         resamples=1000,
         seed=0,
     )
-    write_scores(scores, folder / "scores.parquet")
+    write_table(scores, folder / "scores.parquet")
     seconds = time.perf_counter() - started
     cpu = time.process_time() - cpu
     return {

@@ -385,6 +385,23 @@ class SweepSettings(Section):
         return self
 
 
+class AgainstSettings(Section):
+    """The main trial of every budget that all others are held against."""
+
+    method: str = "nuwa"
+    """As in a grid."""
+    preset: str | None = "released"
+    """As in a grid; null is the first there is."""
+    position: PositionName = "own"
+    """Its position ids."""
+
+    @model_validator(mode="after")
+    def _method_exists(self) -> AgainstSettings:
+        if self.method not in RECIPES:
+            raise ValueError(unknown("method", self.method, RECIPES))
+        return self
+
+
 class EvaluateSettings(Section):
     """Bootstrap over images."""
 
@@ -394,6 +411,10 @@ class EvaluateSettings(Section):
     """Draws them."""
     grades: Annotated[str, Field(min_length=1)] | None = None
     """A file of grades for benchmarks that a judge scores, such as ``mmvet:judged`` (:mod:`pipelines.scores.grades`)."""
+    against: AgainstSettings = AgainstSettings()
+    """What every other main trial of a budget is compared with, pair by pair (:mod:`pipelines.scores.comparisons`)."""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Of retention: a trial this near the unpruned model, surely, is called equivalent to it."""
 
 
 class ProfileSettings(Section):

@@ -13,39 +13,49 @@ from nuwa.budget import budget_tokens
 from pipelines.data.datasets import choose_questions
 from pipelines.data.left_out import left_out, without
 from pipelines.files.atomic import atomic_path
-from pipelines.scores.evidence import LIMIT_REACHED
-from pipelines.scores.evidence import evaluate as score
+from pipelines.scores.comparisons import compare, pairs_of
+from pipelines.scores.evidence import LIMIT_REACHED, gather, score_table
 from pipelines.scores.grades import read_grades
 from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
 from pipelines.settings import Settings
-from stages.entry import EXAMPLES, HEADLINE, METRICS, PLOTS, PREDICTIONS, SCORES, SWEEP, TRIALS, run_stage
+from stages.entry import COMPARISONS, EXAMPLES, HEADLINE, METRICS, PLOTS, PREDICTIONS, SCORES, SWEEP, TRIALS, run_stage
 from stages.track import track
 
 
 def score_tables(
     trials: Path, examples: pd.DataFrame, predictions: Path, resamples: int, seed: int, grades: Path | None = None
 ) -> pd.DataFrame:
-    """The table of scores from files of trials and predictions; of predictions only what scoring needs is read."""
+    """The table of scores from files of trials and predictions."""
+    answers = read_answers(predictions)
+    given = read_grades(grades) if grades else None
+    return score_table(gather(pd.read_parquet(trials), examples, answers, resamples, seed, given), examples, answers)
+
+
+def read_answers(predictions: Path) -> pd.DataFrame:
+    """Of a table of predictions what scoring needs."""
     columns = ["trial_id", "example_id", "prediction"]
     further = [LIMIT_REACHED] if LIMIT_REACHED in pq.read_schema(predictions).names else []
-    answers = pq.read_table(predictions, columns=[*columns, *further], read_dictionary=columns).unify_dictionaries()
-    given = read_grades(grades) if grades else None
-    return score(pd.read_parquet(trials), examples, answers.to_pandas(), resamples, seed, given)
+    table = pq.read_table(predictions, columns=[*columns, *further], read_dictionary=columns)
+    return table.unify_dictionaries().to_pandas()
 
 
-def write_scores(scores: pd.DataFrame, target: Path) -> None:
+def write_table(table: pd.DataFrame, target: Path) -> None:
     with atomic_path(target) as path:
-        pq.write_table(pa.Table.from_pandas(scores, preserve_index=False), path)
+        pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path)
 
 
 def evaluate(settings: Settings) -> None:
     plan = settings.sweep
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     answered, recipe = without(questions.examples, left_out(SWEEP)), settings.evaluate
-    grades = Path(recipe.grades) if recipe.grades else None
-    scores = score_tables(TRIALS, answered, PREDICTIONS, recipe.resamples, recipe.seed, grades)
-    write_scores(scores, SCORES)
-    trials = pd.read_parquet(TRIALS)
+    grades = read_grades(Path(recipe.grades)) if recipe.grades else None
+    trials, answers = pd.read_parquet(TRIALS), read_answers(PREDICTIONS)
+    evidence = gather(trials, answered, answers, recipe.resamples, recipe.seed, grades)
+    scores = score_table(evidence, answered, answers)
+    write_table(scores, SCORES)
+    pairs = pairs_of(trials, recipe.against)
+    write_table(compare(evidence, pairs, recipe.margin), COMPARISONS)
+
     headline = budget_tokens(settings.report.headline_budget, plan.budget_unit, int(trials["image_tokens"].iloc[0]))
     with atomic_path(METRICS) as path:
         path.write_text(json.dumps(headline_metrics(trials, scores, headline), indent=1) + "\n")

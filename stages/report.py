@@ -26,7 +26,8 @@ def report(settings: Settings) -> None:
     if missing := facts.get("missing"):
         provenance["missing answers"] = missing
     about = TESTBED if settings.prepare.tables is None else ""
-    inputs = ReportInputs.load(DATA, provenance, partial(places_of_model, settings.model.path), about)
+    places, margin = partial(places_of_model, settings.model.path), settings.evaluate.margin
+    inputs = ReportInputs.load(DATA, provenance, places, about, margin)
     tokens = int(inputs.trials["image_tokens"].iloc[0])
     headline = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)
     build_report(inputs, REPORT, headline)

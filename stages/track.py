@@ -13,7 +13,7 @@ from pipelines.settings import Settings
 from pipelines.tracking.revision import git_and_dvc_tags
 from pipelines.tracking.runs import trial_runs
 from pipelines.tracking.tracker import Tracker
-from stages.entry import HEADLINE, METRICS, PLOTS, REPORT, SCORES, SWEEP, TIMINGS, TRIALS, run_stage
+from stages.entry import COMPARISONS, HEADLINE, METRICS, PLOTS, REPORT, SCORES, SWEEP, TIMINGS, TRIALS, run_stage
 
 
 def track(settings: Settings, *, with_report: bool = True) -> None:
@@ -29,7 +29,14 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
         tracker.parent(facts["name"], facts["counts"], tags)
         tracker.dataset("examples", facts["fingerprints"]["data"][:32], facts["counts"]["questions"])
         tracker.trials(trial_runs(trials, scores, _seconds(trials), tags))
-        for path, place in ((SCORES, None), (METRICS, None), (HEADLINE, None), (PLOTS, "plots"), (REPORT, "report")):
+        for path, place in (
+            (SCORES, None),
+            (COMPARISONS, None),
+            (METRICS, None),
+            (HEADLINE, None),
+            (PLOTS, "plots"),
+            (REPORT, "report"),
+        ):
             if path.exists() and (with_report or path != REPORT):
                 tracker.artifacts(path, place)
 

@@ -2,13 +2,15 @@
 
 The claim under test is Nüwa's (abstract): at 11 % of the tokens it keeps grounding that other methods lose (47 % of it
 against VisionZip's 7 %) and about as much visual question answering. The verdict looks at grounding, where the methods
-are said to differ, and needs intervals apart to call one ahead of another.
+are said to differ, and calls one ahead of another where their paired difference is sure after correction for all pairs of
+its kind (:mod:`pipelines.scores.comparisons`); intervals that overlap decide nothing.
 """
 
 from __future__ import annotations
 
-from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, TrialRow
+from pipelines.report.outcomes import FAMILIES, Difference, Estimate, Outcomes, TrialRow
 from pipelines.report.style import benchmark_name, percent, plain_number, position_name
+from pipelines.scores.comparisons import AGAINST, AHEAD, BEHIND, CONTROL, POSITION
 
 FAMILY_WORDS = {"grounding": "grounding", "vqa": "visual question answering"}
 
@@ -16,6 +18,19 @@ FAMILY_WORDS = {"grounding": "grounding", "vqa": "visual question answering"}
 def describe(estimate: Estimate) -> str:
     """``47.2 % [44.0, 50.1]``, with blanks that do not break."""
     return f"{percent(estimate.value)}\u00a0% [{percent(estimate.low)},\u00a0{percent(estimate.high)}]"
+
+
+def points(difference: Difference) -> str:
+    """``3.1 points [1.2, 5.0], p = 0.012``: how far apart, whichever is ahead."""
+    ends = sorted((abs(difference.low), abs(difference.high))) if difference.low * difference.high > 0 else None
+    low, high = ends or (difference.low, difference.high)
+    return (
+        f"{percent(abs(difference.value))}\u00a0points [{percent(low)},\u00a0{percent(high)}], {p_text(difference.p)}"
+    )
+
+
+def p_text(p: float) -> str:
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
 
 
 def finding(outcomes: Outcomes, budget: float) -> list[str]:
@@ -29,8 +44,8 @@ def finding(outcomes: Outcomes, budget: float) -> list[str]:
     sentences = [_kept(outcomes, nuwa, ours, budget) + _beside(outcomes, trials)]
     rivals = _grounded(outcomes, [trial for trial in trials if trial.method != "nuwa"])
     if rivals:
-        sentences.append(_verdict(outcomes, nuwa, ours, max(rivals, key=_value)))
-    further = [text for text in (_positions(outcomes, trials), _learned(outcomes, trials)) if text]
+        sentences.append(_verdict(outcomes, nuwa, max(rivals, key=_value), budget))
+    further = [text for text in (_positions(outcomes, trials, budget), _learned(outcomes, trials, budget)) if text]
     return sentences + further + _undefined(outcomes)
 
 
@@ -77,76 +92,74 @@ def _beside(outcomes: Outcomes, trials: list[TrialRow]) -> str:
     return text + (f" and {describe(vqa)} of the latter." if vqa is not None else ".")
 
 
-def _verdict(outcomes: Outcomes, nuwa: TrialRow, ours: Estimate, rival: tuple[TrialRow, Estimate]) -> str:
+def _verdict(outcomes: Outcomes, nuwa: TrialRow, rival: tuple[TrialRow, Estimate], budget: float) -> str:
     best, other = rival
     name, rival_name = outcomes.name(nuwa), f"{outcomes.name(best)} with {_ids(best)}"
-    if ours.low > other.high:
+    lead = outcomes.difference(AGAINST, budget, best, nuwa, "grounding")
+    if lead is None:
         return (
-            f"The paper’s claim holds here: no other method keeps as much grounding, "
-            f"the next being {rival_name} at {describe(other)}."
+            f"The best of the others is {rival_name} at {describe(other)}; pairs were held against another trial than "
+            f"{name} (evaluate.against), so nothing is said on the paper’s claim."
         )
-    if other.low > ours.high:
+
+    told = f"{points(lead)} after correction for {lead.together} comparisons"
+    if lead.verdict == BEHIND:
         return (
-            f"On these data the paper’s claim does not hold: {rival_name} keeps more grounding than {name}, {describe(other)}, "
-            f"and the intervals do not overlap."
+            f"The paper’s claim holds here: no other method keeps as much grounding, the next being {rival_name} at "
+            f"{describe(other)}, behind by {told}."
         )
-    order = "ahead of" if ours.value > other.value else "level with" if ours.value == other.value else "behind"
+    if lead.verdict == AHEAD:
+        return (
+            f"On these data the paper’s claim does not hold: {rival_name} keeps more grounding than {name}, "
+            f"{describe(other)}, ahead by {told}."
+        )
+    order = "ahead" if lead.value < 0 else "level" if lead.value == 0 else "behind"
     return (
-        f"These data neither confirm nor refute the paper’s claim: {name} is {order} {rival_name}, {describe(other)}, "
-        f"but their intervals overlap."
+        f"These data neither confirm nor refute the paper’s claim: {name} is {order} in the sample, but is not told apart "
+        f"from {rival_name}, {describe(other)}: {told}."
     )
 
 
-def _positions(outcomes: Outcomes, trials: list[TrialRow]) -> str | None:
+def _positions(outcomes: Outcomes, trials: list[TrialRow], budget: float) -> str | None:
     """Finding 3 of the paper: other position ids with the same VisionZip tokens."""
-    by_position = {
-        trial.position: outcomes.retention(trial, "grounding") for trial in trials if trial.method == "visionzip"
-    }
+    by_position = {trial.position: trial for trial in trials if trial.method == "visionzip"}
     compressed = by_position.pop("perc", None)
-    others = [(position, estimate) for position, estimate in sorted(by_position.items()) if estimate is not None]
-    if compressed is None or not others:
+    below = outcomes.retention(compressed, "grounding") if compressed is not None else None
+    if compressed is None or below is None:
+        return None
+    others = []
+    for _, trial in sorted(by_position.items()):
+        estimate = outcomes.retention(trial, "grounding")
+        difference = outcomes.difference(POSITION, budget, trial, compressed, "grounding")
+        if estimate is not None and difference is not None:
+            others.append((trial, estimate, difference))
+    if not others:
         return None
 
-    parts = " and ".join(f"{describe(estimate)} with {position_name(position)} ids" for position, estimate in others)
-    # The interval of the best kind of ids must be clear of that of the compressed ones to say anything.
-    best = max(others, key=lambda other: other[1].value)[1]
-    if best.low > compressed.high:
-        word = "matter"
-    elif best.high < compressed.low:
-        word = "do not help"
-    else:
-        word = "make no clear difference"
-
-    return (
-        f"Position ids {word}: the same VisionZip tokens keep {parts}, and {describe(compressed)} with compressed ones."
-    )
+    parts = " and ".join(f"{describe(kept)} with {position_name(trial.position)} ids" for trial, kept, _ in others)
+    best = max(others, key=lambda other: other[1].value)[2]
+    word = {AHEAD: "matter", BEHIND: "do not help"}.get(best.verdict, "make no clear difference")
+    return f"Position ids {word}: the same VisionZip tokens keep {parts}, and {describe(below)} with compressed ones."
 
 
-def _learned(outcomes: Outcomes, trials: list[TrialRow]) -> str | None:
+def _learned(outcomes: Outcomes, trials: list[TrialRow], budget: float) -> str | None:
     """LearnPruner against its control: random tokens behind the same stage 2."""
     learned = _first(trials, "learnpruner", ("pesp", "rpme", "perc"))
     if learned is None:
         return None
-    alike = ("position", "stage1_keep", "cuts", "stage2_scorer", "budget")
-    controls = [
-        trial
-        for trial in trials
-        if trial.method == "random" and all(getattr(trial, name) == getattr(learned, name) for name in alike)
-    ]
-    if not controls:
-        return None
     parts = []
 
     for family, name in FAMILY_WORDS.items():
-        ours, other = outcomes.retention(learned, family), outcomes.retention(controls[0], family)
-        if ours is not None and other is not None:
-            if ours.low > other.high:
-                verdict = "beats its control"
-            elif ours.high < other.low:
-                verdict = "does not beat its control"
-            else:
-                verdict = "is not told from its control, as their intervals overlap"
-            parts.append(f"on {name} it {verdict} ({describe(ours)} against {describe(other)})")
+        for control in (trial for trial in outcomes.trials if trial.method == "random"):
+            difference = outcomes.difference(CONTROL, budget, learned, control, family)
+            ours, other = outcomes.retention(learned, family), outcomes.retention(control, family)
+            if difference is None or ours is None or other is None:
+                continue
+            verdict = {AHEAD: "beats its control", BEHIND: "does not beat its control"}.get(
+                difference.verdict, "is not told from its control"
+            )
+            told = f"{describe(ours)} against {describe(other)}, {p_text(difference.p)}"
+            parts.append(f"on {name} it {verdict} ({told})")
     if not parts:
         return None
     return f"LearnPruner’s learned choice of tokens against a random one behind the same stage 2: {'; '.join(parts)}."

@@ -1,4 +1,4 @@
-"""What the report reads: six Parquet files and a table of timings, checked before anything is drawn."""
+"""What the report reads: seven Parquet files and a table of timings, checked before anything is drawn."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nuwa.errors import UserError
 from pipelines.axes import COLUMNS as TRIAL_COLUMNS
 from pipelines.data.datasets import read_notes
 from pipelines.report.places import Size, TokenPlaces
+from pipelines.scores.comparisons import COLUMNS as COMPARISON_COLUMNS
 
 REMEDY = "run `dvc repro evaluate` to make it"
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -24,6 +25,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "trial_id", "benchmark", "family", "metric", "score", "low", "high", "n", "headline",
         "retention", "retention_low", "retention_high",
     ),
+    "comparisons": tuple(COMPARISON_COLUMNS),
     "examples": ("example_id", "benchmark", "family", "image", "question", "truth", "width", "height"),
     "predictions": ("trial_id", "example_id", "prediction", "kept_final"),
     "kept": ("trial_id", "image", "indices", "pillar"),
@@ -79,7 +81,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 class ReportInputs:
     """The record of one run.
 
-    ``trials``, ``scores`` and ``examples`` are small and held as tables. ``predictions``, ``kept`` and ``images`` grow
+    ``trials``, ``scores``, ``comparisons`` and ``examples`` are small and held as tables. ``predictions``, ``kept`` and ``images`` grow
     with trials × examples; they stay Arrow datasets, of which the gallery reads the few rows it shows.
     ``profile``, ``search``: what the stages of these names left, where there is any.
     ``places``: where the tokens of an image of that width and height lie, for models whose images have layouts of their
@@ -89,6 +91,7 @@ class ReportInputs:
 
     trials: pd.DataFrame
     scores: pd.DataFrame
+    comparisons: pd.DataFrame
     examples: pd.DataFrame
     predictions: ds.Dataset
     kept: ds.Dataset
@@ -99,6 +102,7 @@ class ReportInputs:
     places: Callable[[Size], TokenPlaces] | None = None
     notes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # questions not shown whole, by benchmark
     about: str = ""  # a sentence on what was measured, where names alone would mislead
+    margin: float = 0.01  # of retention, within which a trial was called equivalent to the unpruned one
 
     @property
     def search_of_this_model(self) -> SearchRecord | None:
@@ -115,6 +119,7 @@ class ReportInputs:
         provenance: Mapping[str, str] | None = None,
         places: Callable[[Size], TokenPlaces] | None = None,
         about: str = "",
+        margin: float = 0.01,
     ) -> ReportInputs:
         """Open the files of ``data_dir``.
 
@@ -125,7 +130,7 @@ class ReportInputs:
         datasets = {name: _open(Path(data_dir) / f"{name}.parquet", columns) for name, columns in COLUMNS.items()}
         tables = {
             name: datasets[name].to_table(columns=list(COLUMNS[name])).to_pandas()
-            for name in ("trials", "scores", "examples")
+            for name in ("trials", "scores", "comparisons", "examples")
         }
 
         if not (tables["trials"]["method"] == "unpruned").any():
@@ -136,6 +141,7 @@ class ReportInputs:
         return cls(
             trials=tables["trials"],
             scores=tables["scores"],
+            comparisons=tables["comparisons"],
             examples=tables["examples"],
             predictions=datasets["predictions"],
             kept=datasets["kept"],
@@ -145,6 +151,7 @@ class ReportInputs:
             profile=_profile(Path(data_dir) / "profile.csv"),
             search=SearchRecord.load(Path(data_dir) / "search"),
             about=about,
+            margin=margin,
             places=places,
         )
 
@@ -170,6 +177,6 @@ def _open(path: Path, columns: tuple[str, ...]) -> ds.Dataset:
     missing = [column for column in columns if column not in dataset.schema.names]
     if missing:
         raise UnusableRecord(f"{path} lacks the columns {', '.join(missing)}; {REMEDY}")
-    if rows == 0:
+    if rows == 0 and path.stem != "comparisons":  # a run of one trial has no pair
         raise UnusableRecord(f"{path} has no rows; {REMEDY}")
     return dataset

@@ -21,6 +21,7 @@ from pipelines.report.style import (
     position_rank,
     setting_text,
 )
+from pipelines.scores.comparisons import AGAINST
 
 COMPARED = ("method", "preset", "position", "budget")  # what the main grids may vary
 STAGE2 = ("stage2_layer", "stage2_scorer", "stage2_recycling")
@@ -37,6 +38,21 @@ class Estimate:
     low: float
     high: float
     n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A trial's retention less another's, from the same images: :mod:`pipelines.scores.comparisons`.
+
+    ``p``: corrected for all ``together`` pairs of its kind. ``verdict``: in the words of that module.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    together: int
+    verdict: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +136,7 @@ class Outcomes:
         self._scores: dict[tuple[str, str], Estimate] = {}
         self._retention: dict[tuple[str, str], Estimate] = {}
         self._read_scores(inputs.scores)
+        self._differences = _differences(inputs.comparisons)
         self.columns = _columns(inputs.scores)
         grids = sorted({name for trial in self.trials for name in trial.grids})
         others = [name for name in grids if name not in self.unpruned.grids]
@@ -156,6 +173,29 @@ class Outcomes:
     def retention(self, trial: TrialRow, family: str) -> Estimate | None:
         """Unweighted mean retention over the benchmarks of ``grounding`` or ``vqa``."""
         return _known(self._retention.get((trial.trial_id, family)))
+
+    def difference(
+        self, question: str, budget: float, trial: TrialRow, reference: TrialRow, family: str
+    ) -> Difference | None:
+        """In mean retention, where the pair was compared and both have one."""
+        known = self._differences.get((question, budget, trial.trial_id, reference.trial_id, family))
+        return None if known is None or math.isnan(known.value) else known
+
+    def held_against(self, budget: float) -> TrialRow | None:
+        """The trial that all others of a budget are compared with."""
+        known = {key[3] for key in self._differences if key[:2] == (AGAINST, budget)}
+        return next((trial for trial in self.trials if trial.trial_id in known), None)
+
+
+def _differences(comparisons: pd.DataFrame) -> dict[tuple[str, float, str, str, str], Difference]:
+    """By question, budget, trial, reference and family, of family means."""
+    rows = comparisons[comparisons["benchmark"] == MEAN]
+    return {
+        (row.question, row.budget, row.trial_id, row.reference, row.family): Difference(
+            row.difference, row.low, row.high, row.p_corrected, int(row.together), row.verdict
+        )
+        for row in rows.itertuples()
+    }
 
 
 def varying(trials: Iterable[TrialRow]) -> list[str]:

@@ -28,11 +28,13 @@ from pipelines.report.finding import finding
 from pipelines.report.gallery import gallery
 from pipelines.report.inputs import ReportInputs, UnusableRecord
 from pipelines.report.outcomes import FAMILIES, Outcomes
+from pipelines.report.pairs import pair_table
 from pipelines.report.published import published_model, published_retention, published_scores
 from pipelines.report.search import search_section
 from pipelines.report.style import FAMILIES as FAMILY_NAMES
 from pipelines.report.style import benchmark_name, plain_number, position_name, position_rank
 from pipelines.report.tables import budget_table, failure_table, side_by_side
+from pipelines.scores.sampled import FEW_IMAGES
 
 DIRECTORY = Path(__file__).parent
 GLYPH_WIDTH, GLYPH_LARGEST = 66, 1.2  # pixels; retention at the right end
@@ -98,6 +100,9 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "flops_convention": outcomes.unpruned.flops_convention,
         "headline": budget_table(outcomes, headline_budget),
         "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
+        "pairs": pair_table(outcomes, headline_budget),
+        "margin": f"{100 * inputs.margin:g}",
+        "few_images": inputs.examples["image"].nunique() < FEW_IMAGES,
         "curves": _chart("retention", _curves(outcomes)),
         "no_curves": "no trial has a retention" if outcomes.main else "the first grid of this run has no pruned trial",
         "ablations": [(item, _ablation_chart(item)) for item in ablations],

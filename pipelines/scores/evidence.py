@@ -1,8 +1,8 @@
 """Predictions → scores, retention against the unpruned model, and how sure one can be of them.
 
-Intervals are percentile bootstraps over *images*: questions of one image are not independent. Every trial is
-resampled with the same draws, so a retention is a paired ratio. An aggregate interval (mean retention of a family)
-comes from the same draws again.
+Intervals are bootstraps over *images* (:mod:`pipelines.scores.sampled`): questions of one image are not independent.
+Every trial is resampled with the same draws, so a retention is a paired ratio. An aggregate interval (mean retention of
+a family) comes from the same draws again.
 
 Answers repeat between trials, so each distinct (example, answer) is scored once; trials are taken in blocks, so memory
 follows the table, not the number of trials.
@@ -23,9 +23,8 @@ from nuwa.benchmarks import Benchmark, Sums
 from nuwa.errors import UserError
 from pipelines.data.datasets import parse_name
 from pipelines.scores.grades import REMEDY, Grades, GradesError
+from pipelines.scores.sampled import Sampled
 
-LEVEL = 0.95
-TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
 LIMIT_REACHED = "limit_reached"  # column of predictions, metric of scores
 BLOCK_BYTES = 64 * 1024**2  # what the resamples of one block of trials may take
 IMAGE_BLOCK = 4096  # images whose draws are multiplied at once
@@ -69,34 +68,26 @@ class Resamples:
             row[:] = rng.multinomial(len(images), share)
         return cls(tuple(images), weights)
 
-    def sums(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Weighted sums ``(trials, resamples, columns)`` of ``values`` ``(trials, examples, columns)``.
+    def sums(self, per_image: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """Weighted sums ``(trials, resamples, columns)`` of ``per_image`` ``(trials, present images, columns)``.
 
-        ``rows`` ``(examples,)``: each example's image. One trial's sums do not depend on which others are asked for.
+        ``present``: numbers of these images. One trial's sums do not depend on which others are asked for.
         """
-        order = np.argsort(rows, kind="stable")
-        present, starts = np.unique(rows[order], return_index=True)
-        per_image = np.add.reduceat(values[:, order], starts, axis=1)
-        total = np.zeros((len(values), len(self.weights), values.shape[2]))
+        total = np.zeros((len(per_image), len(self.weights), per_image.shape[2]))
         for start in range(0, len(present), IMAGE_BLOCK):
             block = slice(start, start + IMAGE_BLOCK)
             total += np.matmul(self.weights[:, present[block]].astype(np.float64), per_image[:, block])
         return total
 
 
-def intervals(draws: np.ndarray) -> np.ndarray:
-    """Percentile intervals ``(2, ...)`` of ``draws`` ``(..., resamples)``; undefined draws do not count, and where all
-    are undefined so is the interval."""
-    whole = np.isfinite(draws).all(axis=-1)
-    out = np.full((2, *draws.shape[:-1]), np.nan)
-    out[:, whole] = np.percentile(draws[whole], TAILS, axis=-1)
-    for place in zip(*np.nonzero(~whole & np.isfinite(draws).any(axis=-1)), strict=True):
-        out[(slice(None), *place)] = np.nanpercentile(draws[place], TAILS)
-    return out
+def _by_image(values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums ``(trials, present images, columns)`` of ``values`` ``(trials, examples, columns)``, and the images' numbers.
 
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+    ``rows`` ``(examples,)``: each example's image.
+    """
+    order = np.argsort(rows, kind="stable")
+    present, starts = np.unique(rows[order], return_index=True)
+    return np.add.reduceat(values[:, order], starts, axis=1), present
 
 
 @dataclass(frozen=True)
@@ -119,20 +110,35 @@ class ScoredBenchmark:
     def examples(self) -> int:
         return len(self.taken)
 
-    def metrics(self, trials: slice) -> tuple[Sums, Sums]:
-        """Metric → its value in the sample ``(trials,)`` and in every resample ``(trials, resamples)``."""
+    def metrics(self, trials: slice | np.ndarray) -> dict[str, Sampled]:
+        """Every metric of some trials, given by their numbers."""
         values, columns = self.values[self.taken[:, trials].T], self.columns
         if self.benchmark.summands is not None:
             further = self.benchmark.summands(self._table(values))
             values = np.concatenate([values, further.to_numpy(np.float64).reshape(*values.shape[:2], -1)], axis=2)
             columns = (*columns, *further.columns)
-        count = self.resamples.sums(np.ones((1, self.examples, 1)), self.image_rows)[..., 0]
-        drawn = self.resamples.sums(values, self.image_rows)
-        count = np.broadcast_to(count, drawn.shape[:2])
+        per_image, present = _by_image(values, self.image_rows)
+        questions, _ = _by_image(np.ones((1, self.examples, 1)), self.image_rows)
+
         whole = values.sum(axis=1)
         points = self._named(whole, columns, np.full(len(whole), float(self.examples)))
-        draws = self._named(drawn, columns, count)
-        return points, {name: np.where(count > 0, draw, np.nan) for name, draw in draws.items()}
+        draws = self._counted(
+            self.resamples.sums(per_image, present), columns, self.resamples.sums(questions, present)[..., 0]
+        )
+        rest = self._counted(whole[:, None] - per_image, columns, self.examples - questions[..., 0])
+        of, full = np.isin(np.arange(len(self.resamples.images)), present), None if self.benchmark.points else 1.0
+        metrics = {}
+        for name, point in points.items():
+            left_out = np.broadcast_to(point[:, None], (len(point), len(self.resamples.images))).copy()
+            left_out[:, present] = rest[name]
+            metrics[name] = Sampled(point, draws[name], left_out, of, full)
+        return metrics
+
+    def _counted(self, sums: np.ndarray, columns: tuple[str, ...], count: np.ndarray) -> Sums:
+        """Metrics of ``sums`` ``(trials, samples, columns)``; a sample without any question has none."""
+        count = np.broadcast_to(count, sums.shape[:2])
+        named = self._named(sums, columns, count)
+        return {name: np.where(count > 0, values, np.nan) for name, values in named.items()}
 
     def _named(self, sums: np.ndarray, columns: tuple[str, ...], count: np.ndarray) -> Sums:
         return self.benchmark.metrics(dict(zip(columns, np.moveaxis(sums, -1, 0), strict=True)) | {"n": count})
@@ -199,7 +205,6 @@ def _grades_of(
     """The grade of every pair of example and text that needs one."""
     if benchmark.graded is None:
         return {}
-
     ids = examples["example_id"].tolist()
     wanted = [(example, text) for example, text in pairs if benchmark.graded(texts[text], truths[example])]
     lacking = [ids[example] for example, text in wanted if (ids[example], texts[text]) not in grades]
@@ -212,12 +217,11 @@ def _grades_of(
 
 @dataclass(frozen=True)
 class Evidence:
-    """The scored answers of some trials; ``whole``: the unpruned model's headline per benchmark, in the sample and in
-    every resample."""
+    """The scored answers of some trials; ``whole``: the unpruned model's headline per benchmark."""
 
     trial_ids: list[str]
     scored: list[ScoredBenchmark]
-    whole: Mapping[str, tuple[float, np.ndarray]]
+    whole: Mapping[str, Sampled]
 
     @classmethod
     def of(
@@ -243,41 +247,48 @@ class Evidence:
         whole = {}
 
         for part in scored:
-            points, draws = part.metrics(slice(row, row + 1))
+            metrics = part.metrics(slice(row, row + 1))
             headline = part.benchmark.headline
-            if headline not in points:
+            if headline not in metrics:
                 raise Unscorable(f"{part.name} has no {headline!r} without a judge; leave it out of sweep.benchmarks")
-            whole[part.name] = (points[headline][0], draws[headline][0])
+            whole[part.name] = metrics[headline]
         return cls(trial_ids, scored, whole)
 
     def blocks(self) -> Iterator[slice]:
         """The trials in blocks whose resamples fit into ``BLOCK_BYTES``."""
-        widest = max((len(part.columns) + 1) * max(len(part.resamples.weights), part.examples) for part in self.scored)
-        block = max(1, BLOCK_BYTES // (8 * widest))
+        block = self.block_size
         for start in range(0, len(self.trial_ids), block):
             yield slice(start, start + block)
 
-    def retention(self, part: ScoredBenchmark, metrics: Sums, draws: Sums) -> tuple[np.ndarray, np.ndarray]:
-        """Headline over the unpruned one's: in the sample ``(trials,)`` and in every resample ``(trials, resamples)``."""
-        point, reference_draws = self.whole[part.name]
-        headline = part.benchmark.headline
-        return _ratio(metrics[headline], np.array(point)), _ratio(draws[headline], reference_draws)
+    @property
+    def block_size(self) -> int:
+        widest = max(
+            (len(part.columns) + 1) * max(*part.resamples.weights.shape, part.examples) for part in self.scored
+        )
+        return max(1, BLOCK_BYTES // (8 * widest))
 
-    def families(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Family → mean retention of all trials, in the sample ``(trials,)`` and in every resample."""
-        by_family: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    def retention(self, part: ScoredBenchmark, metrics: Mapping[str, Sampled]) -> Sampled:
+        """Headline over the unpruned one's."""
+        return metrics[part.benchmark.headline].share_of(self.whole[part.name])
+
+    def retentions(self, trials: slice | np.ndarray) -> dict[str, Sampled]:
+        """Retention of some trials by benchmark."""
+        return {part.name: self.retention(part, part.metrics(trials)) for part in self.scored}
+
+    def family_means(self, retentions: Mapping[str, Sampled]) -> dict[str, Sampled]:
+        """Unweighted mean retention over each family's benchmarks, as the papers average."""
+        families: dict[str, list[Sampled]] = {}
+        for part in self.scored:
+            families.setdefault(part.benchmark.family, []).append(retentions[part.name])
+        return {family: Sampled.mean(members) for family, members in families.items()}
+
+    def families(self) -> dict[str, Sampled]:
+        """Family → mean retention of all trials."""
+        pieces: dict[str, list[Sampled]] = {}
         for block in self.blocks():
-            members: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-            for part in self.scored:
-                kept = self.retention(part, *part.metrics(block))
-                members.setdefault(part.benchmark.family, []).append(kept)
-            for family, parts in members.items():
-                by_family.setdefault(family, []).append(_family_mean(parts))
-        whole = {}
-        for family, pieces in by_family.items():
-            points, draws = zip(*pieces, strict=True)
-            whole[family] = np.concatenate(points), np.concatenate(draws)
-        return whole
+            for family, piece in self.family_means(self.retentions(block)).items():
+                pieces.setdefault(family, []).append(piece)
+        return {family: Sampled.one_below_the_other(parts) for family, parts in pieces.items()}
 
 
 def evaluate(
@@ -295,11 +306,26 @@ def evaluate(
     Raises :class:`IncompleteTrials` when a trial lacks an answer to one of ``examples``, and ``ValueError`` when it
     has two.
     """
+    return score_table(gather(trials, examples, predictions, resamples, seed, grades), examples, predictions)
+
+
+def gather(
+    trials: pd.DataFrame,
+    examples: pd.DataFrame,
+    predictions: pd.DataFrame,
+    resamples: int,
+    seed: int,
+    grades: Grades | None = None,
+) -> Evidence:
+    """What scores and comparisons are made of; arguments and errors as of :func:`evaluate`."""
     reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
     trial_ids = trials["trial_id"].tolist()
-    evidence = Evidence.of(trial_ids, reference, examples, predictions, resamples=resamples, seed=seed, grades=grades)
-    tables = [table for block in evidence.blocks() for table in _score_block(evidence, block)]
+    return Evidence.of(trial_ids, reference, examples, predictions, resamples=resamples, seed=seed, grades=grades)
 
+
+def score_table(evidence: Evidence, examples: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
+    """The table of :func:`evaluate`, from evidence of these examples and predictions."""
+    tables = [table for block in evidence.blocks() for table in _score_block(evidence, block)]
     tables += _limit_rows(evidence.trial_ids, examples, predictions)
     scores = pd.concat(tables, ignore_index=True).sort_values(
         ["trial_id", "benchmark", "family", "metric"], ignore_index=True
@@ -309,28 +335,35 @@ def evaluate(
 
 def _score_block(evidence: Evidence, block: slice) -> list[pd.DataFrame]:
     """Rows of the trials of ``block``: every metric of every benchmark, then each family's mean retention."""
-    trial_ids, tables = evidence.trial_ids[block], []
-    families: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
-
+    trials, tables = evidence.trial_ids[block], []
+    retentions: dict[str, Sampled] = {}
+    questions: dict[str, int] = {}
     for part in evidence.scored:
         benchmark = part.benchmark
-        metrics, draws = part.metrics(block)
-        share, kept = evidence.retention(part, metrics, draws)
-        spans = intervals(kept)
-        families.setdefault(benchmark.family, []).append((part.examples, share, kept))
+        metrics = part.metrics(block)
+        kept = retentions[part.name] = evidence.retention(part, metrics)
+        kept_low, kept_high = kept.intervals()
+        questions[benchmark.family] = questions.get(benchmark.family, 0) + part.examples
 
         for metric, values in metrics.items():
-            low, high = intervals(draws[metric])
-            rows: dict[str, Any] = {"trial_id": trial_ids, "metric": metric, "score": values, "low": low, "high": high}
-            rows |= {"benchmark": part.name, "family": benchmark.family, "n": part.examples}
+            low, high = values.intervals()
             # Retention is of the headline alone: shares of other metrics would invite a choice among them.
             headline = metric == benchmark.headline
-            rows |= {"headline": headline, "retention": share if headline else np.nan}
-            rows |= {"retention_low": spans[0] if headline else np.nan}
-            rows |= {"retention_high": spans[1] if headline else np.nan}
+            rows: dict[str, Any] = {
+                "trial_id": trials,
+                "metric": metric,
+                "score": values.point,
+                "low": low,
+                "high": high,
+            }
+            rows |= {"benchmark": part.name, "family": benchmark.family, "n": part.examples, "headline": headline}
+            rows |= {"retention": kept.point if headline else np.nan}
+            rows |= {"retention_low": kept_low if headline else np.nan}
+            rows |= {"retention_high": kept_high if headline else np.nan}
             tables.append(pd.DataFrame(rows))
-
-    return [*tables, *(_family_rows(trial_ids, family, members) for family, members in families.items())]
+    for family, mean in evidence.family_means(retentions).items():
+        tables.append(_family_rows(trials, family, questions[family], mean))
+    return tables
 
 
 def _limit_rows(trials: list[str], examples: pd.DataFrame, predictions: pd.DataFrame) -> list[pd.DataFrame]:
@@ -348,19 +381,11 @@ def _limit_rows(trials: list[str], examples: pd.DataFrame, predictions: pd.DataF
     return [rows.assign(metric=LIMIT_REACHED, headline=False, **empty)]
 
 
-def _family_rows(trials: list[str], family: str, members: list[tuple[int, np.ndarray, np.ndarray]]) -> pd.DataFrame:
-    """Unweighted mean retention over a family's benchmarks, as the papers average."""
-    mean, draws = _family_mean([(points, drawn) for _, points, drawn in members])
-    low, high = intervals(draws)
+def _family_rows(trials: list[str], family: str, questions: int, mean: Sampled) -> pd.DataFrame:
+    low, high = mean.intervals()
     rows: dict[str, Any] = {"trial_id": trials, "benchmark": "mean", "family": family, "metric": "retention"}
-    rows |= {"n": sum(count for count, _, _ in members)}
-    rows |= {"score": mean, "low": low, "high": high, "headline": True}
-    return pd.DataFrame(rows | {"retention": mean, "retention_low": low, "retention_high": high})
-
-
-def _family_mean(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    points, draws = zip(*parts, strict=True)
-    return np.mean(points, axis=0), np.mean(draws, axis=0)
+    rows |= {"n": questions, "score": mean.point, "low": low, "high": high, "headline": True}
+    return pd.DataFrame(rows | {"retention": mean.point, "retention_low": low, "retention_high": high})
 
 
 def _answer_matrix(

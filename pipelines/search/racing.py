@@ -27,8 +27,9 @@ import numpy as np
 import pandas as pd
 
 from pipelines.data.datasets import image_line
-from pipelines.scores.evidence import Evidence, intervals
+from pipelines.scores.evidence import Evidence
 from pipelines.scores.front import pareto_front
+from pipelines.scores.sampled import Sampled
 from pipelines.settings import SettingsError
 from pipelines.sweep.trials import Trial
 
@@ -78,9 +79,9 @@ class Measure:
     draws: np.ndarray
 
     @classmethod
-    def of(cls, value: np.ndarray, draws: np.ndarray) -> Measure:
-        low, high = intervals(draws)
-        return cls(value, low, high, draws)
+    def of(cls, retention: Sampled) -> Measure:
+        low, high = retention.intervals()
+        return cls(retention.point, low, high, retention.draws)
 
 
 def dominators(measure: Measure, cost: np.ndarray, images: int, confidence: float) -> np.ndarray:
@@ -143,7 +144,7 @@ class Race:
 
 
 # Mean retention a family → what a race is judged by.
-Judge = Callable[[dict[str, tuple[np.ndarray, np.ndarray]]], dict[str, tuple[np.ndarray, np.ndarray]]]
+Judge = Callable[[dict[str, Sampled]], dict[str, Sampled]]
 
 
 def race(
@@ -184,7 +185,7 @@ def race(
         evidence = Evidence.of(ids, reference.trial_id, questions, answers, resamples=resamples, seed=seed)
         families = evidence.families()
         judged = judge(families)
-        measures = {name: Measure.of(*values) for name, values in (families | judged).items()}
+        measures = {name: Measure.of(values) for name, values in (families | judged).items()}
         costs = np.array([standings[trial_id].cost for trial_id in ids])
         _note([standings[trial_id] for trial_id in ids], number, questions, measures)
 

@@ -19,6 +19,7 @@ import optuna
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
+from pipelines.scores.sampled import Sampled
 from pipelines.search.racing import Race, Standing
 from pipelines.settings import AxisSettings, SwarmSettings
 from pipelines.sweep.trials import Trial
@@ -43,14 +44,11 @@ class Tried:
         return self.standing.estimates[objective][0]
 
 
-def objective_of(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def objective_of(name: str) -> Callable[[dict[str, Sampled]], dict[str, Sampled]]:
     """What a race is judged by: one family's mean retention, or the mean of all families' under the name ``mean``."""
 
-    def judge(families: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        if name != MEAN:
-            return {name: families[name]}
-        values, draws = zip(*families.values(), strict=True)
-        return {MEAN: (np.mean(values, axis=0), np.mean(draws, axis=0))}
+    def judge(families: dict[str, Sampled]) -> dict[str, Sampled]:
+        return {name: families[name] if name != MEAN else Sampled.mean(list(families.values()))}
 
     return judge
 

@@ -82,6 +82,11 @@ def test_a_first_slice_too_small_to_judge_by_is_refused():
     assert str(raised.value) == "search.shares.0 = 0.1: the first slice asks nothing of 'gqa'; use a larger share"
 
 
+def measure_of(value, draws):
+    """Who leads does not depend on intervals of one trial."""
+    return Measure(value, value, value, draws)
+
+
 def dominators_by_hand(value, draws, cost, images, confidence):
     """Loop over trials, rivals and draws."""
     found = []
@@ -110,7 +115,7 @@ def test_dominators_are_those_of_the_loop(seed):
     right = rng.random((9, 40)) < rng.uniform(0.3, 0.9, (9, 1))
     draws = np.stack([right[:, rng.integers(40, size=40)].mean(axis=1) for _ in range(120)], axis=1)
     cost = rng.choice([16.0, 32.0, 48.0], 9)
-    measure = Measure.of(right.mean(axis=1), draws)
+    measure = measure_of(right.mean(axis=1), draws)
     found = dominators(measure, cost, 40, 0.9).tolist()
     assert found == dominators_by_hand(right.mean(axis=1), draws.tolist(), cost, 40, 0.9)
     assert -1 in found and any(rival >= 0 for rival in found)
@@ -120,17 +125,17 @@ def test_what_costs_more_never_dominates_and_no_evidence_stops_nobody():
     rng = np.random.default_rng(0)
     value, even = np.array([0.9, 0.5]), np.array([1.0, 1.0])
     draws = value[:, None] + rng.normal(0, 0.02, (2, 100))
-    assert dominators(Measure.of(value, draws), even, 40, 0.95).tolist() == [-1, 0]
-    assert dominators(Measure.of(value, draws), np.array([2.0, 1.0]), 40, 0.95).tolist() == [-1, -1]
-    still = Measure.of(value, np.repeat(value[:, None], 100, axis=1))
+    assert dominators(measure_of(value, draws), even, 40, 0.95).tolist() == [-1, 0]
+    assert dominators(measure_of(value, draws), np.array([2.0, 1.0]), 40, 0.95).tolist() == [-1, -1]
+    still = measure_of(value, np.repeat(value[:, None], 100, axis=1))
     assert dominators(still, even, 2, 0.95).tolist() == [-1, -1], "two images that agree are no certainty"
     assert dominators(still, even, 10, 0.95).tolist() == [-1, 0], "ten are"
-    assert dominators(Measure.of(value[[0, 0]], draws[[0, 0]]), even, 40, 0.95).tolist() == [-1, -1], "equals"
+    assert dominators(measure_of(value[[0, 0]], draws[[0, 0]]), even, 40, 0.95).tolist() == [-1, -1], "equals"
     hollow = draws.copy()
     hollow[:, :51] = np.nan
-    assert dominators(Measure.of(value, hollow), even, 40, 0.95).tolist() == [-1, -1]
+    assert dominators(measure_of(value, hollow), even, 40, 0.95).tolist() == [-1, -1]
     hollow[:, 50] = draws[:, 50]
-    assert dominators(Measure.of(value, hollow), even, 40, 0.95).tolist() == [-1, 0]
+    assert dominators(measure_of(value, hollow), even, 40, 0.95).tolist() == [-1, 0]
 
 
 def test_among_equals_the_promise_holds_for_a_trial_whatever_the_number_of_its_rivals():
@@ -147,7 +152,7 @@ def test_among_equals_the_promise_holds_for_a_trial_whatever_the_number_of_its_r
         wrongly, naively = False, False
         for images in slices_of:
             weights = rng.multinomial(images, np.full(images, 1 / images), size=1000) / images
-            measure = Measure.of(right[:, :images].mean(axis=1), right[:, :images] @ weights.T)
+            measure = measure_of(right[:, :images].mean(axis=1), right[:, :images] @ weights.T)
             wrongly |= dominators(measure, cost, images, level)[0] >= 0
             lead, excess = measure.value[1:] - measure.value[0], measure.draws[1:] - measure.draws[0]
             naively |= bool((2 * lead > np.quantile(excess, level, axis=1)).any())

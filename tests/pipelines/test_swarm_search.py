@@ -8,6 +8,7 @@ from test_racing import RESAMPLES, SEED, engine, kill_half_way  # noqa: F401
 
 from nuwa.grid import PatchGrid
 from nuwa.stage1 import get_method
+from pipelines.scores.sampled import Sampled
 from pipelines.search.racing import race, slices
 from pipelines.search.space import check_space, preset_point, trial_at
 from pipelines.search.swarm import best_of, objective_of, ranking, run_study
@@ -129,9 +130,14 @@ def test_later_points_answer_to_what_was_told(engine, tmp_path):  # noqa: F811
 
 
 def test_the_mean_weighs_families_alike_and_a_family_stands_alone():
-    families = {"grounding": (np.array([0.2, 0.4]), np.zeros((2, 5))), "vqa": (np.array([0.8, 1.0]), np.ones((2, 5)))}
-    value, draws = objective_of("mean")(families)["mean"]
-    assert value.tolist() == pytest.approx([0.5, 0.7]) and (draws == 0.5).all()
+    everywhere = np.ones(3, bool)
+    families = {
+        "grounding": Sampled(np.array([0.2, 0.4]), np.zeros((2, 5)), np.full((2, 3), 0.1), everywhere),
+        "vqa": Sampled(np.array([0.8, 1.0]), np.ones((2, 5)), np.full((2, 3), 0.7), everywhere),
+    }
+    both = objective_of("mean")(families)["mean"]
+    assert both.point.tolist() == pytest.approx([0.5, 0.7]) and (both.draws == 0.5).all()
+    assert both.left_out == pytest.approx(np.full((2, 3), 0.4))
     assert objective_of("vqa")(families) == {"vqa": families["vqa"]}
 
 

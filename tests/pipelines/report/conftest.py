@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from PIL import Image
 
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.page import build_report
+from pipelines.scores.comparisons import MEASURED, pairs_of, with_verdicts
+from pipelines.settings import AgainstSettings
 
 TOKENS, SIDE = 144, 12
 BUDGETS = (16, 32, 48)
@@ -47,8 +50,11 @@ CURVES: dict[tuple[str, str, str], tuple] = {
 class Synthetic:
     """Collects rows of the contract's tables; ``write`` makes the files."""
 
-    def __init__(self, images: int = 10, pictures: Callable[[int], np.ndarray] | None = None) -> None:
+    def __init__(
+        self, images: int = 10, pictures: Callable[[int], np.ndarray] | None = None, against: str = "nuwa"
+    ) -> None:
         self.rng = np.random.default_rng(7)
+        self.against = AgainstSettings(method=against, preset="released" if against == "nuwa" else "default")
         self.trials: list[dict] = []
         self.known: dict[tuple, dict] = {}
         self.scores: list[dict] = []
@@ -191,12 +197,29 @@ class Synthetic:
                     params = {key: value for key, value in off.items() if not value}
                     nuwa("components", (0.2 + 0.2 * separation + 0.05 * pillars, 0.85), params, 4, scorer)
 
+    def comparisons(self) -> pd.DataFrame:
+        """Differences of the trials' retentions, each as sure as a standard error of 1.5 points makes it."""
+        kept = {(row["trial_id"], row["family"]): row["score"] for row in self.scores if row["benchmark"] == "mean"}
+        rows = []
+        for pair in pairs_of(pd.DataFrame(self.trials), self.against):
+            for family in ("grounding", "vqa"):
+                trial, reference = (kept.get((one, family), np.nan) for one in (pair.trial, pair.reference))
+                difference = trial - reference
+                rows.append({
+                    "question": pair.question, "budget": pair.budget, "trial_id": pair.trial,
+                    "reference": pair.reference, "family": family, "benchmark": "mean", "difference": difference,
+                    "low": difference - 0.03, "high": difference + 0.03, "images": 120,
+                    "p": 2 * NormalDist().cdf(-abs(difference) / 0.015), "p_margin": 1.0,
+                })  # fmt: skip
+        return with_verdicts(pd.DataFrame(rows, columns=MEASURED))
+
     def frames(self) -> dict[str, pa.Table]:
         whole = {"stage1_keep": "int32", "seed": "int32", "image_tokens": "int32"}
         nullable = {name: "Int32" for name in ("stage2_layer", "stage2_keep")}
         return {
             "trials": pa.Table.from_pandas(pd.DataFrame(self.trials).astype(whole | nullable), preserve_index=False),
             "scores": pa.Table.from_pylist(self.scores),
+            "comparisons": pa.Table.from_pandas(self.comparisons(), preserve_index=False),
             "examples": pa.Table.from_pylist(self.examples),
             "predictions": _with_patches(self.predictions, "kept_final"),
             "kept": _with_patches(self.kept, "indices"),

@@ -1,0 +1,203 @@
+"""Quantities of trials and how sure one can be of them, when the units that were sampled are images.
+
+A quantity is known in the sample, in bootstrap resamples of its images, and with each image left out in turn. Intervals
+are BCa bootstraps (Efron 1987) whose levels are widened by Student's t as Hesterberg (2015, section 4.3) does: from 100
+images on they cover scores and retentions of 5 to 95 % in at least 93.7 % of simulated samples, where plain percentiles
+go down to 90 %. Tests of a difference need p-values far below one over the number of resamples, so they use the
+jackknife's standard error and Student's t. docs/results.md has the simulated figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
+
+LEVEL = 0.95
+FEW_IMAGES = 100  # with fewer, intervals of scores near 0 and 1 are known to be too narrow
+EQUAL = 1e-12  # resamples that differ by less are ties: sums in another order
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Of some trials.
+
+    ``point`` ``(trials,)``: in the sample. ``draws`` ``(trials, resamples)``. ``left_out`` ``(trials, images)``: without
+    each image. ``present`` ``(images,)``: which of these the quantity is about. ``full``: what it is where every answer is
+    right, if it is a share of answers. ``paired``: as a share of another trial's, which has no exact bound above.
+    """
+
+    point: np.ndarray
+    draws: np.ndarray
+    left_out: np.ndarray
+    present: np.ndarray
+    full: float | None = None
+    paired: bool = False
+
+    @property
+    def images(self) -> int:
+        return int(self.present.sum())
+
+    def of(self, trials: np.ndarray) -> Sampled:
+        """The quantity of some of the trials, by their numbers."""
+        return replace(self, point=self.point[trials], draws=self.draws[trials], left_out=self.left_out[trials])
+
+    def share_of(self, whole: Sampled) -> Sampled:
+        """As a share of ``whole``, one trial's; of nothing it is undefined."""
+        share = self._with(whole, lambda part, of: np.divide(part, of, out=np.full_like(part, np.nan), where=of > 0))
+        full = self.full / whole.point.item() if self.full is not None and whole.point.item() > 0 else None
+        return replace(share, full=full, paired=True)
+
+    def minus(self, other: Sampled) -> Sampled:
+        """``other``: of as many trials, or of one."""
+        return self._with(other, np.subtract)
+
+    def _with(self, other: Sampled, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Sampled:
+        return Sampled(
+            combine(self.point, np.broadcast_to(other.point, self.point.shape)),
+            combine(self.draws, np.broadcast_to(other.draws, self.draws.shape)),
+            combine(self.left_out, np.broadcast_to(other.left_out, self.left_out.shape)),
+            self.present | other.present,
+        )
+
+    @classmethod
+    def mean(cls, members: Sequence[Sampled]) -> Sampled:
+        """The unweighted mean of several quantities of the same trials."""
+        parts = [(one.point, one.draws, one.left_out) for one in members]
+        point, draws, left_out = (np.mean(same, axis=0) for same in zip(*parts, strict=True))
+        present = np.any([one.present for one in members], axis=0)
+        full = None if any(one.full is None for one in members) else float(np.mean([one.full for one in members]))
+        return cls(point, draws, left_out, present, full, any(one.paired for one in members))
+
+    @classmethod
+    def one_below_the_other(cls, pieces: Sequence[Sampled]) -> Sampled:
+        """Trials of several pieces in one."""
+        parts = [(one.point, one.draws, one.left_out) for one in pieces]
+        point, draws, left_out = (np.concatenate(same) for same in zip(*parts, strict=True))
+        return replace(pieces[0], point=point, draws=draws, left_out=left_out)
+
+    def intervals(self) -> np.ndarray:
+        """``(2, trials)``: lower and upper ends; undefined resamples do not count, and where all are, so are the ends."""
+        finite = np.isfinite(self.draws)
+        whole = finite.all(axis=1)
+        ends = np.full((2, len(self.point)), np.nan)
+        ends[:, whole] = self._ends(whole, self.draws[whole])
+        for row in np.flatnonzero(~whole & finite.any(axis=1)):
+            ends[:, [row]] = self._ends(np.array([row]), self.draws[[row]][:, finite[row]])
+        return self._with_exact(ends)
+
+    def _with_exact(self, ends: np.ndarray) -> np.ndarray:
+        """Where all answers are wrong, or all right, no resample differs: the exact bound of that many images instead."""
+        if self.full is None or not self.images:
+            return ends
+        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / self.images)  # the largest share that may not show in the sample
+        low, high = ends
+        spread = high - low > EQUAL
+        high = np.where(~spread & (self.point == 0), unseen * self.full, high)
+        if not self.paired:
+            low = np.where(~spread & (self.point == self.full), (1 - unseen) * self.full, low)
+        return np.stack([low, high])
+
+    def _ends(self, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """BCa ends of some trials, from resamples that are all defined."""
+        ordered = np.sort(draws, axis=1)
+        count = ordered.shape[1]
+        point = self.point[rows, None]
+        ties = np.abs(ordered - point) < EQUAL
+        below = ((ordered < point) & ~ties).sum(axis=1) + ties.sum(axis=1) / 2
+        bias = ndtri(np.clip(below / count, 1 / (count + 1), count / (count + 1)))
+        skew = self._acceleration()[rows]
+
+        ends = []
+        for side in (-1, 1):
+            reach = bias + side * self._reach()
+            room = 1 - skew * reach
+            level = ndtr(bias + np.divide(reach, room, out=np.full_like(reach, side * np.inf), where=room > 0))
+            ends.append(_quantiles(ordered, level))
+        return np.stack(ends)
+
+    def _reach(self) -> float:
+        """How many standard errors an interval reaches to either side."""
+        if self.images < 2:
+            return float(ndtri((1 + LEVEL) / 2))
+        return float(stdtrit(self.images - 1, (1 + LEVEL) / 2) * np.sqrt(self.images / (self.images - 1)))
+
+    def _influences(self) -> np.ndarray:
+        """How far each image pulls the quantity up, ``(trials, images)``; zero where nothing is left without it."""
+        pull = self.point[:, None] - self.left_out
+        return np.where(np.isfinite(pull), pull, 0.0)
+
+    def _acceleration(self) -> np.ndarray:
+        pull = self._influences()
+        spread = (pull**2).sum(axis=1) ** 1.5
+        return np.divide((pull**3).sum(axis=1), 6 * spread, out=np.zeros_like(spread), where=spread > 0)
+
+    def _mattering(self) -> np.ndarray:
+        """How many images the quantity rests on, ``(trials,)``: as many equal ones as would weigh alike.
+
+        An image's own share of the quantity is its pseudo-value (Tukey 1958); of a mean it is the image's value.
+        """
+        own = self.point[:, None] + (self.images - 1) * self._influences()
+        own = np.where(self.present & (np.abs(own) > EQUAL), own, 0.0)
+        squares = (own**2).sum(axis=1)
+        return np.divide(np.abs(own).sum(axis=1) ** 2, squares, out=np.zeros_like(squares), where=squares > 0)
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        """The jackknife's, ``(trials,)``."""
+        pull = self._influences()
+        count = max(self.images, 2)
+        middle = pull.sum(axis=1, keepdims=True) / count
+        # Images that do not matter to the quantity have no influence: their squares are not part of the sum.
+        squares = (pull**2).sum(axis=1) - count * middle[:, 0] ** 2
+        return np.sqrt(np.maximum(squares, 0) * (count - 1) / count)
+
+    def p_zero(self) -> np.ndarray:
+        """Two-sided p-values ``(trials,)`` of the quantity being zero.
+
+        Never below what flipping the signs of the images that matter could show: a difference that rests on three images
+        is no surer than that, however alike they are. Undefined where the quantity is.
+        """
+        error = self.standard_error
+        statistic = np.divide(np.abs(self.point), error, out=np.where(self.point == 0, 0.0, np.inf), where=error > 0)
+        p = 2 * stdtr(max(self.images - 1, 1), -statistic)
+        floor = 2.0 ** (1 - np.maximum(self._mattering(), 1))
+        return np.where(np.isfinite(self.point), np.maximum(p, floor), np.nan)
+
+    def p_beyond(self, margin: float) -> np.ndarray:
+        """P-values ``(trials,)`` of the quantity lying ``margin`` or more from zero: two one-sided tests.
+
+        A small one shows equivalence (Schuirmann 1987).
+        """
+        error, freedom = self.standard_error, max(self.images - 1, 1)
+        # Where no image differs there is nothing to estimate a spread from.
+        if_none = np.where(np.abs(self.point) < margin, -np.inf, np.inf)
+        worst = np.divide(np.abs(self.point) - margin, error, out=if_none, where=error > 0)
+        p = stdtr(freedom, worst)
+        return np.where(np.isfinite(self.point), np.where(self._mattering() == 0, _exact(self.images, margin), p), np.nan)
+
+
+def _exact(images: int, margin: float) -> float:
+    """How likely not one of ``images`` differs where a share ``margin`` of all images does."""
+    return float((1 - margin) ** images)
+
+
+def _quantiles(ordered: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """``(rows,)``: of each ascending row the quantile at its level, between neighbours."""
+    place = levels * (ordered.shape[1] - 1)
+    left = np.floor(place).astype(int)
+    right, rows = np.minimum(left + 1, ordered.shape[1] - 1), np.arange(len(ordered))
+    share = place - left
+    return ordered[rows, left] * (1 - share) + ordered[rows, right] * share
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """P-values corrected for being looked at together (Holm 1979); undefined ones are no tests."""
+    corrected = np.full(len(p), np.nan)
+    known = np.flatnonzero(np.isfinite(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return corrected

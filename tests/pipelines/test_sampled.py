@@ -1,0 +1,134 @@
+"""How sure intervals and verdicts are, by simulation: coverage, false discoveries among many, power, exact ends."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import t as student
+
+from pipelines.scores.sampled import Sampled, holm
+
+IMAGES, RESAMPLES = 100, 600
+
+
+def sample_mean(values: np.ndarray, weights: np.ndarray | None = None, **known) -> Sampled:
+    """The mean of ``values`` ``(trials, images)``."""
+    images = values.shape[1]
+    draws = values[:, :1] if weights is None else values @ weights.T / images
+    left_out = (values.sum(axis=1, keepdims=True) - values) / (images - 1)
+    return Sampled(values.mean(axis=1), draws, left_out, np.ones(images, bool), **known)
+
+
+def multinomial(images: int, resamples: int) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return rng.multinomial(images, np.full(images, 1 / images), size=resamples).astype(float)
+
+
+def answers(score: float, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Shares right of three questions an image, which are right together more often than by chance ``(samples, images)``."""
+    spread = 1 / 0.4 - 1
+    chance = rng.beta(score * spread, (1 - score) * spread, (samples, IMAGES))
+    return rng.binomial(3, chance) / 3
+
+
+@pytest.mark.parametrize("score", [0.05, 0.1, 0.5, 0.95])
+def test_intervals_of_a_hundred_images_cover(score):
+    rng, weights = np.random.default_rng(0), multinomial(IMAGES, RESAMPLES)
+    low, high = sample_mean(answers(score, 1500, rng), weights).intervals()
+    assert np.mean((low <= score) & (score <= high)) >= 0.93
+
+
+@pytest.mark.parametrize("score", [0.05, 0.5, 0.95])
+def test_intervals_of_retention_cover(score):
+    """Of a trial beside an unpruned one that is right wherever it is, and on nine in ten of the others."""
+    rng, weights = np.random.default_rng(0), multinomial(IMAGES, RESAMPLES)
+    pruned = answers(score, 1500, rng)
+    others = rng.binomial(3, 0.9, pruned.shape) / 3
+    whole = np.maximum(pruned, others)
+    many = answers(score, 4000, rng)
+    truth = many.mean() / np.maximum(many, rng.binomial(3, 0.9, many.shape) / 3).mean()
+
+    covered = 0
+    for row in range(len(pruned)):
+        kept = sample_mean(pruned[[row]], weights).share_of(sample_mean(whole[[row]], weights))
+        low, high = kept.intervals()[:, 0]
+        covered += low <= truth <= high
+    assert covered / len(pruned) >= 0.93
+
+
+def test_of_a_thousand_null_sweeps_few_find_a_difference():
+    """300 comparisons with one reference: at most 5 % of sweeps call any of them different."""
+    rng, alarms = np.random.default_rng(0), 0
+    for _ in range(1000):
+        right = rng.random((301, IMAGES), dtype=np.float32) < 0.6
+        difference = sample_mean(right[1:].astype(float) - right[0])
+        alarms += bool((holm(difference.p_zero()) < 0.05).any())
+    assert alarms <= 50
+
+
+def test_a_true_gap_is_found_among_three_hundred():
+    """5 points on 1,000 images of which a fifth differ: found in at least 60 % of sweeps; docs/results.md says so."""
+    rng, finds = np.random.default_rng(0), 0
+    for _ in range(100):
+        reference = rng.random(1000) < 0.8
+        flips = rng.random((300, 1000)) < 0.1
+        trials = (reference ^ flips).astype(float)
+        # The first trial loses 5 points more than chance flips: from 0.74 to 0.69 where the others stay at 0.74.
+        base = trials[1].copy()
+        worse = base * (rng.random(1000) >= 0.05 / 0.74)
+        difference = sample_mean(np.concatenate([[worse], trials[2:]]) - base)
+        finds += bool(holm(difference.p_zero())[0] < 0.05)
+    assert finds >= 60
+
+
+def test_p_values_are_those_of_students_paired_test():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.1, 1, (5, 40))
+    by_hand = [2 * student.sf(abs(row.mean()) / (row.std(ddof=1) / math.sqrt(40)), 39) for row in values]
+    assert sample_mean(values).p_zero() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(("differing", "p"), [(1, 1.0), (3, 0.25), (6, 2.0**-5)])
+def test_a_difference_is_no_surer_than_the_images_it_rests_on(differing, p):
+    """Six images of six that all lost a point by the same amount have no spread; flipping their signs says 1 in 32."""
+    values = np.zeros((1, 6))
+    values[0, :differing] = 1.0
+    assert sample_mean(values).p_zero()[0] >= p - 1e-9
+    assert sample_mean(np.ones((1, 6))).p_zero()[0] == pytest.approx(2.0**-5)
+    assert sample_mean(np.zeros((1, 6))).p_zero()[0] == 1.0
+
+
+def test_equivalence_is_two_one_sided_tests():
+    rng = np.random.default_rng(0)
+    values = np.stack([rng.normal(mean, 0.05, 400) for mean in (0.0, 0.004, 0.02)])
+    error = values.std(axis=1, ddof=1) / 20
+    by_hand = [
+        max(student.cdf((mean - 0.01) / one, 399), student.sf((mean + 0.01) / one, 399))
+        for mean, one in zip(values.mean(axis=1), error, strict=True)
+    ]
+    p = sample_mean(values).p_beyond(0.01)
+    assert p == pytest.approx(by_hand)
+    assert p[0] < 0.05 < p[2]
+    # Equal on all of n images: a share of 1 % that differs would not show with probability 0.99 ** n.
+    assert sample_mean(np.zeros((1, 400))).p_beyond(0.01)[0] == pytest.approx(0.99**400)
+
+
+def test_holm_steps_down():
+    p = np.array([0.01, 0.04, 0.03, np.nan, 0.005])
+    assert holm(p) == pytest.approx([0.03, 0.06, 0.06, np.nan, 0.02], nan_ok=True)
+    assert holm(np.array([0.6, 0.9])).tolist() == [1.0, 1.0]
+
+
+def test_all_wrong_or_all_right_has_the_exact_bound():
+    weights = multinomial(50, 200)
+    both = sample_mean(np.stack([np.zeros(50), np.ones(50)]), weights, full=1.0)
+    bound = 1 - 0.025 ** (1 / 50)
+    assert pytest.approx(np.array([[0.0, bound], [1 - bound, 1.0]])) == both.intervals().T
+    whole = sample_mean(np.full((1, 50), 0.8), weights, full=1.0)
+    kept = sample_mean(np.zeros((1, 50)), weights, full=1.0).share_of(whole)
+    assert pytest.approx(np.array([[0.0, bound / 0.8]])) == kept.intervals().T
+    assert whole.share_of(whole).intervals().T.tolist() == [[1.0, 1.0]]
+    points = sample_mean(np.zeros((1, 50)), weights)
+    assert points.intervals().T.tolist() == [[0.0, 0.0]]
