@@ -176,7 +176,9 @@ class Sampled:
         if_none = np.where(np.abs(self.point) < margin, -np.inf, np.inf)
         worst = np.divide(np.abs(self.point) - margin, error, out=if_none, where=error > 0)
         p = stdtr(freedom, worst)
-        return np.where(np.isfinite(self.point), np.where(self._mattering() == 0, _exact(self.images, margin), p), np.nan)
+        return np.where(
+            np.isfinite(self.point), np.where(self._mattering() == 0, _exact(self.images, margin), p), np.nan
+        )
 
 
 def _exact(images: int, margin: float) -> float:
