@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import run_here
 from instruction_data import tiny_llava, write_data
 from mlflow import MlflowClient
 from transformers import LlavaNextConfig, Qwen2_5_VLConfig
@@ -48,9 +49,12 @@ def test_the_stage_trains_for_the_model_of_the_settings_logs_and_stops_early_whe
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("nuwa.pruner.train.VALIDATION_IMAGES", 2)
+    for name, steps in {"LOG_EVERY": 2, "EVALUATE_EVERY": 6}.items():
+        monkeypatch.setattr(f"stages.pruner.{name}", steps)
+    recipe = {"steps": 6, "batch_size": 1, "images": 10}
     tiny_vlm.model.save_pretrained("tiny")
     tiny_vlm.processor.save_pretrained("tiny")
-    settings = settings_of(tmp_path, model={"path": "tiny"}, pruner={"steps": 30, "batch_size": 1, "images": 10})
+    settings = settings_of(tmp_path, model={"path": "tiny"}, pruner=recipe)
     pruner(settings)
     config, model = LearnPruner(), LlavaAdapter.load("tiny")
     check(config, model.encoder_fingerprint())
@@ -62,7 +66,7 @@ def test_the_stage_trains_for_the_model_of_the_settings_logs_and_stops_early_whe
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED" and run.data.params["sparsity"] == "topk_ste"
     for name in ("loss_answers", "keep_rate"):
-        assert [point.step for point in client.get_metric_history(run.info.run_id, f"pruner/{name}")] == [10, 20, 30]
+        assert [point.step for point in client.get_metric_history(run.info.run_id, f"pruner/{name}")] == [2, 4, 6]
     assert run.data.metrics["pruner/keep_rate"] == pytest.approx(29 / 144)
     assert "pruner/validation_loss_lpm" in run.data.metrics
 
@@ -71,9 +75,7 @@ def test_the_stage_trains_for_the_model_of_the_settings_logs_and_stops_early_whe
     pruner(settings)
     assert "is of this recipe, data, model and code already" in capsys.readouterr().out
     assert Path(config.weights).stat().st_mtime_ns == written
-    pruner(
-        settings_of(tmp_path, model={"path": "tiny"}, pruner={"steps": 30, "batch_size": 1, "images": 10, "seed": 1})
-    )
+    pruner(settings_of(tmp_path, model={"path": "tiny"}, pruner=recipe | {"seed": 1}))
     assert read_lpm(Path(config.weights)).training["parameters"]["seed"] == 1
 
 
@@ -220,20 +222,20 @@ def test_the_preset_of_the_main_table_trains_the_weights_that_its_sweep_reads():
     assert len(learned) > 3 and {config.weights for config in learned} == {DEFAULT_WEIGHTS}
 
 
-def launched(folder: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
-    """The stage as a command, with a sweep that the tiny model can have."""
+def with_a_sweep(folder: Path) -> None:
+    """Settings as a command needs them: with a sweep that the tiny model can have."""
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["sweep"] |= {"budgets": [9], "grids": [{"name": "g", "method": "learnpruner", "stage2_layer": "off"}]}
     params["report"]["headline_budget"], params["search"]["swarm"] = 9, None
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, "-m", "stages.pruner"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_two_processes_learn_from_both_their_batches(published):
     taught_with(published, steps=3, batch_size=4, share=1.0)
-    done = launched(published, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    with_a_sweep(published)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stages.pruner"]
+    done = subprocess.run([sys.executable, *launcher], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("conversations about images are taught") == 1, "one process speaks"
     vlm = LlavaAdapter.load("llava")
@@ -259,7 +261,8 @@ def test_two_processes_learn_from_both_their_batches(published):
 def test_the_command_ends_with_one_line_where_data_are_wrong(published):
     (published / "tables/instructions.json").write_text("{}")
     taught_with(published)
-    done = launched(published)
+    with_a_sweep(published)
+    done = run_here("stages.pruner", folder=published)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         "error: pruner.data: tables/instructions.json: byte 0: expected '[', found '{'; "
