@@ -16,15 +16,21 @@ ROOT = Path(__file__).parents[2]
 SCHEDULE = PhaseSchedule(steps=7, batch_size=8, learning_rate=0.05, warmup=2, checkpoint_every=3)
 SCRIPT = """
 import sys, torch
+from dataclasses import replace
 from pathlib import Path
 from accelerate import PartialState
 sys.path.insert(0, sys.argv[2])
 from test_training_processes import SCHEDULE, Line, draw
 from nuwa.training import train_phase
 module, folder = Line(), Path(sys.argv[1])
-steps = []
 train_phase("line", module, draw, SCHEDULE, seed=3, checkpoint=folder / "checkpoint", log=lambda step, values: None)
-torch.save(module.state_dict(), folder / f"process-{PartialState().process_index}.pt")
+process = PartialState().process_index
+torch.save(module.state_dict(), folder / f"process-{process}.pt")
+try:
+    odd = replace(SCHEDULE, batch_size=7)
+    train_phase("odd", Line(), draw, odd, seed=3, checkpoint=folder / "odd", log=lambda step, values: None)
+except ValueError as refused:
+    (folder / f"refused-{process}.txt").write_text(str(refused))
 """
 
 
@@ -43,18 +49,18 @@ def draw(rng, size: int, progress: float) -> dict[str, torch.Tensor]:
     return {"x": x, "y": x.sum(1, keepdim=True) + 0.5}
 
 
-def launch(folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What two processes leave: their weights, and what a batch of seven came to."""
+    folder = tmp_path_factory.mktemp("trained")
     script = folder / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        [*command, str(script), str(folder), str(Path(__file__).parent)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    where = [str(folder), str(Path(__file__).parent)]
+    done = subprocess.run([*command, *where], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
 
 
 def reference(processes: int) -> Line:
@@ -78,10 +84,8 @@ def reference(processes: int) -> Line:
     return module
 
 
-def test_two_processes_equal_one_on_both_their_batches(tmp_path):
-    done = launch(tmp_path, 2)
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (torch.load(tmp_path / f"process-{rank}.pt") for rank in (0, 1))
+def test_two_processes_equal_one_on_both_their_batches(trained):
+    first, second = (torch.load(trained / f"process-{rank}.pt") for rank in (0, 1))
     expected = reference(2).state_dict()
     for name, value in expected.items():
         assert torch.equal(first[name], second[name]), "both processes end with the same weights"
@@ -89,11 +93,10 @@ def test_two_processes_equal_one_on_both_their_batches(tmp_path):
     assert not torch.allclose(expected["weight"], reference(1).state_dict()["weight"], atol=1e-4)
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    done = launch(tmp_path, 3)
-    assert done.returncode != 0
-    assert "batch_size 8 must be divisible by the 3 processes" in done.stderr
-    assert not list(tmp_path.glob("process-*.pt"))
+def test_a_batch_that_does_not_divide_is_refused_by_every_process(trained):
+    for rank in (0, 1):
+        assert "batch_size 7 must be divisible by the 2 processes" in (trained / f"refused-{rank}.txt").read_text()
+    assert not (trained / "odd").exists()
 
 
 @pytest.mark.parametrize("step", [0, 1, 6])
