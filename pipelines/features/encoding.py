@@ -23,7 +23,7 @@ from pipelines.features.images import decode_images
 from pipelines.features.layouts import layouts_of
 from pipelines.features.loading import FULL_PRECISION, Loading, load_model
 from pipelines.features.signals import signal_bytes, signal_dtype
-from pipelines.features.store import FeatureStore
+from pipelines.features.store import FeatureStore, make_room
 from pipelines.files.storage import everywhere
 from pipelines.settings import ClusterSettings, FeatureSettings
 from pipelines.workers import UnitsFailed, run_units
@@ -119,7 +119,7 @@ def features_identity(model: ModelIdentity, vlm: Adapter, dtype: str, keep: Sequ
 def encoding_code(family: str) -> dict[str, str]:
     """The code between an image's bytes and its stored signals, by file; ``family``: a model type."""
     roots = (EncodeWorker.run, EncodeWorker._stored, load_model, decode_images, FeatureStore.write)
-    return code_by_file(closure(roots, code_names(family), without=(Loading,)))
+    return code_by_file(closure(roots, code_names(family), without=(Loading, make_room)))
 
 
 def encode_missing(

@@ -16,10 +16,12 @@ is ever used. Shards of a remote store are fetched once per machine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
+import shutil
 import tempfile
 import zlib
 from collections import OrderedDict
@@ -39,6 +41,7 @@ from pipelines.files.atomic import atomic_path
 from pipelines.files.storage import Folder
 
 CACHE_BYTES = 1024**3  # what a worker keeps of what it read
+KEPT_FREE = 0.1  # of a machine's disk, beside copies of remote shards
 
 
 SHARD_CACHE = Path(tempfile.gettempdir()) / f"nuwa-features-{os.getuid()}"  # shards of remote stores, on each machine
@@ -126,6 +129,25 @@ def checksum(signals: Sequence[np.ndarray]) -> int:
     for array in signals:
         value = zlib.crc32(np.ascontiguousarray(array).data.cast("B"), value)
     return value
+
+
+def make_room(needed: int) -> None:
+    """Let go of this machine's copies of remote shards, those used longest ago first, until ``needed`` bytes fit and
+    ``KEPT_FREE`` of the disk stays free. Who has one mapped keeps it."""
+    SHARD_CACHE.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(SHARD_CACHE)
+    lacking = needed + KEPT_FREE * disk.total - disk.free
+    if lacking <= 0:
+        return
+    copies = []
+    for path in SHARD_CACHE.glob("*/*.arrow"):
+        with contextlib.suppress(FileNotFoundError):
+            copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    for _, size, path in sorted(copies):
+        if lacking <= 0:
+            break
+        path.unlink(missing_ok=True)
+        lacking -= size
 
 
 class FeatureStore:
@@ -241,6 +263,8 @@ class FeatureStore:
         # By content: what another driver makes of the same images has another name, unless it is the same.
         name = hashlib.sha256(json.dumps([list(images), sums]).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.arrow"
+        if self.storage.local is None:
+            make_room(batch.nbytes)
         with atomic_path(path) as fresh:
             with pa.OSFile(str(fresh), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
                 writer.write_batch(batch)
@@ -266,11 +290,8 @@ class FeatureStore:
         return self._mapped[shard.name]
 
     def _map(self, shard: Shard) -> MappedShard:
-        path = self.folder / shard.name
         try:
-            if self.storage.local is None and not (path.exists() and path.stat().st_size == shard.size):
-                self.storage.fetch(shard.name, path)
-            return MappedShard(path, shard)
+            return self._fetched(shard) if self.storage.local is None else MappedShard(self.folder / shard.name, shard)
         except FileNotFoundError:
             raise MissingFeatures(
                 f"{self.storage.place}/{shard.name} is gone; `dvc repro -f features` encodes its images again"
@@ -280,6 +301,16 @@ class FeatureStore:
                 f"{self.storage.place}/{shard.name} cannot be read now ({error.strerror or error}); it is left as it is: "
                 "see that it can be read, then run the same command again"
             ) from error
+
+    def _fetched(self, shard: Shard) -> MappedShard:
+        """This machine's copy of a remote shard; another process may let go of it at any time."""
+        path = self.folder / shard.name
+        with contextlib.suppress(FileNotFoundError, DamagedShard):
+            os.utime(path)  # copies that were used longest ago go first
+            return MappedShard(path, shard)
+        make_room(shard.size)
+        self.storage.fetch(shard.name, path)
+        return MappedShard(path, shard)
 
     def _look_again(self, shard: Shard, fault: str) -> MappedShard:
         """Take a shard that does not match its manifest once more from where it is stored; still damaged, it is moved

@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,6 +113,34 @@ def test_a_damaged_copy_of_a_machine_does_not_condemn_what_it_is_of(tmp_path):
     copy.write_bytes(content)
     assert torch.equal(store.read(IMAGES)["features"], signals(0)["features"])
     assert len(store.storage.sizes()) == 2
+
+
+def test_copies_of_remote_shards_leave_a_tenth_of_the_disk_free(tmp_path, monkeypatch):
+    """On a disk of four shards three are copied; the fourth takes the place of the one used longest ago."""
+    place = f"memory://{uuid.uuid4().hex}"
+    writer = FeatureStore(place, "encoder")
+    names = [writer.write([f"{number}a", f"{number}b"], signals(number), LAYOUT) for number in range(4)]
+    copies = tmp_path / "machine" / "encoder"
+    size = (copies / names[0]).stat().st_size
+    for name in names:
+        (copies / name).unlink()
+
+    def disk(_path):
+        used = sum(path.stat().st_size for path in copies.iterdir())
+        return SimpleNamespace(total=4 * size, free=4 * size - used)
+
+    monkeypatch.setattr("shutil.disk_usage", disk)
+    reader = FeatureStore(place, "encoder", cache_bytes=0)
+    held = {}
+    for step, number in enumerate((0, 1, 2)):
+        held[number] = reader.read([f"{number}a", f"{number}b"])["features"]
+        os.utime(copies / names[number], (0, step))
+    assert sorted(path.name for path in copies.iterdir()) == sorted(names[:3])
+    again = FeatureStore(place, "encoder", cache_bytes=0)
+    again.read(["0a"])  # used anew
+    held[3] = again.read(["3a", "3b"])["features"]
+    assert sorted(path.name for path in copies.iterdir()) == sorted([names[0], names[2], names[3]])
+    assert all(torch.equal(held[number], signals(number)["features"]) for number in held), "who has one keeps it"
 
 
 # --- two drivers ------------------------------------------------------------------------------------------------------
