@@ -3,7 +3,8 @@
 The Parquet files are the record and MLflow only shows them. Three properties follow, and everything here serves them:
 
 * **Replay.** Every run is found again by a tag (`sweep_id`, `trial_id`, `training_id`), so writing the same tables a
-  second time changes nothing, and writing them after an interruption completes what is missing.
+  second time changes nothing, and writing them after an interruption completes what is missing. A sweep that holds one
+  trial more writes one run: the others are those of the smaller sweep, tagged with both.
 * **An outage never fails a sweep.** All calls pass through one door, `TrackingStore.attempt`. The first that fails warns once,
   with the reason and the command that replays, and tracking is off for the rest of the process.
 * **One writer.** Only the driver writes, from one thread, with explicit run ids. Workers never import this module.
@@ -19,14 +20,14 @@ and therefore means "complete". The *Duration* that MLflow shows for a child is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    pass
+    from mlflow.entities import Run
 from pipelines.tracking.open_runs import begun, ended
 from pipelines.tracking.runs import TrialRun
 from pipelines.tracking.store import T, TrackingStore
@@ -35,12 +36,17 @@ _RUNS_A_PAGE = 1000
 
 
 _DIGEST_CHARACTERS = 36
+_QUESTIONS = ("data", "model", "features")  # tags of a child that say what was asked of what
 
 
 @dataclass(frozen=True)
 class _Child:
     run_id: str
     fingerprint: str | None  # None while the run is not complete
+
+
+# What was asked, and of other sweeps on that: trial id and fingerprint → run id and ids of the sweeps that hold it.
+_Elsewhere = tuple[tuple[str | None, ...], dict[tuple[str | None, str | None], tuple[str, str]]]
 
 
 class Tracker:
@@ -55,6 +61,7 @@ class Tracker:
         self._sweep_id = sweep_id
         self._parent_id: str | None = None
         self._children: dict[str, list[_Child]] | None = None
+        self._elsewhere: _Elsewhere | None = None
 
     @classmethod
     def open(cls, uri: str | None, experiment: str, artifact_location: str | None = None, *, sweep_id: str) -> Tracker:
@@ -85,7 +92,7 @@ class Tracker:
         begun(self._end_as_killed)
         run = self._store.attempt(lambda: self._store.resume_or_create("sweep_id", self._sweep_id, name, params, tags))
         self._parent_id = run.info.run_id if run else None
-        self._children = None
+        self._children = self._elsewhere = None
         return self._parent_id or ""
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -95,9 +102,11 @@ class Tracker:
     def trials(self, rows: Iterable[TrialRun], on_done: Callable[[TrialRun], None] | None = None) -> int:
         """Write one child run a trial and return how many were written.
 
-        A complete child of the same content stays as it is. Anything else under the trial's id (half-written, other
-        content, a duplicate from a repeated request) goes to MLflow's trash and is written afresh, because params
-        cannot change and a metric that is gone would stay. `on_done` is called for every row, written or found.
+        A complete child of the same content stays as it is, and one of another sweep on the same questions is taken
+        over: a trial has one run for all sweeps that hold it, tagged with their ids in `sweeps`, below the one that was
+        written last. Anything else under the trial's id (half-written, other content, a duplicate from a repeated
+        request) goes to MLflow's trash and is written afresh, because params cannot change and a metric that is gone
+        would stay. `on_done` is called for every row, written or found.
         """
         children = self._children
         if children is None:
@@ -161,22 +170,52 @@ class Tracker:
 
     def _load_children(self, parent: str) -> dict[str, list[_Child]]:
         children: dict[str, list[_Child]] = {}
+        for run in self._search(f"tags.`mlflow.parentRunId` = '{parent}'"):
+            complete = run.info.status == "FINISHED"
+            child = _Child(run.info.run_id, run.data.tags.get("fingerprint") if complete else None)
+            children.setdefault(run.data.tags.get("trial_id", ""), []).append(child)
+        return children
+
+    def _search(self, wanted: str) -> Iterator[Run]:
+        """The active runs that the filter `wanted` finds, the oldest first."""
         page_token = None
         while True:
             page = self._store.client.search_runs(
                 [self._store.experiment_id],
-                f"tags.`mlflow.parentRunId` = '{parent}'",
+                wanted,
                 max_results=_RUNS_A_PAGE,
                 order_by=["attributes.start_time ASC"],
                 page_token=page_token,
             )
-            for run in page:
-                complete = run.info.status == "FINISHED"
-                child = _Child(run.info.run_id, run.data.tags.get("fingerprint") if complete else None)
-                children.setdefault(run.data.tags.get("trial_id", ""), []).append(child)
+            yield from page
             page_token = page.token
             if not page_token:
-                return children
+                return
+
+    def _take_over(self, row: TrialRun, parent: str) -> _Child | None:
+        """The complete run of the same trial, content and questions below another sweep, now below `parent`."""
+        questions = tuple(row.tags.get(name) for name in _QUESTIONS)
+        if None in questions:
+            return None
+        if self._elsewhere is None or self._elsewhere[0] != questions:
+            same = (f"tags.{name} = '{value}'" for name, value in zip(_QUESTIONS, questions, strict=True))
+            runs = self._search(" and ".join([*same, "attributes.status = 'FINISHED'"]))
+            tags = {run.info.run_id: run.data.tags for run in runs}
+            self._elsewhere = (
+                questions,
+                {
+                    (held.get("trial_id"), held.get("fingerprint")): (run_id, held.get("sweeps", ""))
+                    for run_id, held in tags.items()
+                    if held.get("mlflow.parentRunId") != parent
+                },
+            )
+        found = self._elsewhere[1].pop((row.trial_id, row.fingerprint), None)
+        if found is None:
+            return None
+        run_id, sweeps = found
+        names = [*(name for name in sweeps.split() if name != self._sweep_id), self._sweep_id]
+        self._store.batch(run_id, tags={"sweeps": " ".join(names), "mlflow.parentRunId": parent})
+        return _Child(run_id, row.fingerprint)
 
     def _write(self, row: TrialRun, children: dict[str, list[_Child]], parent: str) -> bool:
         """Leave exactly one active child for the trial, complete and with the row's content; True if it was written."""
@@ -186,10 +225,12 @@ class Tracker:
         for child in known:
             if child is not kept:
                 client.delete_run(child.run_id)
+        kept = kept or self._take_over(row, parent)
         if kept is not None:
             children[row.trial_id] = [kept]
             return False
         identity = {"mlflow.parentRunId": parent, "trial_id": row.trial_id, "fingerprint": fingerprint}
+        identity["sweeps"] = self._sweep_id
         run = client.create_run(self._store.experiment_id, run_name=row.name, tags={**row.tags, **identity})
         self._store.batch(run.info.run_id, row.metrics, row.params)
         for step, metrics in enumerate(row.steps, start=1):

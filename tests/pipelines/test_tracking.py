@@ -256,7 +256,7 @@ def test_children_carry_params_metrics_and_tags_under_their_parent(uri: str) -> 
         child = children[row.trial_id]
         assert (child.info.run_name, child.info.status) == (row.name, "FINISHED")
         assert (child.data.params, child.data.metrics) == (row.params, row.metrics)
-        expected = {"dvc_lock": "d1", "trial_id": row.trial_id, "fingerprint": row.fingerprint}
+        expected = {"dvc_lock": "d1", "trial_id": row.trial_id, "fingerprint": row.fingerprint, "sweeps": SWEEP}
         assert child.data.tags == expected | {"mlflow.parentRunId": parent_id, "mlflow.runName": row.name}
 
 
@@ -385,7 +385,7 @@ def test_a_sweep_that_is_told_to_end_at_any_moment_leaves_no_run_open_and_no_loc
     whole = told_to_end_at(0, sweep)
     assert whole.code == 0 and statuses(database) == ["FINISHED"]
     lines, ended_as = int(whole.out), set()
-    for line in range(1, lines, lines // 8):
+    for line in range(1, lines, lines // 6):
         with sqlite3.connect(database) as connection:  # every other time the run is there already
             connection.execute("DELETE FROM runs" if line % 2 else "UPDATE runs SET status = 'FINISHED'")
         connection.close()
@@ -505,6 +505,39 @@ def test_any_history_of_partial_writes_ends_in_the_last_tables(uri: str, history
     for table in [*history, final]:
         write(uri, [run_of(trial, {"score": score}) for trial, score in table.items()], sweep_id)
     assert {trial: run.data.metrics["score"] for trial, run in children_of(uri, sweep_id).items()} == final
+
+
+def test_one_trial_added_to_a_sweep_writes_one_child(uri: str, database: Path) -> None:
+    """The larger sweep has another id and parent; the runs of the smaller one's trials are taken over as they are."""
+    asked = {"data": "d1", "model": "m1", "features": "f1"}
+    trials = [replace(run_of(f"t{number}", {"score": number / 8}), tags=asked) for number in range(8)]
+    assert write(uri, trials, "small") == 8
+    before = {child.info.run_id for child in children_of(uri, "small").values()}
+    more = [*trials, replace(run_of("new"), tags=asked)]
+    assert write(uri, more, "large") == 1
+    children = children_of(uri, "large")
+    assert {child.info.run_id for child in children.values()} - before == {children["new"].info.run_id}
+    assert children["t3"].data.tags["sweeps"] == "small large" and children["new"].data.tags["sweeps"] == "large"
+    assert children["t3"].data.metrics == {"score": 3 / 8} and not children_of(uri, "small")
+    assert write(uri, more, "large") == 0 and write(uri, trials, "small") == 0, "and back again"
+    assert set(children_of(uri, "small")) == {trial.trial_id for trial in trials}
+    assert children_of(uri, "small")["t3"].data.tags["sweeps"] == "large small"
+    assert len(statuses(database)) == 11, "two parents, and a run a trial"
+
+
+@pytest.mark.parametrize("other", [{"data": "d2"}, {"model": "m2"}, {"features": "f2"}])
+def test_answers_to_other_questions_or_of_another_model_are_other_runs(uri: str, other: dict[str, str]) -> None:
+    asked = {"data": "d1", "model": "m1", "features": "f1"}
+    assert write(uri, [replace(run_of("t"), tags=asked)], "one") == 1
+    assert write(uri, [replace(run_of("t"), tags=asked | other)], "two") == 1
+    assert set(children_of(uri, "one")) == set(children_of(uri, "two")) == {"t"}
+
+
+def test_a_trial_whose_scores_changed_is_not_taken_over(uri: str) -> None:
+    asked = {"data": "d1", "model": "m1", "features": "f1"}
+    assert write(uri, [replace(run_of("t", {"score": 0.5}), tags=asked)], "one") == 1
+    assert write(uri, [replace(run_of("t", {"score": 0.6}), tags=asked)], "two") == 1
+    assert children_of(uri, "one")["t"].data.metrics == {"score": 0.5}
 
 
 def test_sweeps_do_not_share_children(uri: str) -> None:
