@@ -29,7 +29,7 @@ from pipelines.sweep.finishing import Finished, LimitReached, finish
 from pipelines.sweep.provenance import mixed, told
 from pipelines.sweep.refill import table_facts
 from pipelines.sweep.trials import Layouts, Trial, expand
-from pipelines.tracking.revision import git_and_dvc_tags
+from pipelines.tracking.revision import git_and_dvc_tags, source_tags
 from pipelines.tracking.tracker import Tracker
 from pipelines.workers import Fault
 from stages.entry import (
@@ -45,6 +45,7 @@ from stages.entry import (
     run_stage,
     shared_cache,
 )
+from stages.track import asked
 
 
 def sweep(settings: Settings) -> None:
@@ -65,7 +66,9 @@ def sweep(settings: Settings) -> None:
         facts = _facts(engine, trials, questions)
         tracking = settings.tracking
         with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
-            tracker.parent(facts["name"], facts["counts"], git_and_dvc_tags(Path()) | facts["fingerprints"])
+            revision = git_and_dvc_tags(Path())
+            tags = revision | source_tags(revision, "dvc repro") | facts["fingerprints"]
+            tracker.parent(facts["name"], facts["counts"] | asked(settings), tags)
             outcome, _ = engine.run(trials, questions, tracker.progress)
             try:
                 finished = _finished(plan, trials, questions, outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pipelines.settings import Settings
-from pipelines.tracking.revision import git_and_dvc_tags
+from pipelines.tracking.revision import git_and_dvc_tags, source_tags, write_reproduction
 from pipelines.tracking.runs import trial_runs
 from pipelines.tracking.tracker import Tracker
 from stages.entry import COMPARISONS, HEADLINE, METRICS, PLOTS, REPORT, SCORES, SWEEP, TIMINGS, TRIALS, run_stage
@@ -26,7 +27,8 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
     with Tracker.open(
         settings.tracking.resolved_uri, settings.tracking.experiment, sweep_id=facts["sweep_id"]
     ) as tracker:
-        tracker.parent(facts["name"], facts["counts"], tags)
+        shown = tags | source_tags(tags, "dvc repro") | {"mlflow.note.content": _note(facts, tags)}
+        tracker.parent(facts["name"], facts["counts"] | asked(settings), shown)
         tracker.dataset("examples", facts["fingerprints"]["data"][:32], facts["counts"]["questions"])
         tracker.trials(trial_runs(trials, scores, _seconds(trials), tags))
         for path, place in (
@@ -39,6 +41,59 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
         ):
             if path.exists() and (with_report or path != REPORT):
                 tracker.artifacts(path, place)
+        with tempfile.TemporaryDirectory() as folder:
+            write_reproduction(Path(), Path(folder))
+            tracker.artifacts(Path(folder), "reproduce")
+
+
+def asked(settings: Settings) -> dict[str, str]:
+    """What a sweep asks, as parameters of its parent run: model, numbers, protocol, budgets, grids."""
+    model, sweep = settings.model, settings.sweep
+    return {
+        "model": model.path,
+        "dtype": model.dtype,
+        "attention": model.attention,
+        "protocol": settings.prepare.protocol,
+        "budgets": f"{', '.join(f'{budget:g}' for budget in sweep.budgets)} ({sweep.budget_unit})",
+        "grids": ", ".join(dict.fromkeys(grid.name for grid in sweep.grids)),
+    }
+
+
+def _note(facts: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+    """Markdown for the parent's page: what came out, where to look, how to run it again."""
+    lines = [f"**{facts['name']}**", ""]
+    if METRICS.exists():
+        lines += _verdict(json.loads(METRICS.read_text()))
+    dirty = tags.get("git_dirty") == "true"
+    lines += [
+        "* The page: artifact `report/index.html`; all scores: `scores.parquet`; pairs: `comparisons.parquet`.",
+        "* Trials: the child runs; sort them by `grounding_retention` or `vqa_retention`.",
+        "",
+        "Again, from the artifacts under `reproduce`:",
+        "",
+        "```console",
+        f"$ git checkout {tags['git_commit']}",
+        *(["$ git apply uncommitted.patch"] if dirty else []),
+        "$ make repro",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """A table of mean retention at the headline budget."""
+    families = {"vg": "grounding", "vqa": "VQA"}
+    rows = {"nuwa": "Nüwa’s best trial", "rival": "the best other", "lead": "difference"}
+    cells = {key: [metrics[key].get(short) for short in families] for key in rows}
+    return [
+        f"| mean retention at the headline budget, % | {' | '.join(families.values())} |",
+        "|---|--:|--:|",
+        *(
+            f"| {name} | {' | '.join('–' if value is None else f'{100 * value:.1f}' for value in cells[key])} |"
+            for key, name in rows.items()
+        ),
+        "",
+    ]
 
 
 def _seconds(trials: pd.DataFrame) -> pd.DataFrame | None:

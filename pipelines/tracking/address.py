@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import sqlalchemy
 
 from pipelines.files.working_copies import main_copy
-
-if TYPE_CHECKING:
-    pass
-
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 

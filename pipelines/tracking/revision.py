@@ -1,14 +1,12 @@
-"""The code and data revision of a checkout."""
+"""The code and data revision of a checkout, and what it takes to run it again."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def git_and_dvc_tags(repo: Path) -> dict[str, str]:
@@ -26,6 +24,48 @@ def git_and_dvc_tags(repo: Path) -> dict[str, str]:
     lock = Path(repo) / "dvc.lock"
     tags["dvc_lock"] = hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else "unversioned"
     return tags
+
+
+PARAMETERS = ("params.yaml", "dvc.yaml", "dvc.lock")
+PATCH = "uncommitted.patch"
+SOURCES = (".py", ".yaml", ".j2", ".toml")  # of new files these alone: another may be data, or a secret
+LARGEST_PATCH = 4 * 2**20  # bytes; what is larger is data, which git should not have seen
+
+
+def source_tags(revision: Mapping[str, str], command: str) -> dict[str, str]:
+    """``revision`` (of :func:`git_and_dvc_tags`) and the command, under the tags that MLflow's own pages look for."""
+    return {
+        "mlflow.source.name": command,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": revision["git_commit"],
+    }
+
+
+def write_reproduction(repo: Path, folder: Path) -> None:
+    """Put into ``folder`` what a run needs beside its commit: parameters, stages, lock, and changes not committed.
+
+    ``git checkout <commit> && git apply uncommitted.patch`` makes the tree that ran, new ``SOURCES`` that git does not
+    ignore among it. A patch above ``LARGEST_PATCH`` bytes is left out.
+    """
+    for name in PARAMETERS:
+        if (Path(repo) / name).is_file():
+            shutil.copy(Path(repo) / name, folder / name)
+    new = (_git(repo, "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0")
+    changes = [_git_bytes(repo, "diff", "--binary", "HEAD")]
+    changes += [
+        _git_bytes(repo, "diff", "--binary", "--no-index", "/dev/null", name) for name in new if name.endswith(SOURCES)
+    ]
+    patch = b"".join(changes)
+    if 0 < len(patch) <= LARGEST_PATCH:
+        (folder / PATCH).write_bytes(patch)
+
+
+def _git_bytes(repo: Path, *arguments: str) -> bytes:
+    """Standard output of a git command as it is; a diff between two files ends with 1 where they differ."""
+    try:
+        return subprocess.run(["git", "-C", str(repo), *arguments], capture_output=True, check=False).stdout
+    except OSError:
+        return b""
 
 
 def _git(repo: Path, *arguments: str) -> str | None:

@@ -8,14 +8,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from pipelines.axes import columns_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

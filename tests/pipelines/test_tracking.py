@@ -35,7 +35,7 @@ from mlflow.utils.validation import _validate_metric_name
 from pipelines.files.lock import exclusive
 from pipelines.tracking import tracker as tracking
 from pipelines.tracking.address import checked_uri
-from pipelines.tracking.revision import git_and_dvc_tags
+from pipelines.tracking.revision import git_and_dvc_tags, source_tags, write_reproduction
 from pipelines.tracking.runs import TrialRun, metric_key, mlflow_metrics, trial_runs
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.training import training_log
@@ -755,6 +755,49 @@ def test_revision_tags_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "dvc.lock").write_bytes(b"changed")
     lock = hashlib.sha256(b"changed").hexdigest()
     assert git_and_dvc_tags(tmp_path) == {"git_commit": commit, "git_dirty": "true", "dvc_lock": lock}
+
+
+def test_a_dirty_run_is_rebuilt_from_its_commit_and_what_lies_beside_it(tmp_path: Path) -> None:
+    """A changed file, a removed one, a new one and a binary one; ignored files are the cache's."""
+    work, beside, again = (tmp_path / name for name in ("work", "beside", "again"))
+    work.mkdir(), beside.mkdir()
+
+    def git(*arguments: str, at: Path = work) -> str:
+        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        run = subprocess.run(["git", "-C", str(at), *identity, *arguments], check=True, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    git("init", "-q")
+    committed = {"params.yaml": b"a: 1\n", "gone.py": b"x = 1\n", ".gitignore": b"cache/\n", "weights": b"\x00\x01"}
+    for name, content in committed.items():
+        (work / name).write_bytes(content)
+    git("add", "-A")
+    git("commit", "-qm", "c")
+    commit = git("rev-parse", "HEAD")
+    changed = {"params.yaml": b"a: 2\n", "mine.py": b"y = 2\n", "weights": b"\x00\x02\x03"}
+    for name, content in changed.items():
+        (work / name).write_bytes(content)
+    (work / "gone.py").unlink()
+    (work / "token.txt").write_text("secret")
+    (work / "cache").mkdir()
+    (work / "cache" / "big").write_bytes(b"z" * 100)
+
+    write_reproduction(work, beside)
+    assert sorted(path.name for path in beside.iterdir()) == ["params.yaml", "uncommitted.patch"]
+    assert source_tags(git_and_dvc_tags(work), "dvc repro")["mlflow.source.git.commit"] == commit
+    git("clone", "-q", str(work), str(again))
+    git("apply", str(beside / "uncommitted.patch"), at=again)
+    for name in ("params.yaml", "mine.py", "weights", ".gitignore"):
+        assert (again / name).read_bytes() == (work / name).read_bytes(), name
+    assert not (again / "gone.py").exists() and not (again / "token.txt").exists()
+
+
+def test_a_clean_run_and_one_outside_git_leave_no_patch(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("a: 1\n")
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    write_reproduction(tmp_path, folder)
+    assert [path.name for path in folder.iterdir()] == ["params.yaml"]
 
 
 def test_revision_tags_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
