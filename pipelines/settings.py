@@ -667,6 +667,18 @@ class Settings(Section):
     plugins: list[Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]] = []
     """Modules that register methods, scorers or benchmarks (:mod:`nuwa.plugins`)."""
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """What a sweep asks, as parameters of its MLflow run: model, numbers, protocol, budgets, grids."""
+        return {
+            "model": self.model.path,
+            "dtype": self.model.dtype,
+            "attention": self.model.attention,
+            "protocol": self.prepare.protocol,
+            "budgets": f"{', '.join(f'{budget:g}' for budget in self.sweep.budgets)} ({self.sweep.budget_unit})",
+            "grids": ", ".join(dict.fromkeys(grid.name for grid in self.sweep.grids)),
+        }
+
     @model_validator(mode="before")
     @classmethod
     def _names_carry_their_protocol(cls, values: Any) -> Any:

@@ -45,7 +45,6 @@ from stages.entry import (
     run_stage,
     shared_cache,
 )
-from stages.track import asked
 
 
 def sweep(settings: Settings) -> None:
@@ -68,7 +67,7 @@ def sweep(settings: Settings) -> None:
         with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
             revision = git_and_dvc_tags(Path())
             tags = revision | source_tags(revision, "dvc repro") | facts["fingerprints"]
-            tracker.parent(facts["name"], facts["counts"] | asked(settings), tags)
+            tracker.parent(facts["name"], facts["counts"] | settings.asked, tags)
             outcome, _ = engine.run(trials, questions, tracker.progress)
             try:
                 finished = _finished(plan, trials, questions, outcome)

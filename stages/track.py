@@ -28,7 +28,7 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
         settings.tracking.resolved_uri, settings.tracking.experiment, sweep_id=facts["sweep_id"]
     ) as tracker:
         shown = tags | source_tags(tags, "dvc repro") | {"mlflow.note.content": _note(facts, tags)}
-        tracker.parent(facts["name"], facts["counts"] | asked(settings), shown)
+        tracker.parent(facts["name"], facts["counts"] | settings.asked, shown)
         tracker.dataset("examples", facts["fingerprints"]["data"][:32], facts["counts"]["questions"])
         tracker.trials(trial_runs(trials, scores, _seconds(trials), tags))
         for path, place in (
@@ -44,19 +44,6 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_reproduction(Path(), Path(folder))
             tracker.artifacts(Path(folder), "reproduce")
-
-
-def asked(settings: Settings) -> dict[str, str]:
-    """What a sweep asks, as parameters of its parent run: model, numbers, protocol, budgets, grids."""
-    model, sweep = settings.model, settings.sweep
-    return {
-        "model": model.path,
-        "dtype": model.dtype,
-        "attention": model.attention,
-        "protocol": settings.prepare.protocol,
-        "budgets": f"{', '.join(f'{budget:g}' for budget in sweep.budgets)} ({sweep.budget_unit})",
-        "grids": ", ".join(dict.fromkeys(grid.name for grid in sweep.grids)),
-    }
 
 
 def _note(facts: Mapping[str, Any], tags: Mapping[str, str]) -> str:
