@@ -61,7 +61,14 @@ def draw_signals(grid: PatchGrid, batch: int, device: str) -> VisionSignals:
     shape = (batch, grid.tokens, DIM)
     attention = (2 * normal(batch, grid.tokens)).softmax(dim=-1)
     images = tuple(f"image {row}" for row in range(batch))
-    usual = VisionSignals(grid, normal(*shape), attention, normal(*shape), normal(*shape), images)
+    usual = VisionSignals(
+        grid=grid,
+        features=normal(*shape),
+        cls_attention=attention,
+        keys=normal(*shape),
+        similarity=normal(*shape),
+        image_ids=images,
+    )
     received: dict[str, Any] = {
         name: (2 * normal(batch, grid.tokens)).softmax(dim=-1)
         for name in ("early_attention", "received_middle", "received_late", "relevance")

@@ -11,3 +11,8 @@ class UserError(Exception):
     """
 
     exit_code = 1
+
+
+def in_one_line(error: BaseException, most: int = 200) -> str:
+    """What another program's ``error`` says, as a part of a line of ours: white space folded, at most so many characters."""
+    return " ".join(str(error).split())[:most]

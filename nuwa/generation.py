@@ -227,7 +227,7 @@ def select(vlm: Adapter, planned: LayoutPlan, layout: VisualLayout, batch: Image
         if name in signals
     }
 
-    views = view_signals(layout, stacked, batch.names, resized, heads=vlm.heads, project=vlm.project)
+    views = view_signals(layout, stacked, batch.names, resized=resized, heads=vlm.heads, project=vlm.project)
     if planned.spec.reads_question and batch.questions:
         views = vlm.read_questions(views, batch.questions)
     return select_views(planned, layout, views)

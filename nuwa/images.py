@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from nuwa.errors import UserError
+from nuwa.errors import UserError, in_one_line
 
 READING = "upright, first frame, 8-bit sRGB on white: 2"
 FORMATS = (
@@ -247,5 +247,5 @@ def _named(source: bytes | Path) -> str:
 def _fault(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "UnidentifiedImageError: cannot identify image"  # Pillow names the buffer's address
-    words = " ".join(str(error).split())[:200]
+    words = in_one_line(error)
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

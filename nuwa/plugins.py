@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from nuwa.errors import UserError
+from nuwa.errors import UserError, in_one_line
 from nuwa.source import PACKAGE, closure, digest_of
 
 GROUP = "nuwa.plugins"
@@ -50,7 +50,7 @@ def _reason(name: str, error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
         return "no such module; install it, or put it into the project folder"
     at = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(str(error).split())[:200]
+    said = in_one_line(error)
     return f"{type(error).__name__}: {said} ({Path(at.filename).name}, line {at.lineno}); mend it or take it out"
 
 

@@ -45,7 +45,7 @@ Declared: TypeAlias = Tensor | Any
 NORM_EPSILON = 1e-12  # a vector shorter than this is like nothing, not even like itself
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionSignals:
     """Signals of the vision encoder, all without CLS, of images that share one grid. Null: not kept.
 

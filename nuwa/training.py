@@ -25,7 +25,7 @@ Metrics = dict[str, float]
 Log = Callable[[int, Metrics], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseSchedule:
     """How long and how fast a phase learns. The learning rate warms up, stays, and falls to zero linearly."""
 
@@ -75,6 +75,15 @@ def _latest(folder: Path) -> Path | None:
     return next((path for path in candidates if (path / "step.json").exists()), None)
 
 
+def _resume(accelerator: Accelerator, folder: Path) -> int:
+    """Load the newest checkpoint of ``folder``; returns the step at which training goes on, 0 where there is none."""
+    latest = _latest(folder)
+    if latest is None:
+        return 0
+    accelerator.load_state(str(latest))
+    return int(json.loads((latest / "step.json").read_text())["step"])
+
+
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay matrices; leave biases, norms and tables alone."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -107,10 +116,7 @@ def train_phase(
         _parameter_groups(module, schedule.weight_decay), lr=schedule.learning_rate, betas=(0.9, 0.98)
     )
     wrapped, optimizer = accelerator.prepare(module, optimizer)
-    start = 0
-    if (latest := _latest(checkpoint)) is not None:
-        accelerator.load_state(str(latest))
-        start = json.loads((latest / "step.json").read_text())["step"]
+    start = _resume(accelerator, checkpoint)
     share, rest = divmod(schedule.batch_size, accelerator.num_processes)
     if rest:
         raise ValueError(
@@ -133,6 +139,7 @@ def train_phase(
         for name, value in scalars.items():
             name = f"{phase}/loss_{name}" if value.requires_grad else f"{phase}/{name}"
             sums[name] = sums.get(name, 0.0) + float(value.detach())
+
         done = step + 1
         if done % schedule.log_every == 0 and accelerator.is_main_process:
             metrics = {name: value / schedule.log_every for name, value in sums.items()}

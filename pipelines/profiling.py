@@ -28,6 +28,7 @@ from nuwa import UNPRUNED
 from nuwa.clock import Clock
 from nuwa.cost import LlmShape, kv_cache_bytes
 from nuwa.decoder import Answer, Trunk
+from nuwa.errors import in_one_line
 from nuwa.generation import ImageBatch, LayoutPlan, plan, select
 from nuwa.layout import VisualLayout
 from nuwa.methods import MethodSpec, check_encoder, specify
@@ -249,7 +250,7 @@ def planned_methods(settings: ProfileSettings, say: Callable[[str], None]) -> di
             width, height = settings.image_size
             layout = family.layout_for(config, usual_image_processor(config), (width, height))
         except (OSError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error)
             raise SettingsError(f"profile.models: {path!r} is no model of a supported family ({reason})") from None
         planned[path] = []
         for method in settings.methods:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nuwa.errors import UserError
+from nuwa.errors import UserError, in_one_line
 from nuwa.methods import check_encoder
 from nuwa.signals import DERIVED_SIGNALS
 from nuwa.stage1 import get_method
@@ -120,7 +120,7 @@ def planned_trials(settings: Settings) -> list[Trial]:
         usual = Deferred(lambda: usual_image_processor(config))  # where all images have one layout nobody asks it
         layers = config.get_text_config().num_hidden_layers
     except (OSError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise SettingsError(
             f"model.path = {path!r}: no model of a supported family there ({reason}); `make testbed` trains one"
         ) from None

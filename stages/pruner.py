@@ -88,9 +88,9 @@ def _train(settings: Settings) -> None:
             CACHE / "training" / identity,
             seed=recipe.seed,
             schedule=PhaseSchedule(
-                recipe.steps,
-                recipe.batch_size,
-                recipe.learning_rate,
+                steps=recipe.steps,
+                batch_size=recipe.batch_size,
+                learning_rate=recipe.learning_rate,
                 warmup=WARMUP,
                 decay_share=DECAY_SHARE,
                 weight_decay=0.0,

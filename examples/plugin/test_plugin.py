@@ -35,7 +35,8 @@ def test_only_the_library_is_here():
 
 def test_the_longest_features_are_kept():
     features = torch.tensor([[[3.0, 4.0], [0.0, 1.0], [6.0, 8.0], [5.0, 0.0]]])
-    signals = VisionSignals(PatchGrid(2, 2), features, None, None, None, ("image",))
+    absent = {"cls_attention": None, "keys": None, "similarity": None}
+    signals = VisionSignals(grid=PatchGrid(2, 2), features=features, **absent, image_ids=("image",))
     selection = nuwa_loudest.select(signals, 2, nuwa_loudest.Loudest())
     assert selection.indices.tolist() == [[0, 2]], "of equal ones the lower index"
 

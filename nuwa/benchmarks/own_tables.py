@@ -36,6 +36,7 @@ from nuwa.benchmarks.records import (
     type_name,
 )
 from nuwa.benchmarks.rows import Row
+from nuwa.errors import in_one_line
 from nuwa.registry import Registry
 
 SHOWN = 80  # characters of a wrong value in a message
@@ -210,7 +211,7 @@ class JsonLines:
         try:
             return pa.array([value]).type
         except (pa.ArrowException, OverflowError) as error:
-            reason = " ".join(str(error).split())
+            reason = in_one_line(error)
             raise SchemaError(f"{self.path}: line 1: {name!r} is of no one type ({reason}); mend it") from None
 
 

@@ -34,11 +34,11 @@ def draw_conversation(seed: int, split: str, number: int) -> tuple[Scene, list[Q
 def pack_for(vlm: LlavaAdapter, questions: list[Question]) -> Packed:
     """One image and its questions as one sequence, in the words of the model's chat template."""
     tokenizer = vlm.processor.tokenizer
-    asked = [(vlm.encode_prompt(words), answer) for words, answer in map(question_words, questions)]
-    before = asked[0][0].before
+    turns = [(vlm.encode_prompt(words), answer) for words, answer in map(question_words, questions)]
+    before = turns[0][0].before
     prefix = [*before, *[vlm.image_token] * vlm.grid.tokens]
-    answers = [[*tokenizer(answer, add_special_tokens=False).input_ids, vlm.end_tokens[0]] for _, answer in asked]
-    return lay_out(prefix, [(list(prompt.after), ids) for (prompt, _), ids in zip(asked, answers, strict=True)])
+    answers = [[*tokenizer(answer, add_special_tokens=False).input_ids, vlm.end_tokens[0]] for _, answer in turns]
+    return lay_out(prefix, [(list(prompt.after), ids) for (prompt, _), ids in zip(turns, answers, strict=True)])
 
 
 def draw_batch(vlm: LlavaAdapter, seed: int, split: str, numbers: np.ndarray) -> dict[str, Tensor]:

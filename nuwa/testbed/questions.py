@@ -85,7 +85,7 @@ def _place_expression(rng: np.random.Generator, objects: Sequence[SceneObject]) 
 
 def _related(objects: Sequence[SceneObject], target: SceneObject, needed: bool) -> list[str]:
     """Expressions ``X left of the Y`` that mean ``target``; ``needed`` keeps those that X alone would not settle."""
-    found = []
+    expressions = []
     for description in [Description(), *_descriptions(target)]:
         if (len(description.matches(objects)) > 1) != needed:
             continue
@@ -97,8 +97,8 @@ def _related(objects: Sequence[SceneObject], target: SceneObject, needed: bool) 
                 if _lead(target, anchor, relation) < RELATION_MARGIN:
                     continue
                 if all(_lead(rival, anchor, relation) <= -RELATION_MARGIN for rival in rivals):
-                    found += [f"{description} {words} the {name}" for name in _unique(objects, anchor)]
-    return found
+                    expressions += [f"{description} {words} the {name}" for name in _unique(objects, anchor)]
+    return expressions
 
 
 def _refer(task: str, expression: str, target: SceneObject, category: str) -> Question:
@@ -142,7 +142,7 @@ def pope(
 
     if (answer or _pick(rng, ("yes", "no"))) == "yes":
         evidence = (_pick(rng, objects),)
-        asked, answer = Description(evidence[0].digit, evidence[0].color), "yes"
+        subject, answer = Description(evidence[0].digit, evidence[0].color), "yes"
     else:
         if category == "adversarial":
             pool = [Description(one.digit, other.color) for one in objects for other in objects]
@@ -153,8 +153,8 @@ def pope(
         pool = [description for description in pool if not description.matches(objects)]
         if not pool:
             return None
-        asked, answer = _pick(rng, pool), "no"
-    return Question("pope", f"is there a {asked} in this image?", answer, category=category, evidence=evidence)
+        subject, answer = _pick(rng, pool), "no"
+    return Question("pope", f"is there a {subject} in this image?", answer, category=category, evidence=evidence)
 
 
 def gqa(rng: np.random.Generator, objects: Sequence[SceneObject]) -> Question | None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from nuwa.allowed import check_word
-from nuwa.errors import UserError
+from nuwa.errors import UserError, in_one_line
 from nuwa.grid import PatchGrid
 from nuwa.image_rules import ImageRules
 from nuwa.layout import VisualLayout
@@ -94,6 +94,7 @@ def view_signals(
     layout: VisualLayout,
     signals: Mapping[str, Tensor],
     image_ids: Sequence[str],
+    *,
     resized: Callable[[PatchGrid], Tensor] | None = None,
     encoder: str | None = None,
     heads: int = 1,
@@ -114,7 +115,7 @@ def view_signals(
         own: dict[str, Any] = {name: parts[name][number] for name in VIEW_SIGNALS}
         of_views.append(
             VisionSignals(
-                view.grid, **own, image_ids=ids, encoder=encoder, resized=resized, heads=heads, project=project
+                grid=view.grid, **own, image_ids=ids, encoder=encoder, resized=resized, heads=heads, project=project
             )
         )
     return of_views
@@ -446,14 +447,14 @@ def check_template(processor: Any, image_token: int) -> None:
     try:
         rendered = render_question(processor, question)
     except Exception as error:  # whatever a template raises
-        reason = " ".join(str(error).split())[:160]
+        reason = in_one_line(error)
         raise CheckpointError(f"the model's chat template fails ({reason}); fetch it again") from None
     try:
         count = tokenize_prompt(processor.tokenizer, rendered).count(image_token)
     except BaseException as error:  # a panic of tokenizers', which is written in Rust, is no Exception
         if isinstance(error, ENDS_THE_PROGRAM):
             raise
-        reason = " ".join(str(error).split())[:160]
+        reason = in_one_line(error)
         raise CheckpointError(f"the model's tokenizer fails ({reason}); fetch tokenizer.json again") from None
 
     if count != 1:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from nuwa.errors import UserError
+from nuwa.errors import UserError, in_one_line
 from nuwa.vlm.adapter import (
     ENDS_THE_PROGRAM,
     Adapter,
@@ -339,5 +339,5 @@ def _nested(path: Path) -> str:
 
 
 def _words(error: BaseException) -> str:
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words[:160]}" if words else type(error).__name__
+    words = in_one_line(error)
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -104,10 +104,16 @@ class LlavaAdapter(Adapter):
         resized: Callable[[PatchGrid], Tensor] | None = None,
     ) -> VisionSignals:
         """Signals of :meth:`encode` as stage 1 reads them."""
-        (found,) = view_signals(
-            self.layout, encoded, image_ids, resized, self.encoder_identity, self.heads, self.project
+        (whole,) = view_signals(
+            self.layout,
+            encoded,
+            image_ids,
+            resized=resized,
+            encoder=self.encoder_identity,
+            heads=self.heads,
+            project=self.project,
         )
-        return found
+        return whole
 
     def encode_images(self, images: Sequence[Image.Image], further: Collection[str] = ()) -> list[EncodedImage]:
         encoded = self.encode(self.pixels(images), further)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nuwa.errors import UserError
+from nuwa.errors import UserError, in_one_line
 from nuwa.signals import cosine_similarity, directions
 from nuwa.vlm.checkpoint import CheckpointError, read_checkpoint
 
@@ -43,9 +43,9 @@ class TextTower:
         except (OSError, ValueError, AttributeError):
             kind = None
         if kind != "clip":
-            found = "no readable config.json there" if kind is None else f"model_type {kind!r} there"
+            fault = "no readable config.json there" if kind is None else f"model_type {kind!r} there"
             raise TextTowerError(
-                f"text_tower {str(folder)!r}: {found}; name a folder that holds a whole CLIP model "
+                f"text_tower {str(folder)!r}: {fault}; name a folder that holds a whole CLIP model "
                 "(for LLaVA: openai/clip-vit-large-patch14-336)"
             )
 
@@ -85,7 +85,7 @@ class TextTower:
         try:
             return CLIPModel.from_pretrained(self.folder, dtype=torch.float32).eval().requires_grad_(False)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = in_one_line(error)
             raise CheckpointError(
                 f"text_tower {str(self.folder)!r} cannot be loaded ({reason}); fetch it again"
             ) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from nuwa.benchmarks import check_schema
 from nuwa.benchmarks.own_tables import JsonLines
 from nuwa.benchmarks.rows import ParquetFiles, Source
-from nuwa.errors import UserError
+from nuwa.errors import UserError, in_one_line
 from pipelines.addresses import BenchmarkName, hub_address
 from pipelines.files.folders import linked_files
 
@@ -30,7 +30,7 @@ def fetch_tables(location: str, name: BenchmarkName) -> Path:
     try:
         home = snapshot_download(address.dataset, repo_type="dataset", revision=address.commit, allow_patterns=wanted)
     except (OSError, ValueError, RuntimeError) as error:  # what huggingface_hub and its HTTP client raise
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         raise MissingTables(f"{location}: could not be fetched: {type(error).__name__}: {reason}") from None
     return Path(home) / address.folder
 

@@ -197,7 +197,7 @@ def read_encoded(
     groups = []
     for layout, alike in store.by_layout(images).items():
         again = resized(alike) if resized else None
-        views = view_signals(layout, store.read(alike), alike, again, encoder, heads)
+        views = view_signals(layout, store.read(alike), alike, resized=again, encoder=encoder, heads=heads)
         groups.append(EncodedImages(alike, layout, views))
     return groups
 

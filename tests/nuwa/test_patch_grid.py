@@ -32,7 +32,7 @@ def signals(grid: PatchGrid, batch: int = 2, **wrong) -> VisionSignals:
         "similarity": torch.randn(batch, grid.tokens, 3),
         "image_ids": tuple(f"image-{row}" for row in range(batch)),
     }
-    return VisionSignals(grid, **{**parts, **wrong})
+    return VisionSignals(grid=grid, **{**parts, **wrong})
 
 
 def test_tokens_stand_in_raster_order():

@@ -87,7 +87,7 @@ def without_content(grid: PatchGrid, batch: int, dtype: torch.dtype = torch.floa
     parts = wide | {
         name: torch.empty(shape[:2], device="meta", dtype=dtype) for name in VIEW_SIGNALS if name not in wide
     }
-    return VisionSignals(grid, **parts, image_ids=tuple(f"image {row}" for row in range(batch)))
+    return VisionSignals(grid=grid, **parts, image_ids=tuple(f"image {row}" for row in range(batch)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

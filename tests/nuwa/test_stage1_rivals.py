@@ -270,7 +270,8 @@ def test_dense_forms_give_the_same_on_ordinary_pictures(name):
     early = (2 * torch.randn(1, 576, generator=generator)).softmax(dim=-1)
     relevance, projected = torch.rand(1, 576, generator=generator), torch.randn(1, 576, 80, generator=generator)
     further = {"early_attention": early, "relevance": relevance, "projected": projected}
-    signals = VisionSignals(grid, parts[0], attention, parts[1], parts[2], ("one",), **further)
+    usual = {"features": parts[0], "cls_attention": attention, "keys": parts[1], "similarity": parts[2]}
+    signals = VisionSignals(grid=grid, **usual, image_ids=("one",), **further)
     # A kernel's rank is the width of what is projected: no more tokens have a gain.
     for keep in (32, 64) if name == "cdpruner" else (64, 112):
         ours = select(name, signals, keep)

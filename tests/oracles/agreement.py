@@ -34,7 +34,7 @@ def signals_of(*pictures: Picture) -> VisionSignals:
         return torch.from_numpy(np.stack([getattr(picture, name) for picture in pictures]))
 
     return VisionSignals(
-        PatchGrid(pictures[0].height, pictures[0].width),
+        grid=PatchGrid(pictures[0].height, pictures[0].width),
         features=stack("features"),
         cls_attention=stack("attention"),
         keys=stack("keys"),

@@ -124,7 +124,7 @@ def test_what_a_trial_records_is_what_its_stage_1_keeps(method, budget):
     grid = PatchGrid(12, 12)
     generator = torch.Generator().manual_seed(1)
     signals = VisionSignals(
-        grid,
+        grid=grid,
         features=torch.randn(1, 144, 8, generator=generator),
         cls_attention=torch.rand(1, 144, generator=generator),
         keys=torch.randn(1, 144, 8, generator=generator),

@@ -243,7 +243,7 @@ def test_two_processes_learn_from_both_their_batches(published):
     data = Conversations(vlm, read_instructions(path, path.parent, 0, 1.0), 2048)
     learner = build_learner(vlm, 0, "topk_ste", 0.2, 10.0)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=0.003, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = PhaseSchedule(3, 4, 0.003, warmup=WARMUP, decay_share=DECAY_SHARE)
+    schedule = PhaseSchedule(steps=3, batch_size=4, learning_rate=0.003, warmup=WARMUP, decay_share=DECAY_SHARE)
     for step in range(3):
         optimizer.param_groups[0]["lr"] = 0.003 * schedule.rate(step)
         batches = [data.draw(step_rng(0, "pruner", step, process), 2) for process in range(2)]
