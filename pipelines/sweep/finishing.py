@@ -95,9 +95,9 @@ def _finish_with_what_is_there(
     left_out = {}
     for row in questions[questions["example_id"].isin(list(without_questions))].itertuples():
         name = str(row.example_id)
-        mine = [trial_id for trial_id in lacking if trial_id not in without_trials and name in lacking[trial_id]]
+        lacking_it = [trial_id for trial_id in lacking if trial_id not in without_trials and name in lacking[trial_id]]
         left_out[name] = (
-            f"{len(mine)} of {len(trials) - len(without_trials)} compared trials have no answer to it: {lacking[mine[0]][name]}"
+            f"{len(lacking_it)} of {len(trials) - len(without_trials)} compared trials have no answer to it: {lacking[lacking_it[0]][name]}"
         )
         for fellow, why in scored_together(questions, row, "has no answer under some trial").items():
             left_out.setdefault(fellow, why)
@@ -127,10 +127,10 @@ def common_ground(
     """
     out_trials: set[str] = set()
     out_questions = set(lacking.get(reference, ()))
-    of_trial = {trial: set(asked) - out_questions for trial, asked in lacking.items() if trial != reference}
+    of_trial = {trial: set(unanswered) - out_questions for trial, unanswered in lacking.items() if trial != reference}
     of_question: dict[str, set[str]] = collections.defaultdict(set)
-    for trial, asked in of_trial.items():
-        for question in asked:
+    for trial, unanswered in of_trial.items():
+        for question in unanswered:
             of_question[question].add(trial)
 
     while of_question:
@@ -149,5 +149,5 @@ def common_ground(
             for trial in of_question.pop(worst_question):
                 of_trial[trial].discard(worst_question)
     # A question that only such trials lack that went after it can stay.
-    needed = set().union(*(asked for trial, asked in lacking.items() if trial not in out_trials))
+    needed = set().union(*(unanswered for trial, unanswered in lacking.items() if trial not in out_trials))
     return out_trials, out_questions & needed
