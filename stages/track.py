@@ -21,6 +21,7 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
     """One child run a trial; scores, plots and, where it is of this sweep, the report as artifacts of the parent."""
     if not SWEEP.exists() or not SCORES.exists():
         raise FileNotFoundError(f"{SWEEP} or {SCORES} is missing; `dvc repro evaluate` makes them")
+
     facts = json.loads(SWEEP.read_text())
     trials, scores = pd.read_parquet(TRIALS), pd.read_parquet(SCORES)
     tags = git_and_dvc_tags(Path()) | facts["fingerprints"] | _origins(facts)
@@ -31,6 +32,7 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
         tracker.parent(facts["name"], facts["counts"] | settings.asked, shown)
         tracker.dataset("examples", facts["fingerprints"]["data"][:32], facts["counts"]["questions"])
         tracker.trials(trial_runs(trials, scores, _seconds(trials), tags))
+
         for path, place in (
             (SCORES, None),
             (COMPARISONS, None),

@@ -158,6 +158,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     low, high = difference.intervals()
     p, p_margin = difference.p_zero(), difference.p_beyond(margin)
+
     return [
         {
             "question": pair.question,

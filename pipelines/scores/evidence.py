@@ -205,6 +205,7 @@ def _grades_of(
     """The grade of every pair of example and text that needs one."""
     if benchmark.graded is None:
         return {}
+
     ids = examples["example_id"].tolist()
     wanted = [(example, text) for example, text in pairs if benchmark.graded(texts[text], truths[example])]
     lacking = [ids[example] for example, text in wanted if (ids[example], texts[text]) not in grades]

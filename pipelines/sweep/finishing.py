@@ -92,6 +92,7 @@ def _finish_with_what_is_there(
     without_trials, without_questions = common_ground(
         {trial_id: set(reasons) for trial_id, reasons in lacking.items()}, len(trials), len(questions), reference
     )
+
     left_out = {}
     for row in questions[questions["example_id"].isin(list(without_questions))].itertuples():
         name = str(row.example_id)
@@ -101,12 +102,14 @@ def _finish_with_what_is_there(
         )
         for fellow, why in scored_together(questions, row, "has no answer under some trial").items():
             left_out.setdefault(fellow, why)
+
     if len(left_out) == len(questions):
         raise UnitsFailed(f"no question has an answer of the unpruned trial and of another; {AGAIN}")
     incomplete = {
         trial_id: f"{len(lacking[trial_id]):,} answers are missing: {next(iter(lacking[trial_id].values()))}"
         for trial_id in sorted(without_trials)
     }
+
     count, everything = sum(map(len, lacking.values())), len(trials) * len(questions)
     told = (
         f"{count:,} of {everything:,} answers are missing (sweep.finish_with): {len(incomplete)} of {len(trials)} trials "
