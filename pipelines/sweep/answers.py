@@ -43,7 +43,7 @@ from pipelines.sweep.results import PARTS, ResultStore, StoredUnit
 from pipelines.sweep.tree import work_tree
 from pipelines.sweep.trials import Trial
 from pipelines.sweep.units import UnitExample, WorkUnit, plan_units
-from pipelines.workers import ClusterUnavailable, Failure, Fault, OnDone, Partial, UnitsFailed, run_units
+from pipelines.workers import Allowance, ClusterUnavailable, Failure, Fault, OnDone, Partial, UnitsFailed, run_units
 
 
 class NoReference(UnitsFailed):
@@ -491,13 +491,13 @@ def run_sweep(
     on_start: Callable[[Mapping[str, WorkUnit], int], None] = lambda units, cached: None,
     on_done: OnDone = lambda unit, report: None,
     in_process: bool = False,
-    gpu_hours: float | None = None,
+    allowance: Allowance | None = None,
     finish_with: float | None = None,
 ) -> SweepOutcome:
     """Run what the store lacks. ``costs``, ``speed``, ``unit_images``: see :func:`pipelines.sweep.units.plan_units`.
 
     ``on_start(units, cached_answers)`` is called before work starts, ``on_done(unit id, report)`` as each unit finishes;
-    ``gpu_hours``: see :func:`pipelines.workers.run_units`. ``finish_with``: where too much fails for the run to go on and
+    ``allowance``: see :func:`pipelines.workers.run_units`. ``finish_with``: where too much fails for the run to go on and
     at most this share of all answers is missing, that is an outcome and no error.
     """
     stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(tidy=True)]
@@ -505,7 +505,7 @@ def run_sweep(
     units, cached = plan_units(trials, examples, stored, costs, speed, unit_images, reuse=spec.reuse)
     on_start(units, cached)
     try:
-        return SweepOutcome(run_units(spec, units, cluster, on_done, in_process=in_process, gpu_hours=gpu_hours))
+        return SweepOutcome(run_units(spec, units, cluster, on_done, in_process=in_process, allowance=allowance))
     except NoReference:
         raise
     except (UnitsFailed, ClusterUnavailable) as error:

@@ -30,6 +30,7 @@ from pipelines.sweep.refill import PulledTables
 from pipelines.sweep.results import ResultStore
 from pipelines.sweep.trials import Trial
 from pipelines.sweep.units import Blocks, UnitExample, read_examples
+from pipelines.workers import Allowance
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Places:
 
 @dataclass(frozen=True)
 class Engine:
-    """``layouts``: of every image. ``context``: what decides answers beside trials and questions."""
+    """``layouts``: of every image. ``context``: what decides answers beside trials and questions. ``allowance``: for all
+    runs of the engine together; null: no limit."""
 
     settings: Settings
     vlm: Adapter
@@ -57,6 +59,7 @@ class Engine:
     context: Described
     fingerprints: Mapping[str, str]
     places: Places
+    allowance: Allowance | None = None
 
     @classmethod
     def start(cls, settings: Settings, vlm: Adapter, layouts: Mapping[str, VisualLayout], places: Places) -> Engine:
@@ -92,7 +95,9 @@ class Engine:
         )
         parts = Described.of({**known.encoder, **known.language})
         fingerprints = {"model": parts.digest, "features": store.identity}
-        return cls(settings, vlm, layouts, spec, context, fingerprints, places)
+        allowed = settings.sweep.gpu_hours
+        allowance = Allowance(allowed) if allowed is not None else None
+        return cls(settings, vlm, layouts, spec, context, fingerprints, places, allowance)
 
     def coded(self, trials: Sequence[Trial]) -> list[Trial]:
         """The trials with the code that each runs."""
@@ -134,7 +139,7 @@ class Engine:
                 unit_images=sweep.unit_images,
                 on_start=progress.start,
                 on_done=progress.done,
-                gpu_hours=sweep.gpu_hours,
+                allowance=self.allowance,
                 finish_with=sweep.finish_with,
             )
         return outcome, progress.finished

@@ -8,9 +8,10 @@ knows what a unit is, and importing it loads no model code, so that a worker's p
 from pipelines.workers.dispatch import run_units
 from pipelines.workers.joining import ClusterUnavailable, start_ray
 from pipelines.workers.ledger import GivenUp, OnDone, UnitsFailed
-from pipelines.workers.policy import Failure, Fault, Partial, Policy, reason
+from pipelines.workers.policy import Allowance, Failure, Fault, Partial, Policy, reason
 
 __all__ = [
+    "Allowance",
     "ClusterUnavailable",
     "Failure",
     "Fault",

@@ -13,7 +13,7 @@ from pipelines.files.lines import tell
 from pipelines.workers.host import Host, Place, WorkerSpec
 from pipelines.workers.joining import Capacity, ClusterUnavailable, start_ray
 from pipelines.workers.ledger import GivenUp, Ledger, OnDone, UnitsFailed
-from pipelines.workers.policy import Failure, Fault, Partial, Policy, reason, stops_the_run
+from pipelines.workers.policy import Allowance, Failure, Fault, Partial, Policy, reason, stops_the_run
 
 if TYPE_CHECKING:
     from pipelines.settings import ClusterSettings
@@ -26,13 +26,13 @@ def run_units(
     on_done: OnDone,
     *,
     in_process: bool = False,
-    gpu_hours: float | None = None,
+    allowance: Allowance | None = None,
     policy: Policy | None = None,
 ) -> GivenUp:
     """Run all ``units`` (id → unit); call ``on_done(id, result)`` in this process as each finishes.
 
-    Returns the units that were given up. ``in_process`` needs no Ray and gives the same results. ``gpu_hours``: what
-    workers may take together, GPUs (without any: workers) times hours; then no unit is begun any more. Raises
+    Returns the units that were given up. ``in_process`` needs no Ray and gives the same results. ``allowance``:
+    what workers may take together, and took; when it is spent, no unit is begun any more. Raises
     :class:`UnitsFailed` where everything or too much fails, :class:`ClusterUnavailable` where there is no place for
     workers, and lets a full disk through.
     """
@@ -48,7 +48,7 @@ def run_units(
 
     dispatch = None
     try:
-        dispatch = Dispatch(spec, cluster, ledger, gpu_hours)
+        dispatch = Dispatch(spec, cluster, ledger, allowance)
         dispatch.run()
     finally:
         if dispatch is not None:
@@ -112,13 +112,13 @@ class Dispatch:
         spec: WorkerSpec,
         cluster: ClusterSettings,
         ledger: Ledger,
-        gpu_hours: float | None = None,
+        allowance: Allowance | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         import ray
 
         self.ray, self.spec, self.cluster, self.ledger = ray, spec, cluster, ledger
-        self.policy, self.clock, self.gpu_hours = ledger.policy, clock, gpu_hours
+        self.policy, self.clock, self.allowance = ledger.policy, clock, allowance
         self.capacity = Capacity(cluster)
         self.capacity.refuse_impossible()
         self.host = ray.remote(num_cpus=cluster.cpus, num_gpus=cluster.gpus)(Host)
@@ -126,7 +126,6 @@ class Dispatch:
         self.devices: dict[Place, PlaceRecord] = {}
         self.nodes: dict[str, PlaceRecord] = {}
         self.seconds = self.costs = 0.0  # of finished units
-        self.used_s = 0.0  # workers' seconds
         self.looked = self.told = self.without_workers = self.counted = clock()
         self._size(first=True)
 
@@ -255,12 +254,12 @@ class Dispatch:
         """Start what is due, count what was used, and see whether there is any worker at all."""
         now = self.clock()
         working = [slot for slot in self.slots if slot.ready and not slot.parked]
-        self.used_s += (now - self.counted) * len(working)
-        self.counted = now
+        used, self.counted = (now - self.counted) * len(working) * (self.cluster.gpus or 1) / 3600, now
         self.ledger.machines = len({slot.place.node for slot in working if slot.place})
-        hours = self.used_s * (self.cluster.gpus or 1) / 3600
-        if self.gpu_hours is not None and hours >= self.gpu_hours and self.ledger.waiting:
-            self.ledger.leave(f"sweep.gpu_hours = {self.gpu_hours:g} are used")
+        if self.allowance is not None:
+            self.allowance.used += used
+            if self.allowance.spent and self.ledger.waiting:
+                self.ledger.leave(f"sweep.gpu_hours = {self.allowance.gpu_hours:g} are used")
 
         for slot in self.slots:
             if slot.actor is None and slot.rests_until <= now and self.ledger.waiting:

@@ -73,6 +73,18 @@ class Policy:
         return max(self.silence_s, self.silence_factor * cost * (seconds_a_cost or 0.0))
 
 
+@dataclass
+class Allowance:
+    """What a command may use in all its runs: GPUs (without any: workers) times hours, and how much that was so far."""
+
+    gpu_hours: float
+    used: float = 0.0
+
+    @property
+    def spent(self) -> bool:
+        return self.used >= self.gpu_hours
+
+
 class Fault(enum.Enum):
     """What an error says about its cause."""
 

@@ -17,7 +17,7 @@ import ray
 
 from pipelines.files.storage import StorageUnavailable
 from pipelines.settings import ClusterSettings
-from pipelines.workers import ClusterUnavailable, Failure, Fault, Policy, UnitsFailed, run_units, start_ray
+from pipelines.workers import Allowance, ClusterUnavailable, Failure, Fault, Policy, UnitsFailed, run_units, start_ray
 from pipelines.workers.policy import fault_of
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -211,11 +211,16 @@ def test_fewer_or_more_workers_than_fit_are_told(tmp_path, capsys):
 def test_gpu_hours_end_a_run_in_order(tmp_path):
     """A tenth of a second of two workers: what runs is finished, what waits is left, and both are known."""
     units = numbered(50, 0.2)
-    run = Run(tmp_path, units, gpu_hours=0.5 / 3600)
+    allowance = Allowance(0.5 / 3600)
+    run = Run(tmp_path, units, allowance=allowance)
     assert run.finished and sorted([*run.finished, *run.given_up]) == names(units)
     assert {failure.fault for _, failure in run.given_up.values()} == {Fault.LEFT}
     assert next(iter(run.given_up.values()))[1].reason == "sweep.gpu_hours = 0.000138889 are used"
     assert not set(run.finished) & {path.name.partition(".")[0] for path in run.notes.iterdir()} ^ set(run.finished)
+    assert allowance.used >= allowance.gpu_hours
+    (tmp_path / "next").mkdir()
+    then = Run(tmp_path / "next", numbered(3), allowance=allowance)
+    assert not then.finished and len(then.given_up) == 3, "the runs of a search share one allowance"
 
 
 # --- trials and examples ---------------------------------------------------------------------------------------------
