@@ -66,8 +66,9 @@ def _examples(questions: int, rng: np.random.Generator) -> pd.DataFrame:
         for number in range(count):
             truth, category = _truth(benchmark, number, rng)
             image = f"{benchmark}-{number // (2 if benchmark == 'mme' else QUESTIONS_AN_IMAGE)}"
-            rows.append((f"{benchmark}:{number}", benchmark, image, json.dumps(truth), category))
-    return pd.DataFrame(rows, columns=["example_id", "benchmark", "image", "truth", "category"])
+            family = "grounding" if benchmark.startswith("refcoco") else "vqa"
+            rows.append((f"{benchmark}:{number}", benchmark, family, image, json.dumps(truth), category))
+    return pd.DataFrame(rows, columns=["example_id", "benchmark", "family", "image", "truth", "category"])
 
 
 def _truth(benchmark: str, number: int, rng: np.random.Generator) -> tuple[dict, str]:
@@ -93,19 +94,26 @@ def _answer(truth: dict, right: bool, rng: np.random.Generator) -> str:
 
 
 def score_sweep(folder: Path) -> dict[str, float]:
-    """Read, score and write as the stage does; seconds and this process's peak memory."""
-    from stages.evaluate import score_tables, write_table
+    """Read, score, compare and write as the stage does; seconds and this process's peak memory.
+
+    Every trial is held against the unpruned one and against the first of the others.
+    """
+    from pipelines.scores.comparisons import Pair, compare
+    from pipelines.scores.evidence import gather, score_table
+    from stages.evaluate import read_answers, write_table
 
     before = _peak_gib()
     started, cpu = time.perf_counter(), time.process_time()
-    scores = score_tables(
-        folder / "trials.parquet",
-        pd.read_parquet(folder / "examples.parquet"),
-        folder / "predictions.parquet",
-        resamples=1000,
-        seed=0,
-    )
+    trials, examples = pd.read_parquet(folder / "trials.parquet"), pd.read_parquet(folder / "examples.parquet")
+    answers = read_answers(folder / "predictions.parquet")
+    evidence = gather(trials, examples, answers, 1000, 0)
+    scores = score_table(evidence, examples, answers)
     write_table(scores, folder / "scores.parquet")
+
+    whole, first, *others = evidence.trial_ids
+    pairs = [Pair("unpruned", 64.0, trial, whole) for trial in (first, *others)]
+    pairs += [Pair("against", 64.0, trial, first) for trial in others]
+    write_table(compare(evidence, pairs, 0.01), folder / "comparisons.parquet")
     seconds = time.perf_counter() - started
     cpu = time.process_time() - cpu
     return {
