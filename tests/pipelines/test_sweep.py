@@ -22,8 +22,11 @@ from bench import BENCHMARKS, PATHS, ROOT, SLOW, same
 
 from nuwa.decoder import Trunk
 from nuwa.grid import PatchGrid
+from nuwa.methods import RECIPES, Recipe
 from nuwa.signals import SIGNAL_NAMES
 from nuwa.stage1 import get_method
+from nuwa.stage1.registry import METHODS, register
+from nuwa.stage1.uniform import Uniform
 from nuwa.vlm import LlavaAdapter
 from pipelines.features.encoding import encode_missing
 from pipelines.features.identity import ModelIdentity
@@ -36,7 +39,7 @@ from pipelines.sweep import answers as answering
 from pipelines.sweep.answers import branch
 from pipelines.sweep.identity import answer_context
 from pipelines.sweep.results import ResultStore
-from pipelines.sweep.trials import Layouts, expand
+from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.sweep.units import WorkUnit, read_examples
 from pipelines.workers import UnitsFailed, run_units
 
@@ -63,6 +66,39 @@ def test_a_language_model_that_overflows_is_refused_at_once_with_its_layer(bench
         "finite; set it to bfloat16 or float32, or look at the model's weights"
     )
     assert ResultStore(tmp_path / "results").done() == []
+
+
+@pytest.fixture
+def glaring(bench, monkeypatch) -> Trial:
+    """A trial of a method of one's own whose merged tokens go beyond the largest float32."""
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS))
+    # Before it is registered, which would leave one of its own behind.
+    monkeypatch.setitem(RECIPES, "glaring", Recipe("glaring"))
+
+    @register("glaring", Uniform)
+    def select(signals, keep, config, seed=0):
+        chosen = get_method("uniform").select(signals, keep, config, seed)
+        return replace(chosen, features=chosen.features * 3e38)
+
+    grid = {"name": "sums", "method": "glaring", "budget": 16}
+    plan = SweepSettings(benchmarks=BENCHMARKS, images=None, subset_seed=0, unit_images=4, budgets=[16], grids=[grid])
+    _, trial = expand(plan, Layouts.fixed(PatchGrid(12, 12)), 8)  # behind the unpruned one
+    return trial
+
+
+def test_a_pruned_trial_that_overflows_alone_is_given_up_by_name(bench, undisturbed, cluster, glaring, tmp_path):
+    """It has no answers, not even some; every other trial has those it has without it."""
+    others = bench.trials[::3]
+    outcome = bench.run(tmp_path, cluster, trials=[*others, glaring], unit_images=12, speed=1e13)
+    assert {trial_id: failure.reason for trial_id, failure in outcome.incomplete.items()} == {
+        glaring.trial_id: "NotFinite: model.dtype float32: layer 0 of the language model gave numbers that are not finite; set "
+        "it to bfloat16 or float32, or look at the model's weights"
+    }
+    wanted = {trial.trial_id for trial in others}
+    assert {trial for unit in ResultStore(tmp_path).done() for trial in unit.trials} == wanted
+    for part in ("predictions", "kept"):
+        frame = undisturbed.table(part).to_pandas().query("trial_id in @wanted").reset_index(drop=True)
+        assert outcome.table(part).to_pandas().equals(frame)
 
 
 def test_shared_trunks_answer_as_each_trial_alone(bench, undisturbed):
