@@ -27,6 +27,7 @@ from nuwa.errors import UserError
 from pipelines.files.atomic import atomic_path
 
 ATTEMPTS = 4
+S3_TRIES = 3  # within each of them
 FIRST_PAUSE_S = 0.2  # doubles with every attempt
 COPY_BYTES = 8 * 1024**2
 LEFTOVER_S = 24 * 3600.0  # a file under way that did not change for so long is no one's any more
@@ -76,7 +77,8 @@ def everywhere(place: str | Path) -> str:
 def filesystem_of(uri: str) -> tuple[fs.FileSystem, str]:
     """Arrow's own filesystem for ``uri`` and the path in it; fsspec's where Arrow has none."""
     try:
-        return fs.FileSystem.from_uri(uri)
+        filesystem, path = fs.FileSystem.from_uri(uri)
+        return _impatient(filesystem), path
     except OSError as error:  # no such bucket, no Java for HDFS
         raise StorageUnavailable(f"{uri.partition('?')[0]}: {' '.join(str(error).split())}") from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
@@ -87,6 +89,15 @@ def filesystem_of(uri: str) -> tuple[fs.FileSystem, str]:
         except (ValueError, ImportError) as error:
             raise StorageUnavailable(f"{uri}: no filesystem for it: {error} ({unknown})") from None
         return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+def _impatient(filesystem: fs.FileSystem) -> fs.FileSystem:
+    """An S3 client that gives up after ``S3_TRIES``, whatever else as it is: Arrow's own goes on for a hundred seconds where a
+    server takes connections and says nothing, each time that it is asked."""
+    if not isinstance(filesystem, fs.S3FileSystem):
+        return filesystem
+    make, (options,) = filesystem.__reduce__()  # what pickling it keeps: all that the URI said
+    return make({**options, "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_TRIES)})
 
 
 @dataclass(frozen=True)

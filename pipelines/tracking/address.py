@@ -35,6 +35,10 @@ def checked_uri(uri: str | None) -> str:
     uri = uri or DEFAULT_URI
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme in _WEB_SCHEMES:
+        try:
+            urlsplit(uri).port  # noqa: B018 (raises for what is no port)
+        except ValueError as error:
+            raise _bad_uri(uri, str(error)) from error
         if not urlsplit(uri).hostname:
             raise _bad_uri(uri, "no host")
         return uri

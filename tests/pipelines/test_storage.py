@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 import uuid
 
 import pyarrow.parquet as pq
@@ -13,7 +16,7 @@ from pipelines.features import store as feature_store
 from pipelines.features.encoding import encode_missing
 from pipelines.features.faults import MissingFeatures
 from pipelines.features.store import FeatureStore
-from pipelines.files.storage import ATTEMPTS, Folder, StorageUnavailable
+from pipelines.files.storage import ATTEMPTS, S3_TRIES, Folder, StorageUnavailable, filesystem_of
 from pipelines.settings import FeatureSettings
 
 SETTINGS = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
@@ -51,6 +54,28 @@ def test_files_are_published_listed_read_and_removed(kind, bucket, tmp_path):
     assert (folder.local is not None) == (kind == "local")
 
 
+def test_a_server_that_hangs_up_is_given_up_after_three_tries(monkeypatch):
+    """Where it says nothing, a try ends after three seconds; Arrow's own client makes about thirty."""
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    taken = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    taken.append(connection.close())
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        filesystem, path = filesystem_of(f"s3://b/p?scheme=http&endpoint_override={place}&region=us-east-1")
+        with pytest.raises(OSError, match="AWS Error NETWORK_CONNECTION"):
+            filesystem.get_file_info(fs.FileSelector(path))
+        server.shutdown(socket.SHUT_RDWR)
+    assert 1 <= len(taken) <= 2 * S3_TRIES, "a client may connect twice a try where a kept connection is lost"
+
+
 def test_features_in_s3_equal_local_ones(bucket, shard_cache, model_folder, prepared, cluster, tmp_path):
     images = sorted(pq.read_table(prepared / "images.parquet")["image"].to_pylist())
     local, _ = encode(model_folder, prepared, cluster, tmp_path / "local")
@@ -72,7 +97,8 @@ def test_a_damaged_object_is_found_and_encoded_again(bucket, shard_cache, model_
     images = sorted(pq.read_table(prepared / "images.parquet")["image"].to_pylist())
     store, _ = encode(model_folder, prepared, cluster, bucket)
     whole = store.read(images)
-    name = next(iter(store.storage.sizes(".arrow")))
+    sizes = store.storage.sizes(".arrow")
+    name = max(sizes, key=sizes.__getitem__)  # a whole shard; the last holds fewer images
     content = bytearray(store.storage.read(name))
     content[len(content) // 2] ^= 1
     store.storage.write(name, bytes(content))

@@ -649,6 +649,8 @@ NO_FILE = "no database file (three slashes come before a relative path, four mak
         ("mlruns", f"scheme '' {SCHEMES}"),
         ("sqlitee:///mlflow.db", f"scheme 'sqlitee' {SCHEMES}"),
         ("http://", "no host"),
+        ("http://host:99999", "Port out of range 0-65535"),
+        ("https://host:port", "Port could not be cast to integer value as 'port'"),
         ("https:/host:5000", "no host"),
         ("sqlite://", NO_FILE),
         ("sqlite:///:memory:", NO_FILE),
