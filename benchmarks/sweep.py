@@ -34,8 +34,8 @@ import torch
 from PIL import Image
 
 from benchmarks import features
+from benchmarks.planning import planning
 from nuwa.decoder import Trunk
-from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.schedule import TokenSchedule
 from nuwa.selection import Selection
@@ -49,14 +49,14 @@ from pipelines.features.encoding import encode_missing
 from pipelines.features.images import read_images
 from pipelines.features.loading import FULL_PRECISION, Loading
 from pipelines.features.store import FeatureStore
-from pipelines.settings import ClusterSettings, FeatureSettings, GridEntry, SweepSettings
+from pipelines.settings import ClusterSettings, FeatureSettings
 from pipelines.sweep.answers import SweepOutcome, SweepSpec, UnitReport, Words, run_sweep
 from pipelines.sweep.collection import collect
 from pipelines.sweep.costs import Costs, Load, ModelCost, forecast, sweep_costs, usual_speed
 from pipelines.sweep.results import ResultStore
 from pipelines.sweep.tree import work_tree
-from pipelines.sweep.trials import Layouts, Trial, expand
-from pipelines.sweep.units import UnitExample, plan_units, read_examples
+from pipelines.sweep.trials import Trial
+from pipelines.sweep.units import UnitExample, read_examples
 
 MODEL = "models/testbed"
 QUESTIONS = {"refcoco": 6, "refcocoplus": 4, "refcocog": 4, "pope": 6, "gqa": 4, "textvqa": 2}  # of each image
@@ -302,41 +302,6 @@ def measure_grid(
         f"share_{name}": share,
         f"identical_{name}": differing == 0,
     }
-
-
-def planning(count: int) -> float:
-    """Seconds to turn settings that mean ``count`` trials into a forecast and units, on 200 images; half is done."""
-    points = max(1, count // 48)
-    settings = SweepSettings(
-        benchmarks=["pope"],
-        images=None,
-        subset_seed=0,
-        unit_images=UNIT_IMAGES,
-        budgets=[16],
-        grids=[
-            GridEntry.model_validate(
-                {
-                    "name": "plan",
-                    "method": "nuwa",
-                    "position": list(POSITIONS),
-                    "stage2_layer": [2, 3, 4, 5],
-                    "stage2_scorer": ["attention_last_token", "attention_all_text", "cosine_mean_text", "random"],
-                    "parameters": {"distance_threshold": np.linspace(0.1, 0.9, points).tolist()},
-                }
-            )
-        ],
-    )
-
-    examples = [UnitExample(f"{i}-{q}", f"{i}-{q}", str(i), "", 8) for i in range(200) for q in range(12)]
-    text = [[((q, 1, 2, 3, 4, 5, 6, 7, 8), 5) for q in range(12)]] * 200
-    model = ModelCost(layers=8, token=4e5, pair=5e2, head=4e4, projector=1e5, system=2)
-    began = time.process_time()
-    trials = expand(settings, Layouts.fixed(PatchGrid(12, 12)), 8)
-    costs = [Costs(model, Load.of(text))]
-    forecast(trials, costs)
-    half = [([trial.trial_id for trial in trials[::2]], [example.digest for example in examples])]
-    plan_units(trials, examples, half, costs, usual_speed("cpu", 1), UNIT_IMAGES)
-    return time.process_time() - began
 
 
 def llava_7b() -> None:

@@ -32,7 +32,7 @@ from nuwa.schedule import (
 from nuwa.selection import Selection
 from nuwa.signals import OPTIONAL_SIGNALS, VisionSignals
 from nuwa.stage1 import METHODS, Method, get_method
-from nuwa.stage1.registry import check_type, type_hints
+from nuwa.stage1.registry import check_type, field_names, type_hints
 from nuwa.stage2 import Cut, Recycling, Scorer, get_scorer
 from nuwa.stage2.coordinates import IvcPrune, with_coordinates
 from nuwa.stage2.dart import Dart
@@ -119,13 +119,13 @@ class Recipe:
     position: PositionStrategy = field(default="perc", metadata={"identity": False})
     about: str = field(default="", metadata={"identity": False})
 
-    @property
+    @functools.cached_property
     def only_stage2_presets(self) -> tuple[str, ...]:
         """Presets that stage 1 knows nothing of."""
         known = get_method(self.stage1).presets or {"default": {}}
         return tuple(preset for preset in self.stage2 if preset and preset not in known)
 
-    @property
+    @functools.cached_property
     def presets(self) -> tuple[str, ...]:
         """All, the default first."""
         return (*(get_method(self.stage1).presets or ("default",)), *self.only_stage2_presets)
@@ -306,7 +306,7 @@ class MethodSpec:
         """The same on images of ``tokens``: hyper-parameters that are tables by budget become the budget's values."""
         if self.budget is None:
             return self
-        values = {item.name: getattr(self.config, item.name) for item in fields(self.config)}
+        values = {name: getattr(self.config, name) for name in field_names(type(self.config))}
         tables = {name: value for name, value in values.items() if isinstance(value, ByBudget)}
         if not tables:
             return self
@@ -486,7 +486,8 @@ def specify(
 
     cut = None if without_stage2 else recipe.default_stage2(preset)
     if stage2 and not without_stage2:
-        cut = _override(cut or Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)), **stage2)
+        hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in stage2.items()}
+        cut = _override(cut or Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)), **hashable)
         get_scorer(cut.scorer)
 
     parameters = dict(parameters or {})
@@ -531,7 +532,7 @@ def _parameters(
     method: str, stage1: Method, cut: Stage2 | None, parameters: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Hyper-parameters of stage 1, and those of the scorer; a name that both have is stage 1's."""
-    known = [item.name for item in fields(stage1.config)]
+    known = field_names(stage1.config)
     scorer = get_scorer(cut.scorer) if cut is not None else None
     of_scorer = {} if scorer is None else scorer.parameters
     own = {name: value for name, value in parameters.items() if name in known}
@@ -553,15 +554,16 @@ def _keeping_coordinates(method: str, cut: Stage2 | None, share: float) -> Stage
     return replace(cut, coordinates=share)
 
 
+@functools.lru_cache(maxsize=4096, typed=True)  # a grid asks for few, many times; 1 and 1.0 are told apart
 def _override(
     cut: Stage2,
-    layer: int | list[int] | None = None,
+    layer: int | tuple[int, ...] | None = None,
     scorer: str | None = None,
     ratio: float | None = None,
     recycling: bool | None = None,
 ) -> Stage2:
     if layer is not None:
-        cut = replace(cut, layers=tuple(layer) if isinstance(layer, (list, tuple)) else (layer,))
+        cut = replace(cut, layers=layer if isinstance(layer, tuple) else (layer,))
     if scorer is not None and scorer != cut.scorer:
         keep = Decay(None) if isinstance(cut.keep, (GridUnion, Withdrawal)) else cut.keep
         cut = replace(cut, scorer=scorer, later_scorer=None, options=None, keep=keep)

@@ -8,10 +8,10 @@ docs/adding_an_axis.md goes through an example.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import GenericAlias
 from typing import Annotated, Any, Literal, Protocol
 
@@ -107,11 +107,18 @@ AXES: dict[str, Axis] = {
 }
 
 
+@functools.cache
+def _argument(axis: str) -> tuple[str, str]:
+    """The argument that an axis is, and where that is a mapping its key."""
+    mapping, _, key = AXES[axis].argument.partition(".")
+    return mapping, key
+
+
 def arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Axis → value, as keyword arguments of :func:`nuwa.methods.specify`; a null below a mapping is left out."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        mapping, _, key = AXES[name].argument.partition(".")
+        mapping, key = _argument(name)
         if not key:
             flat[mapping] = value
         elif value is not None:
@@ -161,15 +168,15 @@ class TrialOnImages:
     layouts: Any
     costs: Callable[[TokenSchedule], dict[str, Any]]
 
-    @cached_property
+    @functools.cached_property
     def schedules(self) -> dict[Any, TokenSchedule]:
         return {layout: self.trial.on(layout).schedule for layout in self.layouts.counts}
 
-    @cached_property
+    @functools.cached_property
     def typical_costs(self) -> dict[str, Any]:
         return self.costs(self.trial.schedule)
 
-    @cached_property
+    @functools.cached_property
     def _costs_there(self) -> dict[Any, dict[str, Any]]:
         return {layout: self.costs(schedule) for layout, schedule in self.schedules.items()}
 

@@ -52,7 +52,7 @@ class Method:
 
     def configure(self, preset: str | None = None, **parameters: Any) -> Any:
         """Hyper-parameters from a preset and overrides; raises ``ValueError`` naming what exists."""
-        allowed = [item.name for item in fields(self.config)]
+        allowed = field_names(self.config)
         for name in parameters:
             if name not in allowed:
                 raise ValueError(f"{self.name} has no parameter {name!r}; allowed: {', '.join(allowed) or 'none'}")
@@ -65,18 +65,35 @@ class Method:
 
     def identity(self, config: Any) -> dict[str, Any]:
         """The hyper-parameters that decide results: all but fields marked ``identity: False`` (where a file lies)."""
-        own = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("identity", True)}
+        own = {name: getattr(config, name) for name in _deciding_names(type(config))}
         return {
-            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            name: value
+            if type(value) in _PLAIN or isinstance(value, type) or not is_dataclass(value)
+            else asdict(value)
             for name, value in own.items()
         }
 
 
+# What is the same of all configurations of a type is looked up once: a grid asks for very many.
+@functools.cache
+def field_names(config: type) -> tuple[str, ...]:
+    """Hyper-parameters of a type of configurations."""
+    return tuple(item.name for item in fields(config))
+
+
+@functools.cache
+def _deciding_names(config: type) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(config) if item.metadata.get("identity", True))
+
+
+_PLAIN = frozenset((bool, int, float, str, NoneType))
 type_hints = functools.cache(get_type_hints)  # slow, and asked for every trial of a grid
 
 
 def check_type(method: str, name: str, value: Any, hint: Any) -> None:
     """Refuse what Python would quietly take for something else, such as the word "false" for a truth value."""
+    if type(value) is hint and hint in _PLAIN:
+        return
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in kinds:
         if get_origin(kind) is Literal and isinstance(value, str):

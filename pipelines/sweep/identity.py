@@ -109,7 +109,19 @@ def with_code(trials: Iterable[Trial], vlm: Adapter, device: str) -> list[Trial]
     reads_question = vlm.text_tower is not None  # of others the code alone counts
     coded = []
     for trial in trials:
-        kind = (*_code_key(trial), reads_question and trial.spec.reads_question)  # what trials run alike
+        spec, stage2 = trial.spec, trial.spec.stage2
+        # What trials run alike, told without a call: there may be very many.
+        kind: tuple[Any, ...] = (spec.method,)
+        if stage2 is not None:
+            kind = (
+                spec.method,
+                stage2.scorer,
+                stage2.later_scorer,
+                stage2.coordinates is None,
+                stage2.recycling is None,
+            )
+        if reads_question:
+            kind = (*kind, spec.reads_question)
         if kind not in codes:
             codes[kind] = f"{code_key(code_of(trial, vlm))}.{versions}"
         coded.append(trial.coded(codes[kind]))

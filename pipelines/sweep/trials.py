@@ -104,9 +104,7 @@ class Trial:
 
     def coded(self, code: str) -> Trial:
         """The same trial that runs ``code``; what was computed of it stays."""
-        trial = object.__new__(Trial)  # there may be very many
-        trial.__dict__.update(self.__dict__, code=code)
-        return trial
+        return self._with(code=code)
 
     def on(self, layout: VisualLayout | None) -> Trial:
         """The trial on images of ``layout``; itself where all images have one."""
@@ -124,10 +122,8 @@ class Trial:
 
     def _with(self, **changes: Any) -> Trial:
         """Changed in nothing that decides answers."""
-        trial = dataclasses.replace(self, **changes)
-        for name in ("trial_id", "selection_identity", "cuts", "seeded", "_asked"):
-            if name in self.__dict__:
-                trial.__dict__[name] = self.__dict__[name]
+        trial = object.__new__(Trial)  # there may be very many
+        trial.__dict__.update(self.__dict__, **changes)
         return trial
 
     @property
@@ -228,8 +224,11 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+_SORTED = json.JSONEncoder(sort_keys=True)
+
+
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_SORTED.encode(value).encode()).hexdigest()
 
 
 def _specifications(entry: GridEntry, budgets: list[float]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def in_child(work: Callable[[], Any]) -> Any:
     if not child:
         os.close(reader)
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        sys.dont_write_bytecode = True
         gc.disable()  # nothing lives long here, and all that the parent holds would be looked through
         try:
             result = work()
@@ -102,8 +103,13 @@ def prepared_world(folder: Path, options: argparse.Namespace) -> Any:
 
 
 def main() -> None:
-    options = _arguments()
-    sys.dont_write_bytecode = True
+    summary = run(parsed())
+    print(json.dumps(summary, indent=1, ensure_ascii=False))
+    sys.exit(1 if summary["stale"] or summary["strayed"] else 0)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, change, measure again; what it came to."""
     with tempfile.TemporaryDirectory() as folder:
         world = prepared_world(Path(folder), options)
         tree = copy_of_the_project(Path(folder) / "tree")
@@ -113,12 +119,11 @@ def main() -> None:
         edits = json.loads(options.edits.read_text()) if options.edits else {}
         edited = {name: slots_changed_by(edit, tree, world, before) for name, edit in edits.items()}
         results, missed = try_changes(tree, world, before, options)
-    summary = summarised(results, before) | {"not hit": missed, "edits": edited}
-    print(json.dumps(summary, indent=1, ensure_ascii=False))
-    sys.exit(1 if summary["stale"] or summary["strayed"] else 0)
+    return summarised(results, before) | {"not hit": missed, "edits": edited}
 
 
-def _arguments() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of ``arguments``, or of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--changes", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
@@ -127,7 +132,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a few trials of every kind")
     parser.add_argument("--edits", type=Path, help="JSON: name → file, old and new text; says which slots each changes")
     parser.add_argument("--log", type=Path, help="a line of JSON a change; what stands there is not measured again")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def slots_changed_by(edit: Mapping[str, str], tree: Path, world: Any, before: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,15 +45,17 @@ class Change:
 def draw(root: Path, files: Sequence[str], count: int, seed: int) -> list[Change]:
     """``count`` changes, as evenly over ``files`` (below ``root``) as they have lines that can be changed."""
     generator = random.Random(seed)
+    order = sorted(files)
+    generator.shuffle(order)  # few changes are not always of the same files
     possible, meaning = {}, {}
-    for file in sorted(files):
+    for file in order:
         text = (root / file).read_text()
         listed = list(dict.fromkeys(changes_of(file, text)))
         generator.shuffle(listed)
         possible[file], meaning[file] = listed, (text, ast.dump(ast.parse(text)))
     chosen: list[Change] = []
     while len(chosen) < count and any(possible.values()):
-        for file in sorted(possible):
+        for file in order:
             # Most candidates are never drawn: only those that are get parsed.
             while possible[file] and len(chosen) < count:
                 change = possible[file].pop()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from nuwa.methods import RECIPES, specify
 from nuwa.stage1 import get_method
 from nuwa.stage2 import get_scorer
+from nuwa.vlm import checkpoint
 from pipelines.features.encoding import features_identity
 from pipelines.features.identity import ModelIdentity
 from pipelines.features.loading import Loading
@@ -144,6 +145,15 @@ def test_another_backend_of_the_processor_is_another_model(folder, family, tmp_p
     monkeypatch.setattr(family.processor, "image_processor", backend(**vars(family.processor.image_processor)))
     after = identities(folder, family, tmp_path)
     assert after[0] != before[0] and after[1] != before[1]
+
+
+def test_a_worker_reads_no_weights_to_know_its_model(bench, tmp_path, monkeypatch):
+    """The driver tells it: weights are read once a machine and change of files, never once a worker."""
+    read = []
+    monkeypatch.setattr(checkpoint, "_read_digests", lambda path: read.append(path) or iter(()))
+    worker = bench.spec(tmp_path).build()
+    assert worker.vlm.layers == 8
+    assert read == []
 
 
 def test_how_a_model_is_loaded_counts(folder, family, tmp_path):
