@@ -306,7 +306,8 @@ class MethodSpec:
         """The same on images of ``tokens``: hyper-parameters that are tables by budget become the budget's values."""
         if self.budget is None:
             return self
-        values = {name: getattr(self.config, name) for name in field_names(type(self.config))}
+        kind: type = type(self.config)
+        values = {name: getattr(self.config, name) for name in field_names(kind)}
         tables = {name: value for name, value in values.items() if isinstance(value, ByBudget)}
         if not tables:
             return self

@@ -65,11 +65,12 @@ class Method:
 
     def identity(self, config: Any) -> dict[str, Any]:
         """The hyper-parameters that decide results: all but fields marked ``identity: False`` (where a file lies)."""
-        own = {name: getattr(config, name) for name in _deciding_names(type(config))}
+        kind: type = type(config)
+        own = {name: getattr(config, name) for name in _deciding_names(kind)}
         return {
-            name: value
-            if type(value) in _PLAIN or isinstance(value, type) or not is_dataclass(value)
-            else asdict(value)
+            name: asdict(value)
+            if type(value) not in _PLAIN and is_dataclass(value) and not isinstance(value, type)
+            else value
             for name, value in own.items()
         }
 
