@@ -111,6 +111,7 @@ class Tracker:
         children = self._children
         if children is None:
             children = self._children = self._on_parent(self._load_children)
+
         written = 0
         for row in rows:
             if children is None or not self.on:
@@ -209,10 +210,11 @@ class Tracker:
                     if held.get("mlflow.parentRunId") != parent
                 },
             )
-        found = self._elsewhere[1].pop((row.trial_id, row.fingerprint), None)
-        if found is None:
+
+        taken = self._elsewhere[1].pop((row.trial_id, row.fingerprint), None)
+        if taken is None:
             return None
-        run_id, sweeps = found
+        run_id, sweeps = taken
         names = [*(name for name in sweeps.split() if name != self._sweep_id), self._sweep_id]
         self._store.batch(run_id, tags={"sweeps": " ".join(names), "mlflow.parentRunId": parent})
         return _Child(run_id, row.fingerprint)
@@ -229,12 +231,14 @@ class Tracker:
         if kept is not None:
             children[row.trial_id] = [kept]
             return False
+
         identity = {"mlflow.parentRunId": parent, "trial_id": row.trial_id, "fingerprint": fingerprint}
         identity["sweeps"] = self._sweep_id
         run = client.create_run(self._store.experiment_id, run_name=row.name, tags={**row.tags, **identity})
         self._store.batch(run.info.run_id, row.metrics, row.params)
         for step, metrics in enumerate(row.steps, start=1):
             self._store.batch(run.info.run_id, metrics, step=step)
+        # Complete only now: one that a kill leaves before is half-written, and written afresh.
         client.set_terminated(run.info.run_id)
         children[row.trial_id] = [_Child(run.info.run_id, fingerprint)]
         return True
