@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import operator
+import stat
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,11 +115,17 @@ def _folder_memory(folder: Path, stamp: str, memory: Path) -> FolderMemory:
 
 def _stamp(folder: Path) -> str:
     """Tells other files, libraries or code of this package. A change time cannot be set, as others can."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
+    files: list[list[Any]] = []
+    # What transformers reads of a folder lies in it; the folder may be anyone's, with a whole disk below.
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        try:
             status = path.stat()
-            files.append([str(path.relative_to(folder)), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+        except OSError:  # a link to nothing, or into what is not ours
+            files.append([str(path.relative_to(folder))])
+            continue
+        if stat.S_ISREG(status.st_mode):
+            times = [status.st_mtime_ns, status.st_ctime_ns]
+            files.append([str(path.relative_to(folder)), status.st_size, *times])
     content = [files, [_version(name) for name in LIBRARIES], _own_code()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

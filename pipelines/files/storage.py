@@ -89,6 +89,9 @@ def filesystem_of(uri: str) -> tuple[fs.FileSystem, str]:
         except (ValueError, ImportError) as error:
             raise StorageUnavailable(f"{uri}: no filesystem for it: {error} ({unknown})") from None
         return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+    except pa.ArrowException as error:  # credentials that Azure's client does not find
+        reason = " ".join(str(error).split())[:200]
+        raise StorageUnavailable(f"{uri.partition('?')[0]}: {reason}; see that the credentials are there") from None
 
 
 def _impatient(filesystem: fs.FileSystem) -> fs.FileSystem:

@@ -119,6 +119,20 @@ def test_other_files_or_libraries_are_looked_at_anew(folder, again, monkeypatch)
         again().generation()
 
 
+def test_only_the_folder_itself_is_looked_through(folder, again):
+    """A user may name any folder, with a whole disk below it; links to nothing and into other people's are no fault here."""
+    assert again().faults(adapter_class) == []
+    (folder / "checkpoint-10/deeper").mkdir(parents=True)
+    (folder / "checkpoint-10/model.safetensors").write_bytes(b"x")
+    assert again()._known["whole"]
+    (folder / "more.json").symlink_to(folder / "nowhere")
+    assert "whole" not in again()._known
+    (folder / "additional_chat_templates").mkdir()
+    before = memories._stamp(folder)
+    (folder / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    assert memories._stamp(folder) != before
+
+
 def test_a_plug_ins_family_is_looked_at_every_time(folder, again, monkeypatch):
     own = type("OwnAdapter", (LlavaAdapter,), {"__module__": "somebody.family"})
     monkeypatch.setattr(ADAPTERS, "_entries", dict(ADAPTERS) | {"llava": own})

@@ -76,6 +76,13 @@ def test_a_server_that_hangs_up_is_given_up_after_three_tries(monkeypatch):
     assert 1 <= len(taken) <= 2 * S3_TRIES, "a client may connect twice a try where a kept connection is lost"
 
 
+@pytest.mark.parametrize("uri", ["abfs://nobody@nowhere/results", "s3:///results", "ssh://127.0.0.1/results"])
+def test_a_place_without_credentials_bucket_or_package_is_one_line(uri):
+    with pytest.raises(StorageUnavailable) as caught:
+        filesystem_of(uri)
+    assert str(caught.value).startswith(f"{uri}: ") and "\n" not in str(caught.value)
+
+
 def test_features_in_s3_equal_local_ones(bucket, shard_cache, model_folder, prepared, cluster, tmp_path):
     images = sorted(pq.read_table(prepared / "images.parquet")["image"].to_pylist())
     local, _ = encode(model_folder, prepared, cluster, tmp_path / "local")
