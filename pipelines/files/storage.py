@@ -89,9 +89,6 @@ def filesystem_of(uri: str) -> tuple[fs.FileSystem, str]:
         except (ValueError, ImportError) as error:
             raise StorageUnavailable(f"{uri}: no filesystem for it: {error} ({unknown})") from None
         return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
-    except pa.ArrowException as error:  # credentials that Azure's client does not find
-        reason = " ".join(str(error).split())[:200]
-        raise StorageUnavailable(f"{uri.partition('?')[0]}: {reason}; see that the credentials are there") from None
 
 
 def _impatient(filesystem: fs.FileSystem) -> fs.FileSystem:
@@ -147,6 +144,11 @@ class Folder:
                 log.warning("%s: %s failed (%s); trying again", self.place, what, error)
                 # Workers that failed together should not come back together.
                 self.pause(FIRST_PAUSE_S * 2 ** (attempt - 1) * (1 + random.random()))
+            except pa.ArrowException as error:  # what Azure's client says where it finds no credentials
+                reason = " ".join(str(error).split())[:200]
+                raise StorageUnavailable(
+                    f"{self.place}: could not {what}: {reason}; see that it can be reached and the credentials are there"
+                ) from error
         raise AssertionError("unreachable")
 
     def sizes(self, suffix: str = "") -> dict[str, int]:

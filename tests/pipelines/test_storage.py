@@ -7,6 +7,7 @@ import socket
 import threading
 import uuid
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -76,8 +77,27 @@ def test_a_server_that_hangs_up_is_given_up_after_three_tries(monkeypatch):
     assert 1 <= len(taken) <= 2 * S3_TRIES, "a client may connect twice a try where a kept connection is lost"
 
 
-@pytest.mark.parametrize("uri", ["abfs://nobody@nowhere/results", "s3:///results", "ssh://127.0.0.1/results"])
-def test_a_place_without_credentials_bucket_or_package_is_one_line(uri):
+class WithoutCredentials(fs.FSSpecHandler):
+    """Says what Arrow's Azure client says."""
+
+    def get_file_info_selector(self, selector):
+        raise pa.ArrowException("Unknown error: Check for Hierarchical Namespace failed:\nno token. Target:\n")
+
+
+def test_credentials_that_are_not_found_are_one_line():
+    import fsspec
+
+    handler = WithoutCredentials(fsspec.filesystem("memory"))
+    with pytest.raises(StorageUnavailable) as caught:
+        Folder("abfs://me@account/results", fs.PyFileSystem(handler), "results").sizes()
+    assert str(caught.value) == (
+        "abfs://me@account/results: could not list files: Unknown error: Check for Hierarchical Namespace failed: no token. "
+        "Target:; see that it can be reached and the credentials are there"
+    )
+
+
+@pytest.mark.parametrize("uri", ["s3:///results", "ssh://127.0.0.1/results"])
+def test_a_place_without_bucket_or_package_is_one_line(uri):
     with pytest.raises(StorageUnavailable) as caught:
         filesystem_of(uri)
     assert str(caught.value).startswith(f"{uri}: ") and "\n" not in str(caught.value)
