@@ -21,11 +21,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nuwa import UNPRUNED
 from nuwa.budget import budget_tokens
 from nuwa.cost import LlmShape, cost_columns
 from pipelines.features.layouts import image_layouts
 from pipelines.features.loading import Loading
-from pipelines.scores.summary import headline_metrics
+from pipelines.scores.summary import FAMILIES, headline_table
 from pipelines.settings import Settings, load_settings
 from pipelines.sweep.engine import Engine
 from pipelines.sweep.trials import Layouts, expand
@@ -44,7 +45,7 @@ def subset_of_then(examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def metrics_of(settings: Settings, questions: pd.DataFrame) -> dict[str, Any]:
-    """The headline metrics of the sweep's trials on ``questions``; what the store lacks is asked."""
+    """The metrics of the sweep's trials on ``questions``; what the store lacks is asked."""
     loading = Loading.of(settings.model, settings.cluster)
     vlm = loading.here(settings.model.path)
     of_image = image_layouts(vlm, questions)
@@ -71,8 +72,20 @@ def metrics_of(settings: Settings, questions: pd.DataFrame) -> dict[str, Any]:
         )
         table = pd.read_parquet(folder / "trials.parquet")
     tokens = int(table["image_tokens"].iloc[0])
-    headline = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)
-    return headline_metrics(table, scores, headline)
+    budget = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)
+    return as_pinned(table, scores, budget)
+
+
+def as_pinned(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) -> dict[str, dict[str, Any]]:
+    """What was committed then: the unpruned score of every benchmark, and mean retention by label and family."""
+    reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
+    own = scores[(scores["trial_id"] == reference) & scores["headline"] & (scores["benchmark"] != "mean")]
+    by_label = headline_table(trials, scores, budget).set_index("label")
+    families = [family for family in FAMILIES if family in by_label]
+    return {
+        "unpruned": {row.benchmark: round(float(row.score), 4) for row in own.itertuples()},
+        f"retention at {budget:g} tokens": by_label[families].to_dict("index"),
+    }
 
 
 def differences(then: Any, now: Any, key: str = "") -> list[str]:
