@@ -25,7 +25,7 @@ from pipelines.features.loading import Loading, load_model
 from pipelines.settings import FeatureSettings
 from pipelines.sweep.answers import SweepWorker, answer_unit, read_encoded
 from pipelines.sweep.provenance import versions_digest
-from pipelines.sweep.trials import Layouts, Trial
+from pipelines.sweep.trials import Layouts, Trial, no_cycles
 from pipelines.sweep.units import WorkUnit
 
 
@@ -103,6 +103,7 @@ def context_key(context: Described) -> str:
     return context.digest[:24]
 
 
+@no_cycles()
 def with_code(trials: Iterable[Trial], vlm: Adapter, device: str) -> list[Trial]:
     """``trials`` that know the code they run and the versions they run with."""
     versions, codes = versions_digest(device), dict[tuple[Any, ...], str]()

@@ -39,7 +39,7 @@ class Change:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.old} → {self.new}"
+        return f"{self.file}:{self.line}:{self.column}: {self.old} → {self.new}"
 
 
 def draw(root: Path, files: Sequence[str], count: int, seed: int) -> list[Change]:
