@@ -102,7 +102,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
         "pairs": pair_table(outcomes, headline_budget),
         "margin": f"{100 * inputs.margin:g}",
-        "few_images": inputs.examples["image"].nunique() < FEW_IMAGES,
+        "few_images": inputs.comparisons["images"].min() < FEW_IMAGES,  # false where nothing was compared
         "curves": _chart("retention", _curves(outcomes)),
         "no_curves": "no trial has a retention" if outcomes.main else "the first grid of this run has no pruned trial",
         "ablations": [(item, _ablation_chart(item)) for item in ablations],

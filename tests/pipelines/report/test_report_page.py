@@ -69,6 +69,49 @@ def test_every_number_of_the_budget_tables_is_the_files(full_run, full_report):
             assert cells == expected_cells(trial, scores)
 
 
+def test_every_number_of_the_pairs_is_the_files(full_run, full_report):
+    """Every other main trial of the headline budget, held against Nüwa as released."""
+    trials = pd.read_parquet(full_run / "trials.parquet").set_index("trial_id")
+    pairs = pd.read_parquet(full_run / "comparisons.parquet")
+    pairs = pairs[(pairs["question"] == "against") & (pairs["budget"] == 16)]
+    (reference,) = set(pairs["reference"])
+    assert tuple(trials.loc[reference, ["method", "preset", "position"]]) == ("nuwa", "released", "pesp")
+
+    def cells(row):
+        signed = [f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0").replace("-", "−") for value in (row.difference, row.low, row.high)]
+        p = "p\u00a0<\u00a00.001" if row.p_corrected < 0.001 else f"p\u00a0=\u00a0{row.p_corrected:.3f}"
+        return [f"{signed[0]} {signed[1]} … {signed[2]}", p, row.verdict]
+
+    expected = sorted(
+        (
+            trials.loc[trial, "position"].upper(),
+            *(text for row in both.sort_values("family").itertuples() for text in cells(row)),
+        )
+        for trial, both in pairs.groupby("trial_id")
+    )
+    rows = [cell_texts(row) for row in read_page(full_report).xpath('//section[@id="pairs"]//tbody/tr')]
+    assert sorted((position.split()[0], *texts) for position, *texts in rows) == expected
+    (note,) = read_page(full_report).xpath('//section[@id="pairs"]//p[@class="note"]')
+    assert f"over all {len(pairs)} of these comparisons" in note.text_content()
+
+
+def test_few_images_are_said(synthetic, tmp_path):
+    run = synthetic(images=1)
+    run.add_main(
+        {
+            ("nuwa", "released", "pesp"): ((0.4,) * 3, (0.9,) * 3),
+            ("random", "default", "pesp"): ((0.2,) * 3, (0.9,) * 3),
+        }
+    )
+    data = run.write(tmp_path / "data")
+    said = "fewer than 100 images"
+    assert said not in (build(data, tmp_path / "many") / "index.html").read_text()
+    table = pq.read_table(data / "comparisons.parquet")
+    few = table.set_column(table.schema.get_field_index("images"), "images", pa.array([40] * len(table), pa.int32()))
+    pq.write_table(few, data / "comparisons.parquet")
+    assert said in (build(data, tmp_path / "few") / "index.html").read_text()
+
+
 def test_the_markdown_tables_hold_the_same_numbers(full_run, full_report):
     trials, scores = (pd.read_parquet(full_run / f"{name}.parquet") for name in ("trials", "scores"))
     trial = trials[(trials["method"] == "visionzip") & (trials["position"] == "rpme") & (trials["budget"] == 32)].iloc[
