@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 TESTABLE := $(VENV)/.testable
+# Modules are compiled on all cores, where pip takes one; some packages bring templates that are no modules.
+COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
@@ -10,16 +12,17 @@ PORT ?= 5000
 
 setup: $(READY)
 
-# Modules are compiled when they are first imported: most of what is installed never is.
 $(READY): requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --no-compile --quiet --disable-pip-version-check -r requirements.txt
+	$(COMPILE)
 	touch $@
 
 # What tests alone need comes with the first of them: the main job does not wait for it.
 $(TESTABLE): requirements-test.txt $(READY)
 	$(VENV)/bin/pip install --no-compile --quiet --disable-pip-version-check -r requirements-test.txt
+	$(COMPILE)
 	touch $@
 
 # Validate everything first: a wrong parameter must not cost a stage its outputs.

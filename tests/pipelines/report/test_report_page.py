@@ -78,7 +78,10 @@ def test_every_number_of_the_pairs_is_the_files(full_run, full_report):
     assert tuple(trials.loc[reference, ["method", "preset", "position"]]) == ("nuwa", "released", "pesp")
 
     def cells(row):
-        signed = [f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0").replace("-", "−") for value in (row.difference, row.low, row.high)]
+        signed = [
+            f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0").replace("-", "−")
+            for value in (row.difference, row.low, row.high)
+        ]
         p = "p\u00a0<\u00a00.001" if row.p_corrected < 0.001 else f"p\u00a0=\u00a0{row.p_corrected:.3f}"
         return [f"{signed[0]} {signed[1]} … {signed[2]}", p, row.verdict]
 
