@@ -34,7 +34,7 @@ class PairRow:
 
 @dataclass(frozen=True)
 class PairTable:
-    """All main trials of a budget beside ``reference``, which is none where that budget has no such trial."""
+    """All main trials of a budget beside ``reference``."""
 
     budget: str
     reference: str
@@ -44,31 +44,33 @@ class PairTable:
 
 
 def pair_table(outcomes: Outcomes, budget: float) -> PairTable | None:
-    """Null where nothing was compared at ``budget``."""
-    reference, trials = outcomes.held_against(budget), outcomes.at_budget(budget)
-    rows = [_row(outcomes, trial, reference, budget) for trial in trials if trial is not reference]
-    if not rows or reference is None:
+    """Null where nothing was compared at ``budget``; controls of another grid are not among what is."""
+    reference = outcomes.held_against(budget)
+    if reference is None:
         return None
-    known = [
-        difference
-        for trial in trials
-        for family in FAMILIES
-        if (difference := outcomes.difference(AGAINST, budget, trial, reference, family))
-    ]
+    compared = {
+        trial: known
+        for trial in outcomes.at_budget(budget)
+        if (known := [one for family in FAMILIES if (one := _lead(outcomes, trial, reference, budget, family))])
+    }
+    rows = [_row(outcomes, trial, reference, budget) for trial in compared]
     return PairTable(
         budget=plain_number(budget),
         reference=f"{outcomes.name(reference)} ({reference.position.upper()})",
-        together=max((one.together for one in known), default=0),
+        together=max(one.together for known in compared.values() for one in known),
         rows=rows,
         none_equivalent=not any(flag for row in rows for flag in row.equivalent.values()),
     )
 
 
-def _row(outcomes: Outcomes, trial: TrialRow, reference: TrialRow | None, budget: float) -> PairRow:
+def _lead(outcomes: Outcomes, trial: TrialRow, reference: TrialRow, budget: float, family: str) -> Difference | None:
+    return outcomes.difference(AGAINST, budget, trial, reference, family)
+
+
+def _row(outcomes: Outcomes, trial: TrialRow, reference: TrialRow, budget: float) -> PairRow:
     against, equivalent = {}, {}
     for family in FAMILIES:
-        difference = outcomes.difference(AGAINST, budget, trial, reference, family) if reference else None
-        against[family] = _cell(difference)
+        against[family] = _cell(_lead(outcomes, trial, reference, budget, family))
         whole = outcomes.difference(UNPRUNED, budget, trial, outcomes.unpruned, family)
         equivalent[family] = whole is not None and whole.verdict == EQUIVALENT
     position = f"{trial.position.upper()}{' own' if trial.own else ''}"
