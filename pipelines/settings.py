@@ -667,18 +667,6 @@ class Settings(Section):
     plugins: list[Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]] = []
     """Modules that register methods, scorers or benchmarks (:mod:`nuwa.plugins`)."""
 
-    @property
-    def asked(self) -> dict[str, str]:
-        """What a sweep asks, as parameters of its MLflow run: model, numbers, protocol, budgets, grids."""
-        return {
-            "model": self.model.path,
-            "dtype": self.model.dtype,
-            "attention": self.model.attention,
-            "protocol": self.prepare.protocol,
-            "budgets": f"{', '.join(f'{budget:g}' for budget in self.sweep.budgets)} ({self.sweep.budget_unit})",
-            "grids": ", ".join(dict.fromkeys(grid.name for grid in self.sweep.grids)),
-        }
-
     @model_validator(mode="before")
     @classmethod
     def _names_carry_their_protocol(cls, values: Any) -> Any:
@@ -845,3 +833,16 @@ def _most_telling(errors: Sequence[Any]) -> Any:
 def _is_alternative(part: Any) -> bool:
     """Whether a step of a location names an alternative of a type rather than a key."""
     return str(part).startswith(("list[", "dict[", "function-", "literal[", "constrained-"))
+
+
+def asked(model: ModelSettings, sweep: SweepSettings) -> dict[str, str]:
+    """What a sweep asks, as parameters of its MLflow run: model, numbers, protocols, budgets, grids."""
+    protocols = dict.fromkeys(BenchmarkName.parse(text).protocol for text in sweep.benchmarks)
+    return {
+        "model": model.path,
+        "dtype": model.dtype,
+        "attention": model.attention,
+        "protocol": ", ".join(protocols),
+        "budgets": f"{', '.join(f'{budget:g}' for budget in sweep.budgets)} ({sweep.budget_unit})",
+        "grids": ", ".join(dict.fromkeys(grid.name for grid in sweep.grids)),
+    }

@@ -21,7 +21,7 @@ from pipelines.features.layouts import image_layouts
 from pipelines.features.loading import Loading
 from pipelines.files.atomic import atomic_path
 from pipelines.files.lock import exclusive
-from pipelines.settings import Settings, SweepSettings
+from pipelines.settings import Settings, SweepSettings, asked
 from pipelines.sweep.answers import SweepOutcome
 from pipelines.sweep.askable import askable
 from pipelines.sweep.engine import Engine, check_weights
@@ -67,7 +67,7 @@ def sweep(settings: Settings) -> None:
         with Tracker.open(tracking.resolved_uri, tracking.experiment, sweep_id=facts["sweep_id"]) as tracker:
             revision = git_and_dvc_tags(Path())
             tags = revision | source_tags(revision, "dvc repro") | facts["fingerprints"]
-            tracker.parent(facts["name"], facts["counts"] | settings.asked, tags)
+            tracker.parent(facts["name"], facts["counts"] | asked(settings.model, settings.sweep), tags)
             outcome, _ = engine.run(trials, questions, tracker.progress)
             try:
                 finished = _finished(plan, trials, questions, outcome)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipelines.settings import Settings
+from pipelines.settings import Settings, asked
 from pipelines.tracking.revision import git_and_dvc_tags, source_tags, write_reproduction
 from pipelines.tracking.runs import trial_runs
 from pipelines.tracking.tracker import Tracker
@@ -29,7 +29,7 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
         settings.tracking.resolved_uri, settings.tracking.experiment, sweep_id=facts["sweep_id"]
     ) as tracker:
         shown = tags | source_tags(tags, "dvc repro") | {"mlflow.note.content": _note(facts, tags)}
-        tracker.parent(facts["name"], facts["counts"] | settings.asked, shown)
+        tracker.parent(facts["name"], facts["counts"] | asked(settings.model, settings.sweep), shown)
         tracker.dataset("examples", facts["fingerprints"]["data"][:32], facts["counts"]["questions"])
         tracker.trials(trial_runs(trials, scores, _seconds(trials), tags))
 

@@ -354,6 +354,11 @@ def told_to_end_at(line: int, stage: Callable[[], None], told_by: int = signal.S
                     os.kill(os.getpid(), told_by)
             return trace
 
+        for number in (
+            signal.SIGTERM,
+            signal.SIGHUP,
+        ):  # as a shell starts a process; Ray leaves its own handler in ours
+            signal.signal(number, signal.SIG_DFL)
         sys.settrace(trace)
         run_stage(one, needs_model=False)
         sys.settrace(None)
