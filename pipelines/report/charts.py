@@ -1,16 +1,18 @@
 """Charts: panels drawn by matplotlib, each as inline SVG for the page and together as one PNG for Markdown.
 
 The same input gives the same bytes: ids in the SVG come from a fixed salt, neither format carries a date or version.
-SVG text stays text, so the page's font, search and selection apply to it.
+SVG text stays text, so the page's font, search and selection apply to it, and its colours are the page's variables. A
+panel is laid out once, for both formats.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,12 +22,25 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from pipelines.report.outcomes import Estimate, Outcomes, TrialRow
-from pipelines.report.style import INK, LINE_STYLES, MUTED, PUBLISHED_GROUND, RULE, method_style, percent
+from pipelines.report.style import (
+    HIGHEST,
+    INK,
+    LINE_STYLES,
+    MUTED,
+    PUBLISHED_GROUND,
+    RULE,
+    mark_variable,
+    method_style,
+    percent,
+    text_color,
+    text_variable,
+)
 
 RC: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -49,9 +64,10 @@ RC: dict[Any, Any] = {
     "xtick.major.size": 3,
     "ytick.major.size": 0,
 }
+ON_PALE = "#101014"  # text on a heat map's pale cells, which stay pale on a dark page
 SEQUENTIAL = LinearSegmentedColormap.from_list("paper to blue", ["#f4f7fb", "#a9c8e4", "#3f7fb5", "#123a63"])
-HIGHEST = "#D55E00"
-PNG_DPI = 200
+PNG_DPI = 160
+TOUCH = 0.5  # pixels that boxes of texts may share
 LABEL_SIZE, LABEL_LINE = 7.0, 0.14  # points; inches from one line to the next
 CURVE_TICKS = 0.15  # of the axis, between neighbouring ticks that have a label
 RACE_TICKS = 0.12  # logarithm of the ratio of neighbouring ticks
@@ -70,40 +86,92 @@ class Panel:
     published: bool = False
 
 
-def panel_svg(panel: Panel, name: str) -> str:
-    """``<svg>`` to stand inside HTML. ``name`` salts its ids: unique on the page, the same every time."""
+@dataclass(frozen=True)
+class Drawn:
+    """A panel as ``<svg>`` to stand inside HTML, and as pixels; ``overlaps``: labels that touch, of which there should be
+    none."""
+
+    svg: str
+    pixels: Image.Image
+    overlaps: list[tuple[str, str]]
+
+
+def draw_panel(panel: Panel, name: str) -> Drawn:
+    """``name`` salts the ids of the SVG: unique on the page, the same every time."""
     with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
-        figure = Figure(figsize=(panel.width, panel.height), layout="constrained")
-        _draw(panel, figure.add_subplot())
-        buffer = io.StringIO()
+        figure = laid_out(panel)
+        overlaps = touching(figure)
+        text, canvas = io.StringIO(), cast(FigureCanvasAgg, figure.canvas)
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=empty, transparent=True)
-    svg = buffer.getvalue()
+        figure.savefig(text, format="svg", metadata=empty, transparent=True)
+        canvas.draw()
+        pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if f"#{match[1]}" in svg else "", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(panel.title)}" ', 1).strip()
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(panel.title)}" ', 1).strip()
+    return Drawn(_themed(svg), pixels, overlaps)
 
 
-def panels_png(panels: Sequence[Panel], columns: int = 2) -> bytes:
+def laid_out(panel: Panel) -> Figure:
+    """The panel's figure, everything in it where it will be printed."""
+    figure = Figure(figsize=(panel.width, panel.height), dpi=PNG_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw(panel, figure.add_subplot())
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # one layout serves both formats
+    return figure
+
+
+def panels_png(panels: Sequence[Drawn], columns: int = 2) -> bytes:
     """All panels in one picture, row by row."""
     columns = min(columns, len(panels))
-    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    width = sum(max(row[i].width for row in rows if i < len(row)) for i in range(columns))
-    heights = [max(panel.height for panel in row) for row in rows]
-    with matplotlib.rc_context(RC):
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
-        figure = Figure(figsize=(width, sum(heights)), layout=layout)
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
-        for index, ax in enumerate(axes.flat):
-            if index < len(panels):
-                _draw(panels[index], ax)
-            else:
-                ax.set_axis_off()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=PNG_DPI, metadata={"Software": None}, facecolor="white")
+    rows = [[panel.pixels for panel in panels[start : start + columns]] for start in range(0, len(panels), columns)]
+    widths = [max(row[at].width for row in rows if at < len(row)) for at in range(columns)]
+    sheet = Image.new("RGB", (sum(widths), sum(max(one.height for one in row) for row in rows)), "white")
+
+    top = 0
+    for row in rows:
+        for at, pixels in enumerate(row):
+            sheet.paste(pixels, (sum(widths[:at]), top))
+        top += max(one.height for one in row)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _themed(svg: str) -> str:
+    """Colours as the page's variables."""
+
+    def of_tag(tag: re.Match) -> str:
+        variable = text_variable if tag[0].startswith("<text") else mark_variable
+        style = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda color: variable(color[0]), tag[2])
+        return f"{tag[1]}{style}{tag[3]}"
+
+    return re.sub(r'(<[a-z]+ [^>]*?style=")([^"]*)("[^>]*>)', of_tag, svg)
+
+
+def touching(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts of a figure that was laid out whose boxes overlap: what a reader could not tell apart."""
+    renderer = cast(FigureCanvasAgg, figure.canvas).get_renderer()
+    texts = [text for ax in figure.axes for text in _texts(ax) if text.get_visible() and text.get_text().strip()]
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts]
+    return [
+        (one, other)
+        for (one, box), (other, there) in itertools.combinations(boxes, 2)
+        if min(box.x1, there.x1) - max(box.x0, there.x0) > TOUCH
+        and min(box.y1, there.y1) - max(box.y0, there.y0) > TOUCH
+    ]
+
+
+def _texts(ax: Axes) -> Iterator[Text]:
+    """All that is printed in and around a pair of axes; labels of ticks beyond its view are not."""
+    yield from (child for child in ax.get_children() if isinstance(child, Text))
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        yield axis.label
+        yield from (tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)
 
 
 def _draw(panel: Panel, ax: Axes) -> None:
@@ -139,6 +207,36 @@ def budget_curves(outcomes: Outcomes, family: str, position: str, title: str) ->
         _label_ends(ax, ends)
 
     return Panel(title, draw, width=5.0, height=max(3.8, 1.2 + LABEL_LINE * len(series)))
+
+
+def in_brief(outcomes: Outcomes, family: str, named: Sequence[TrialRow], title: str) -> Panel:
+    """Retention over the budget of what an answer names, each labelled, before all other methods in grey, as their
+    authors ship them."""
+    told = {(outcomes.name(trial), trial.position): trial for trial in named}
+    series: dict[tuple[str, str], list[TrialRow]] = {}
+    for trial in outcomes.main:
+        key = (outcomes.name(trial), trial.position)
+        if (key in told or trial.own) and outcomes.retention(trial, family) is not None:
+            series.setdefault(key, []).append(trial)
+
+    def draw(ax: Axes) -> None:
+        ends = []
+        for key, trials in series.items():
+            trials = sorted(trials, key=lambda trial: trial.average_tokens)
+            x = [trial.average_tokens for trial in trials]
+            y = _percent_curve([known for trial in trials if (known := outcomes.retention(trial, family))])
+            if key not in told:
+                ax.plot(x, y[0], color=RULE, linewidth=0.9, marker=".", markersize=3, zorder=2.5)
+                continue
+            color = method_style(trials[0].method).color
+            ax.fill_between(x, y[0] - y[1], y[0] + y[2], color=color, alpha=0.14, linewidth=0, zorder=3)
+            _curve(ax, np.array(x), y, trials[0].method, trials[0].position, hollow=False)
+            ids = "" if trials[0].own else f", {trials[0].position.upper()} ids"
+            ends.append((float(x[-1]), float(y[0, -1]), f"{key[0]}{ids}", color))
+        _curve_axes(ax, outcomes)
+        _label_ends(ax, ends)
+
+    return Panel(title, draw, width=5.0, height=2.7)
 
 
 def _first_presets(outcomes: Outcomes) -> dict[str, str]:
@@ -179,8 +277,9 @@ def _curve_axes(ax: Axes, outcomes: Outcomes) -> None:
     ax.set_xticks(budgets, minor=True)
     ax.set_xlabel("average tokens, and their share of the image’s")
     ax.set_ylabel("retention, %")
-    lowest = ax.get_ylim()[0]
-    ax.set_ylim(bottom=0 if lowest < 40 else 10 * (lowest // 10))
+    lowest, highest = ax.get_ylim()
+    room = 0.05 * (highest - lowest)  # for the word at the line of 100 %
+    ax.set_ylim(bottom=0 if lowest < 40 else 10 * (lowest // 10), top=max(highest, 100 + room))
     ax.grid(axis="y")
 
 
@@ -199,8 +298,8 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     for (x, y, name, color), at in zip(ends, heights, strict=True):
         ax.plot([x, right, start], [y, at, at], color=color, linewidth=0.4, alpha=0.55, clip_on=False, zorder=2)
         ax.annotate(
-            name, (start, at), xytext=(2, 0), textcoords="offset points", color=color, fontsize=LABEL_SIZE, va="center",
-            annotation_clip=False,
+            name, (start, at), xytext=(2, 0), textcoords="offset points", color=text_color(color), va="center",
+            fontsize=LABEL_SIZE, annotation_clip=False,
         )  # fmt: skip
     ax.set_xlim(left, right)
     ax.set_ylim(low, high)
@@ -241,7 +340,7 @@ def heatmap(
 
         for (row, column), value in np.ndenumerate(values):
             text = percent(float(value))
-            color = "white" if np.isfinite(value) and 100 * value > middle else INK
+            color = "white" if np.isfinite(value) and 100 * value > middle else ON_PALE
             ax.text(column, row, text, ha="center", va="center", color=color)
             if value == best:
                 corner = (column - 0.5, row - 0.5)

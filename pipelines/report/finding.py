@@ -49,6 +49,19 @@ def finding(outcomes: Outcomes, budget: float) -> list[str]:
     return sentences + further + _undefined(outcomes)
 
 
+def named(outcomes: Outcomes, budget: float) -> list[TrialRow]:
+    """The trials that the answer is about: Nüwa's, the best other on grounding, VisionZip's and LearnPruner's."""
+    trials = outcomes.at_budget(budget)
+    others = _grounded(outcomes, [trial for trial in trials if trial.method != "nuwa"])
+    best = max(others, key=_value)[0] if others else None
+    chosen = [_first(trials, "nuwa", ("pesp", "rpme", "perc")), best]
+    chosen += [
+        _first(trials, "visionzip", ("perc", "pesp", "rpme")),
+        _first(trials, "learnpruner", ("pesp", "rpme", "perc")),
+    ]
+    return list(dict.fromkeys(trial for trial in chosen if trial is not None))
+
+
 def share_of_tokens(outcomes: Outcomes, budget: float) -> str:
     """``11 % of the tokens (16 of 144 on average)``."""
     total = outcomes.unpruned.image_tokens

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import html
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from nuwa.benchmarks import PROTOCOLS
 from pipelines.data.datasets import parse_name
 from pipelines.files.atomic import atomic_folder
 from pipelines.report.ablations import Ablation, ablation
-from pipelines.report.charts import Panel, budget_curves, panel_svg, panels_png
+from pipelines.report.charts import Panel, budget_curves, draw_panel, in_brief, panels_png
 from pipelines.report.efficiency import efficiency_tables, published_efficiency
-from pipelines.report.finding import finding
+from pipelines.report.finding import finding, named
 from pipelines.report.gallery import gallery
 from pipelines.report.inputs import ReportInputs, UnusableRecord
 from pipelines.report.outcomes import FAMILIES, Outcomes
@@ -32,11 +33,20 @@ from pipelines.report.pairs import pair_table
 from pipelines.report.published import published_model, published_retention, published_scores
 from pipelines.report.search import search_section
 from pipelines.report.style import FAMILIES as FAMILY_NAMES
-from pipelines.report.style import benchmark_name, plain_number, position_name, position_rank
-from pipelines.report.tables import budget_table, failure_table, side_by_side
+from pipelines.report.style import (
+    benchmark_name,
+    mark_variable,
+    method_style,
+    plain_number,
+    position_name,
+    position_rank,
+    theme,
+)
+from pipelines.report.tables import budget_table, failure_table, position_table, side_by_side
 from pipelines.scores.sampled import FEW_IMAGES
 
 DIRECTORY = Path(__file__).parent
+ANSWER = 2  # sentences of the finding on the first screen
 GLYPH_WIDTH, GLYPH_LARGEST = 66, 1.2  # pixels; retention at the right end
 
 
@@ -86,12 +96,16 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
     ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
     search = search_section(inputs.search_of_this_model, outcomes)
     stale_search = inputs.search is not None and inputs.search_of_this_model is None
-    cases = gallery(inputs, outcomes, headline_budget)
+    cases, told = gallery(inputs, outcomes, headline_budget), finding(outcomes, headline_budget)
 
     return {
         "model": inputs.provenance.get("model path", "model not named"),
         "about": inputs.about,
-        "finding": finding(outcomes, headline_budget),
+        "asked": _asked(inputs, outcomes),
+        "answer": told[:ANSWER],
+        "further": told[ANSWER:],
+        "brief_has_learned": any(trial.method == "learnpruner" for trial in outcomes.at_budget(headline_budget)),
+        "brief": _chart("brief", _brief(outcomes, headline_budget)),
         "facts": _facts(inputs, outcomes),
         "columns": outcomes.columns,
         "families": FAMILY_NAMES,
@@ -99,6 +113,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "dynamic": outcomes.dynamic,
         "flops_convention": outcomes.unpruned.flops_convention,
         "headline": budget_table(outcomes, headline_budget),
+        "positions": position_table(outcomes, headline_budget),
         "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
         "pairs": pair_table(outcomes, headline_budget),
         "margin": f"{100 * inputs.margin:g}",
@@ -120,6 +135,28 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "provenance": dict(sorted(inputs.provenance.items())),
         "questions": {family: sum(c.n for c in outcomes.columns if c.family == family) for family in FAMILIES},
     }
+
+
+def _asked(inputs: ReportInputs, outcomes: Outcomes) -> str:
+    """The question of the run in a sentence."""
+    methods = list(dict.fromkeys(method_style(trial.method).name for trial in outcomes.main))
+    budgets = [plain_number(budget) for budget in outcomes.budgets()]
+    if not methods:
+        return "What do the parameters of a method change in grounding and in visual question answering?"
+    what = methods[0] if len(methods) == 1 else f"{len(methods)} ways of choosing them"
+    some = f"{', '.join(budgets[:-1])} or {budgets[-1]}" if len(budgets) > 1 else budgets[0]
+    return (
+        f"What is left of grounding, and what of visual question answering, where a language model goes on with {some} of "
+        f"{outcomes.unpruned.image_tokens} visual tokens on average, by {what}? {len(inputs.trials):,} trials were asked the "
+        f"same questions."
+    )
+
+
+def _brief(outcomes: Outcomes, budget: float) -> list[Panel]:
+    """The first picture: a panel a family that has any retention."""
+    told = named(outcomes, budget)
+    families = [f for f in FAMILIES if any(outcomes.retention(trial, f) for trial in outcomes.main)]
+    return [in_brief(outcomes, family, told, f"{FAMILY_NAMES[family]}: what is left") for family in families]
 
 
 def _curves(outcomes: Outcomes) -> list[Panel]:
@@ -170,8 +207,12 @@ def _protocols(outcomes: Outcomes) -> list[tuple[str, str]]:
 def _chart(name: str, panels: list[Panel]) -> Chart | None:
     if not panels:
         return None
-    svgs = [(panel_svg(panel, f"{name}-{index}"), panel.published) for index, panel in enumerate(panels)]
-    return Chart(name, svgs, panels_png(panels), "; ".join(panel.title for panel in panels))
+    drawn = [draw_panel(panel, f"{name}-{index}") for index, panel in enumerate(panels)]
+    for panel, one in zip(panels, drawn, strict=True):
+        for label, other in one.overlaps:
+            warnings.warn(f"report: in {panel.title!r} the labels {label!r} and {other!r} overlap", stacklevel=2)
+    svgs = [(one.svg, panel.published) for one, panel in zip(drawn, panels, strict=True)]
+    return Chart(name, svgs, panels_png(drawn), "; ".join(panel.title for panel in panels))
 
 
 def _ablation_chart(item: Ablation) -> Chart | None:
@@ -184,7 +225,7 @@ def _slug(text: str) -> str:
 
 def _pictures(context: dict[str, Any]) -> list[tuple[str, bytes]]:
     """Every PNG that the Markdown shows: charts, then the gallery's pictures."""
-    charts = [context["curves"], context["plane"], *(chart for _, chart in context["ablations"])]
+    charts = [context["brief"], context["curves"], context["plane"], *(chart for _, chart in context["ablations"])]
     pictures = [(chart.name, chart.png) for chart in charts if chart is not None]
     for number, case in enumerate(context["cases"], start=1):
         pictures += [(f"case-{number}-{index}", picture.png) for index, picture in enumerate(case.pictures)]
@@ -203,6 +244,8 @@ def _environment() -> jinja2.Environment:
     environment.filters["md"] = markdown_text
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode("ascii")
     environment.filters["benchmark"] = benchmark_name
+    environment.filters["mark"] = mark_variable
+    environment.globals["theme"] = theme
     environment.globals["glyph"] = glyph_place
     environment.globals["glyph_width"] = GLYPH_WIDTH
     return environment

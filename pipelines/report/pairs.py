@@ -11,6 +11,8 @@ from pipelines.report.style import method_style, percent, plain_number
 from pipelines.report.tables import DASH
 from pipelines.scores.comparisons import AGAINST, AHEAD, BEHIND, EQUIVALENT
 
+OTHER_IDS = "With other position ids than their authors’"
+
 
 @dataclass(frozen=True)
 class PairCell:
@@ -30,6 +32,7 @@ class PairRow:
     position: str
     against: dict[str, PairCell]
     equivalent: dict[str, bool]
+    own: bool
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class PairTable:
     together: int
     rows: list[PairRow]
     none_equivalent: bool
+
+    @property
+    def parts(self) -> list[tuple[str, list[PairRow]]]:
+        """Methods as their authors ship them, then with other position ids; whichever there are."""
+        parts = [("", [row for row in self.rows if row.own]), (OTHER_IDS, [row for row in self.rows if not row.own])]
+        return [(title, rows) for title, rows in parts if rows]
 
 
 def pair_table(outcomes: Outcomes, budget: float) -> PairTable | None:
@@ -74,7 +83,7 @@ def _row(outcomes: Outcomes, trial: TrialRow, reference: TrialRow, budget: float
         whole = outcomes.difference(UNPRUNED, budget, trial, outcomes.unpruned, family)
         equivalent[family] = whole is not None and whole.verdict == EQUIVALENT
     position = f"{trial.position.upper()}{' own' if trial.own else ''}"
-    return PairRow(outcomes.name(trial), method_style(trial.method).color, position, against, equivalent)
+    return PairRow(outcomes.name(trial), method_style(trial.method).color, position, against, equivalent, trial.own)
 
 
 def _cell(difference: Difference | None) -> PairCell:

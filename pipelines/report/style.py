@@ -1,10 +1,13 @@
 """Names and colours: one per method, the same in every table and chart.
 
 The colours are Okabe and Ito's and Tol's colour-blind-safe sets; a marker tells methods apart where colour does not.
+On the page a colour is a variable of CSS, one for marks and one for text, so that a dark screen and a light one each get
+what can be seen and read there; ``theme`` defines them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +22,23 @@ MUTED = "#6b6b70"
 RULE = "#d9d9de"
 PUBLISHED_GROUND = "#f5f5f7"
 PUBLISHED = "#54545c"  # other people's numbers are never in a method's colour
+HIGHEST = "#D55E00"
+PAPER = "#ffffff"
+
+# The page's own colours: variable → on a light screen, on a dark one.
+PAGE = {
+    "paper": (PAPER, "#131316"),
+    "faint": (PUBLISHED_GROUND, "#202026"),
+    "ink": (INK, "#ececf0"),
+    "muted": (MUTED, "#a9a9b2"),
+    "rule": (RULE, "#3b3b43"),
+    "published": (PUBLISHED, "#b4b4bd"),
+    "accent": ("#b34700", "#ff9a57"),
+    "best": ("#fff3e6", "#3a2a1a"),
+    "ahead": ("#1a6b3a", "#6fcf97"),
+    "behind": ("#a3341f", "#ff8f7a"),
+}
+MARK_CONTRAST, TEXT_CONTRAST = 3.0, 4.5  # WCAG 2.1, 1.4.11 and 1.4.3
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,76 @@ PARAMETERS = {  # in the order in which a grid's parameters are read; others fol
     "distance_threshold": "distance threshold (share of the largest squared distance)",
 }
 FAMILIES = {"grounding": "Grounding", "vqa": "VQA"}
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours ``#rrggbb``: 1 to 21, as WCAG 2.1 defines it."""
+    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(color: str) -> float:
+    channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@functools.cache
+def readable(color: str, ground: str, ratio: float) -> str:
+    """``color``, mixed with black or white, whichever ``ground`` is not, until it stands out from it by ``ratio``."""
+    goal = 0 if _luminance(ground) > 0.4 else 255
+    channels = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+    for step in range(21):
+        mixed = "#" + "".join(f"{round(c + (goal - c) * step / 20):02x}" for c in channels)
+        if contrast(mixed, ground) >= ratio:
+            return mixed
+    raise AssertionError("black and white stand out from everything that is not grey")
+
+
+def text_color(color: str) -> str:
+    """A method's colour, as text on a light ground has it."""
+    return readable(color.lower(), PAGE["faint"][0], TEXT_CONTRAST)
+
+
+def method_colors() -> list[str]:
+    """All colours that methods may have, each once."""
+    return list(dict.fromkeys(c.lower() for c in (*(s.color for s in METHODS.values()), *OTHER, HIGHEST)))
+
+
+def mark_variable(color: str) -> str:
+    """``#D55E00`` → ``var(--m-d55e00)``; a colour of the page by its name: ``#1d1d1f`` → ``var(--ink)``; others as they
+    are."""
+    color = color.lower()
+    named = _page_variables()
+    return named.get(color) or (f"var(--m-{color[1:]})" if color in method_colors() else color)
+
+
+def text_variable(color: str) -> str:
+    """The same of text, whose colour on a light ground is :func:`text_color`; white text lies on a colour of its own."""
+    color = color.lower()
+    named, method = _page_variables(), _text_colors().get(color)
+    return color if color == PAPER else named.get(color) or (f"var(--t-{method[1:]})" if method else color)
+
+
+@functools.cache
+def _page_variables() -> dict[str, str]:
+    return {light: f"var(--{name})" for name, (light, _) in PAGE.items()}
+
+
+@functools.cache
+def _text_colors() -> dict[str, str]:
+    """Text colour → the method's."""
+    return {text_color(color): color for color in method_colors()}
+
+
+def theme(dark: bool) -> str:
+    """Declarations of CSS for all variables."""
+    page = {name: colors[dark] for name, colors in PAGE.items()}
+    lines = [f"--{name}: {color};" for name, color in page.items()]
+    for color in method_colors():
+        mark = readable(color, page["paper"], MARK_CONTRAST) if dark else color
+        lines.append(f"--m-{color[1:]}: {mark}; --t-{color[1:]}: {readable(color, page['faint'], TEXT_CONTRAST)};")
+    return "\n".join(lines)
 
 
 def method_style(method: str) -> MethodStyle:

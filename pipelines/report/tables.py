@@ -43,6 +43,7 @@ class TableRow:
     scores: dict[str, Cell]
     tokens: tuple[str, ...]  # K1, K2, layer, realised average, GFLOP
     pruned: bool
+    own: bool = False  # whether its position ids are its authors'
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,33 @@ class BudgetTable:
     rows: list[TableRow]
     absent: list[str]
 
+    @property
+    def shipped(self) -> list[TableRow]:
+        """The unpruned row, and those of methods with the position ids of their authors."""
+        return [row for row in self.rows if row.own or not row.pruned]
+
+    @property
+    def further(self) -> list[TableRow]:
+        return [row for row in self.rows if row.pruned and not row.own]
+
+
+@dataclass(frozen=True)
+class PositionRow:
+    """One method's selections: retention by family, a cell each strategy; ``own``: which of these its authors have."""
+
+    name: str
+    color: str
+    cells: dict[str, list[Cell]]
+    own: list[bool]
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """``strategies``: name and word of each column."""
+
+    strategies: list[tuple[str, str]]
+    rows: list[PositionRow]
+
 
 def budget_table(outcomes: Outcomes, budget: float) -> BudgetTable:
     trials = outcomes.at_budget(budget)
@@ -64,6 +92,30 @@ def budget_table(outcomes: Outcomes, budget: float) -> BudgetTable:
         rows=[_row(outcomes, trial, best) for trial in (outcomes.unpruned, *trials)],
         absent=_absent(outcomes, trials),
     )
+
+
+def position_table(outcomes: Outcomes, budget: float) -> PositionTable | None:
+    """The same selections under each strategy of position ids, a row a method; null where nothing ran under two."""
+    trials = outcomes.at_budget(budget)
+    strategies = sorted({trial.position for trial in trials}, key=position_rank)
+    by_name: dict[str, dict[str, TrialRow]] = {}
+    for trial in sorted(trials, key=lambda trial: method_rank(trial.method)):
+        by_name.setdefault(outcomes.name(trial), {})[trial.position] = trial
+    several = {name: known for name, known in by_name.items() if len(known) > 1}
+    if not several:
+        return None
+
+    rows = []
+    for name, known in several.items():
+        first = next(iter(known.values()))
+        shown = [known.get(strategy) for strategy in strategies]
+        cells = {
+            family: [retention_cell(None if trial is None else outcomes.retention(trial, family)) for trial in shown]
+            for family in FAMILIES
+        }
+        own = [trial is not None and trial.own for trial in shown]
+        rows.append(PositionRow(name, method_style(first.method).color, cells, own))
+    return PositionTable([(name.upper(), POSITIONS.get(name, "")) for name in strategies], rows)
 
 
 def _best(outcomes: Outcomes, trials: list[TrialRow]) -> dict[str, float]:
@@ -110,6 +162,7 @@ def _row(outcomes: Outcomes, trial: TrialRow, best: dict[str, float]) -> TableRo
         scores=scores,
         tokens=token_columns(trial),
         pruned=trial.pruned,
+        own=trial.pruned and trial.own,
     )
 
 

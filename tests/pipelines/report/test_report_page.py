@@ -160,7 +160,10 @@ def test_two_builds_are_the_same_bytes_whatever_the_order_and_the_hash_seed(full
 
 def test_the_page_loads_nothing(full_report):
     page = read_page(full_report)
-    assert not page.xpath("//script|//link|//iframe|//object|//embed|//base|//audio|//video|//form")
+    (script,) = page.xpath("//script")  # plain, and the page reads without it
+    assert not script.attrib
+    assert not re.search(r"https?:|fetch|XMLHttp|import\b", script.text)
+    assert not page.xpath("//link|//iframe|//object|//embed|//base|//audio|//video|//form")
     loading = ("src", "href", "{http://www.w3.org/1999/xlink}href", "xlink:href", "srcset", "poster", "action")
     loads = [value for element in page.iter() for name, value in element.attrib.items() if name in loading]
     assert len(loads) > 100
@@ -416,3 +419,41 @@ def test_a_page_says_what_was_measured_where_names_would_mislead(full_run, tmp_p
     for name in ("index.html", "report.md"):
         assert about in (tmp_path / "said" / name).read_text()
         assert about not in (tmp_path / "unsaid" / name).read_text()
+
+
+def test_methods_as_their_authors_ship_them_come_first_and_then_the_same_tokens_by_ids(full_run, full_report):
+    trials = pd.read_parquet(full_run / "trials.parquet")
+    scores = pd.read_parquet(full_run / "scores.parquet")
+    page = read_page(full_report)
+    first, further = page.xpath('//table[@data-budget="16"]')
+    own = {"nuwa": "pesp", "visionzip": "perc", "divprune": "perc", "pooling": "perc", "random": "perc"}
+    shown = {row.get("data-trial") for row in first.xpath("./tbody/tr[not(@class)]")}
+    at_budget = trials[(trials["budget"] == 16) & trials["grids"].map(lambda grids: "main" in grids)]
+    assert {"nuwa", "visionzip", "pooling", "random"} <= set(at_budget[at_budget["trial_id"].isin(shown)]["method"])
+    for trial in at_budget.itertuples():
+        if trial.method in own:
+            assert (trial.trial_id in shown) == (trial.position == own[trial.method])
+    assert further.getparent().getparent().tag == "details"
+
+    kept = scores[scores["benchmark"] == "mean"].set_index(["trial_id", "family"])["score"]
+    visionzip = at_budget[at_budget["method"] == "visionzip"].set_index("position")["trial_id"]
+    (row,) = page.xpath('//table[@class="positions"]//tr[th="VisionZip"]')
+    numbers = [text.split()[0] for text in cell_texts(row)]
+    assert numbers == [
+        f"{100 * kept[visionzip[ids], family]:.1f}"
+        for family in ("grounding", "vqa")
+        for ids in ("pesp", "perc", "rpme")
+    ]
+    assert [cell.get("class") for cell in row.xpath("./td")] == [None, "own", None] * 2
+
+
+def test_the_first_screen_asks_answers_and_shows(full_report):
+    header = read_page(full_report).xpath("//header")[0]
+    assert header.xpath('./p[@class="asked"]')[0].text_content().startswith("What is left of grounding")
+    assert len(header.xpath('./p[@class="finding"]')) == 2
+    assert [svg.get("aria-label") for svg in header.xpath('.//*[name()="svg"]')] == [
+        "Grounding: what is left", "VQA: what is left",
+    ]  # fmt: skip
+    labels = header.xpath('.//*[name()="text"]/text()')
+    assert labels.count("Nüwa (released)") == labels.count("VisionZip") == 2
+    assert labels.count("DivPrune, PESP ids") == 2  # the best of the others

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.report.charts import Point, forest, heatmap, line, panel_svg, panels_png, spread
+from pipelines.report.charts import Panel, Point, draw_panel, forest, heatmap, line, panels_png, spread
 from pipelines.report.gallery import COLLECTOR, PILLAR, gallery
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes
+from pipelines.report.style import contrast, theme
 
 
 def texts(svg: str) -> list[str]:
@@ -26,29 +27,66 @@ def texts(svg: str) -> list[str]:
 
 def test_heatmap_cells_hold_their_numbers_and_holes_a_dash():
     values = np.array([[0.311, np.nan], [0.5, 0.4204]])
-    svg = panel_svg(heatmap("Grounding", ["random", "cosine"], ["2", "4"], values, ("scorer", "layer")), "h")
+    svg = draw_panel(heatmap("Grounding", ["random", "cosine"], ["2", "4"], values, ("scorer", "layer")), "h").svg
     found = texts(svg)
     assert {"31.1", "–", "50.0", "42.0", "random", "cosine", "2", "4", "scorer", "layer", "Grounding"} <= set(found)
     assert "<image" not in svg
 
 
 def test_heatmap_of_holes_only_is_drawn():
-    svg = panel_svg(heatmap("VQA", ["a"], ["b"], np.array([[np.nan]]), ("x", "y")), "h")
+    svg = draw_panel(heatmap("VQA", ["a"], ["b"], np.array([[np.nan]]), ("x", "y")), "h").svg
     assert "–" in texts(svg)
 
 
 def test_forest_names_every_setting_with_its_number():
     points = [Point(0.0, "regions on", 0.748, 0.7, 0.8), Point(0.0, "regions <off>", 0.114)]
-    found = texts(panel_svg(forest("Published: VQA", points, "#000000"), "f"))
+    found = texts(draw_panel(forest("Published: VQA", points, "#000000"), "f").svg)
     assert {"74.8", "11.4", "regions on", "regions &lt;off&gt;"} <= set(found)
 
 
 def test_panels_are_the_same_bytes_every_time_and_carry_no_date():
     panel = line("t", [Point(0.1, "", 0.5, 0.4, 0.6), Point(0.2, "", 0.6, 0.5, 0.7)], "x", "#0072B2", marked=0.1)
-    assert panel_svg(panel, "a") == panel_svg(panel, "a")
-    assert panels_png([panel, panel, panel]) == panels_png([panel, panel, panel])
-    assert "date" not in panel_svg(panel, "a").lower()
-    assert not Image.open(io.BytesIO(panels_png([panel]))).text
+    one, again = draw_panel(panel, "a"), draw_panel(panel, "a")
+    assert one.svg == again.svg
+    assert panels_png([one, one, one]) == panels_png([again, again, again])
+    assert "date" not in one.svg.lower()
+    picture = Image.open(io.BytesIO(panels_png([one, one, one])))
+    assert not picture.text
+    assert picture.size == (2 * one.pixels.width, 2 * one.pixels.height)
+
+
+def test_colours_of_a_chart_are_the_pages_variables_and_a_heat_maps_are_its_own():
+    """A dark page defines them anew; text on a pale cell has to stay dark."""
+    curve = draw_panel(line("t", [Point(0.1, "", 0.5), Point(0.2, "", 0.6)], "x", "#0072B2", marked=0.1), "a").svg
+    assert {"var(--m-0072b2)", "var(--ink)", "var(--muted)", "var(--rule)"} <= set(re.findall(r"var\(--[^)]+\)", curve))
+    assert not re.search(r"#[0-9a-f]{6}", re.sub(r'(href="|id="|url\()#?\w+', "", curve))
+    cells = draw_panel(heatmap("t", ["a"], ["b", "c"], np.array([[0.1, 0.9]]), ("x", "y")), "h").svg
+    fills = [re.search('fill: ([^;"]+)', tag)[1] for tag in re.findall(r"<text[^>]*>(?=10\.0|90\.0)", cells)]
+    assert sorted(fills) == ["#101014", "#ffffff"]
+
+
+def test_labels_that_touch_are_told():
+    apart = [Point(0.0, "first", 0.5), Point(0.0, "second", 0.6)]
+    assert draw_panel(forest("t", apart, "#0072B2"), "f").overlaps == []
+
+    def draw(ax):
+        ax.text(0.5, 0.5, "one", transform=ax.transAxes)
+        ax.text(0.51, 0.5, "other", transform=ax.transAxes)
+
+    assert draw_panel(Panel("t", draw), "o").overlaps == [("one", "other")]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_can_be_seen_and_read_on_either_screen(dark):
+    colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", theme(dark)))
+    text = [name for name in colors if name.startswith("t-")]
+    assert len(text) >= 25
+    for name in (*text, "ink", "muted", "published", "accent", "ahead", "behind"):
+        assert contrast(colors[name], colors["paper"]) >= 4.5, name
+        assert contrast(colors[name], colors["faint"]) >= 4.5, name
+    assert contrast(colors["ink"], colors["best"]) >= 4.5 and contrast(colors["muted"], colors["best"]) >= 4.5
+    if dark:  # on a light screen the palette is as it was published
+        assert all(contrast(colors[name], colors["paper"]) >= 3 for name in colors if name.startswith("m-"))
 
 
 @settings(deadline=None)
