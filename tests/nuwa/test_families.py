@@ -152,7 +152,7 @@ def assert_blocked(vlm, twin, spec, images, asked) -> None:
         for layer, keep in schedule.cuts:
             reference.cut(layer, keep, reference.scores(layer, spec.stage2.scorer))
         assert list(answers[number].kept) == reference.alive[-1]
-        tokens, logits = reference.answer(MAX_NEW, vlm.end_tokens)
+        tokens, logits = reference.answer(MAX_NEW, vlm.end_tokens, answers[number].tokens)
         assert list(answers[number].tokens) == tokens
         for step, expected in enumerate(logits):
             active = [at for at, answer in enumerate(answers) if len(answer.tokens) >= step]

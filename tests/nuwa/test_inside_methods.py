@@ -122,7 +122,7 @@ def test_pruned_equals_a_masked_stock_model_at_every_step(family, twin, pictures
             reference.choose(cut.layer, cut.keep, cut.scorer.name, cut.scorer.parameters)
         assert list(answers[number].kept) == reference.alive[-1]
         assert len(answers[number].kept) == schedule.cuts[-1][1]
-        tokens, logits = reference.answer(MAX_NEW, family.end_tokens)
+        tokens, logits = reference.answer(MAX_NEW, family.end_tokens, answers[number].tokens)
         assert list(answers[number].tokens) == tokens
         for step, expected in enumerate(logits):
             active = [at for at, answer in enumerate(answers) if len(answer.tokens) >= step]

@@ -173,7 +173,7 @@ def test_pruned_equals_a_masked_stock_model(vlm, photos):
             assert scores[at][number].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
             reference.cut(layer, keep, expected)
         assert list(answers[number].kept) == reference.alive[-1]
-        tokens, expected = reference.answer(MAX_NEW, vlm.end_tokens)
+        tokens, expected = reference.answer(MAX_NEW, vlm.end_tokens, answers[number].tokens)
         assert list(answers[number].tokens) == tokens
         assert torch.allclose(logits[0][number], expected[0], atol=1e-4, rtol=1e-5)
 

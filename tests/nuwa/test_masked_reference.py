@@ -127,7 +127,7 @@ def assert_equals_masked_model(vlm, twin, images, selection, asked, cuts, ours, 
             else:
                 reference.cut(layer, keep, expected)
         assert list(ours.answers[number].kept) == reference.alive[-1]
-        tokens, logits = reference.answer(MAX_NEW, vlm.end_tokens)
+        tokens, logits = reference.answer(MAX_NEW, vlm.end_tokens, ours.answers[number].tokens)
         assert list(ours.answers[number].tokens) == tokens
         heard = ours.logits_of(number)
         assert len(heard) == len(logits)
@@ -136,9 +136,9 @@ def assert_equals_masked_model(vlm, twin, images, selection, asked, cuts, ours, 
             assert torch.allclose(one, other, atol=1e-4, rtol=1e-5), f"question {number}, step {step}"
 
 
+# Every scorer behind every method, and in every cutting.
 @pytest.mark.parametrize("scorer", PLAIN)
-@pytest.mark.parametrize("cutting", ["one cut", "two cuts"])
-@pytest.mark.parametrize("method", SELECTING)
+@pytest.mark.parametrize(("method", "cutting"), zip(SELECTING, CUTS, strict=True))
 def test_cuts_equal_blocked_attention(tiny_vlm, twin, images, method, cutting, scorer):
     signals = encode(tiny_vlm, images[:2])
     selection = stage1(signals, method, **SELECTING[method])
@@ -228,6 +228,16 @@ def test_fastv_keeps_what_the_stock_models_attention_ranks_first(tiny_vlm, twin,
         assert list(answer.kept) == sorted(best_first(scores)[:16])
 
 
+def test_what_a_masked_model_is_told_to_expect_changes_nothing(tiny_vlm, twin, images):
+    reference = MaskedModel(twin, tiny_vlm.processor, images[0], ASKED[0][0], list(range(0, 144, 5)))
+    tokens, logits = reference.answer(MAX_NEW, tiny_vlm.end_tokens)
+    wrong = [*tokens[:3], (tokens[3] + 1) % 50, *tokens[4:]]
+    for expected in (tokens, tokens[:5], wrong, [*tokens, 7]):
+        again, same = reference.answer(MAX_NEW, tiny_vlm.end_tokens, expected)
+        assert again == tokens and len(same) == len(logits)
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(same, logits, strict=True))
+
+
 def test_the_model_is_loud_enough_for_all_this_to_prove_something(tiny_vlm, images):
     signals = encode(tiny_vlm, images[:2])
     told = {
@@ -262,8 +272,7 @@ FORKS = [
 ]
 
 
-@pytest.mark.parametrize("strategy", ["perc", "rpme"])
-@pytest.mark.parametrize("order", [[0, 1, 4, 2, 3], [4, 1, 0, 3, 2]])
+@pytest.mark.parametrize(("strategy", "order"), [("perc", [0, 1, 4, 2, 3]), ("rpme", [4, 1, 0, 3, 2])])
 def test_forks_of_one_trunk_equal_runs_of_their_own(tiny_vlm, images, strategy, order):
     signals = encode(tiny_vlm, images[:2])
     selection = stage1(signals, "visionzip")
@@ -298,7 +307,8 @@ def test_questions_do_not_depend_on_their_company(tiny_vlm, images, scorer):
             **{name: getattr(signals, name)[rows] for name in ("features", "cls_attention", "keys", "similarity")},
             image_ids=tuple(signals.image_ids[row] for row in rows),
         )
-        found = answers(tiny_vlm, part, stage1(part, "nuwa"), texts, cuts, "rpme")
+        trunk = trunk_of(tiny_vlm, part, stage1(part, "nuwa"), texts, "rpme")
+        found = decode(tiny_vlm, trunk, cuts, limit=4).answers
         return dict(
             zip([(row, text) for row, own in zip(rows, texts, strict=True) for text in own], found, strict=True)
         )

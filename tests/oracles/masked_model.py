@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -118,6 +119,15 @@ class MaskedModel:
     @torch.inference_mode()
     def forward(self, answer: list[int], attentions: bool = False) -> tuple[Tensor, list[np.ndarray]]:
         """Logits after prompt and ``answer``, ``(vocabulary,)``, and every layer's attention ``(heads, n, n)``."""
+        out = self._run(answer, attentions)
+        return out.logits[0, -1], [attention[0].numpy() for attention in out.attentions or ()]
+
+    @torch.inference_mode()
+    def steps(self, answer: list[int]) -> Tensor:
+        """Logits after the prompt and after every token of ``answer``, ``(1 + tokens, vocabulary)``."""
+        return self._run(answer, False).logits[0, len(self.prompt) - 1 :]
+
+    def _run(self, answer: list[int], attentions: bool):
         embedded = self.embeddings(answer)
         hooks = [
             layer.register_forward_pre_hook(self._blocking(number, embedded.shape[1]), with_kwargs=True)
@@ -127,7 +137,7 @@ class MaskedModel:
             stock = list(map(list, self.stock_ids))
             for ids in stock:  # the answer goes on counting
                 ids += range(ids[-1] + 1, ids[-1] + 1 + len(answer))
-            out = self.model(
+            return self.model(
                 inputs_embeds=embedded,
                 position_ids=self.position_tensor(stock),
                 use_cache=False,
@@ -136,7 +146,6 @@ class MaskedModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return out.logits[0, -1], [attention[0].numpy() for attention in out.attentions or ()]
 
     def _blocking(self, number: int, length: int):
         mask = self.mask(number, length)
@@ -192,14 +201,25 @@ class MaskedModel:
         self.exchanged[layer] = {alive[at]: mean for at, mean in means.items()}
         return chosen
 
-    def answer(self, limit: int, ends: tuple[int, ...]) -> tuple[list[int], list[Tensor]]:
-        """Greedy tokens without the end token, and the logits of every step."""
+    def answer(
+        self, limit: int, ends: tuple[int, ...], expected: Sequence[int] = ()
+    ) -> tuple[list[int], list[Tensor]]:
+        """Greedy tokens without the end token, and the logits of every step.
+
+        ``expected``: what the answer may be. No token sees a later one, so one pass over all of it gives the logits of
+        every step as far as it is right; from the first token that is not, the answer goes on by itself.
+        """
         tokens: list[int] = []
-        seen = []
-        for _ in range(limit):
-            logits, _ = self.forward(tokens)
-            seen.append(logits)
-            if int(logits.argmax()) in ends:
-                break
-            tokens.append(int(logits.argmax()))
-        return tokens, seen
+        seen: list[Tensor] = []
+        while True:
+            right = list(expected[: len(tokens)]) == tokens
+            assumed = list(expected[: limit - 1]) if right else list(tokens)
+            for logits in self.steps(assumed)[len(tokens) :]:
+                seen.append(logits)
+                if int(logits.argmax()) in ends:
+                    return tokens, seen
+                tokens.append(int(logits.argmax()))
+                if len(tokens) == limit:
+                    return tokens, seen
+                if tokens != assumed[: len(tokens)]:
+                    break

@@ -73,12 +73,12 @@ def test_without_an_unpruned_run_that_fits_there_are_no_ratios(profile):
     assert [(line.name, line.prefill, line.total) for line in eight.rows] == [("Nüwa", "–", "–")]
 
 
-def test_the_page_shows_it_where_it_was_measured(full_run, full_report, profile, tmp_path):
+def test_the_page_shows_it_where_it_was_measured(small_run, small_report, profile, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(full_run, data)
+    shutil.copytree(small_run, data)
     profile.to_csv(data / "profile.csv", index=False)
     build_report(ReportInputs.load(data), tmp_path / "with", 16)
-    before, after = (lxml.html.parse(folder / "index.html").getroot() for folder in (full_report, tmp_path / "with"))
+    before, after = (lxml.html.parse(folder / "index.html").getroot() for folder in (small_report, tmp_path / "with"))
     assert not before.xpath("//section[@id='efficiency']")
     (section,) = after.xpath("//section[@id='efficiency']")
     cells = [[cell.text_content() for cell in line] for line in section.xpath("(.//table)[1]//tbody/tr")]
@@ -90,9 +90,9 @@ def test_the_page_shows_it_where_it_was_measured(full_run, full_report, profile,
     )
 
 
-def test_a_profile_that_cannot_be_shown_is_refused(full_run, profile, tmp_path):
+def test_a_profile_that_cannot_be_shown_is_refused(small_run, profile, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(full_run, data)
+    shutil.copytree(small_run, data)
     path = data / "profile.csv"
     for column in ("prefill_ms", "preprocess_ms"):
         profile.drop(columns=column).to_csv(path, index=False)
