@@ -95,7 +95,7 @@ def prepared_examples(sweep: SweepSettings) -> pd.DataFrame | None:
     if not EXAMPLES.exists():
         return None
     examples = pd.read_parquet(EXAMPLES)
-    return examples if set(sweep.benchmarks) <= set(examples["benchmark"]) else None
+    return examples if set(sweep.benchmarks) <= set(examples["benchmark"].unique()) else None
 
 
 def expected(settings: Settings) -> tuple[pd.DataFrame, list[str]]:
@@ -125,7 +125,7 @@ def _drawn(settings: Settings) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
         some = settings.prepare.model_copy(update={"images": min(wanted, SAMPLED)})
         examples = prepare_testbed(some, settings.model.prompt_style, Path(folder))
-    names = sorted(set(examples["image"]))
+    names = sorted(examples["image"].unique())
     copies = [
         examples.assign(image=examples["image"] + f" {copy}" * bool(copy)) for copy in range(-(-wanted // SAMPLED))
     ]
@@ -154,14 +154,16 @@ class Outlook:
         if not exact:
             images = _at_most(sweep.images, examples)
             grids = [entry.model_copy(update={"where_reachable": True}) for entry in sweep.grids]
-            present = [name for name in sweep.benchmarks if name in set(examples["benchmark"])]
+            known = set(examples["benchmark"].unique())
+            present = [name for name in sweep.benchmarks if name in known]
             sweep = sweep.model_copy(update={"images": images, "grids": grids, "benchmarks": present})
 
         questions = choose_questions(examples, sweep.benchmarks, sweep.images, sweep.subset_seed)
         vlm = weightless(settings.model)
         layouts = image_layouts(vlm, questions.examples)
         left_out: list[str] = []
-        trials = expand(sweep, Layouts.of(layouts.values(), vlm.dynamic), vlm.layers, left_out.append)
+        counted = Layouts.of(layouts.values(), vlm.dynamic)
+        trials = expand(sweep, counted, vlm.layers, left_out.append)
         reasons = unaskable(vlm, questions.examples)
         if reasons:
             left_out.append(f"{len(reasons)} questions cannot be asked, first {next(iter(reasons.values()))}")
@@ -169,7 +171,7 @@ class Outlook:
 
         costs = sweep_costs(vlm, priced(settings, questions.examples))
         widths = vlm.signal_widths(vlm.model.config)
-        store = sum(signal_bytes(widths, layout, settings.features) for layout in layouts.values())
+        store = sum(count * signal_bytes(widths, layout, settings.features) for layout, count in counted.counts.items())
         return cls(questions, layouts, trials, costs, forecast(trials, costs), store, left_out, vlm)
 
 

@@ -182,7 +182,7 @@ def choose_questions(
     all of a benchmark that has fewer. Raises :class:`SettingsError` when a benchmark has no examples, or there are fewer
     images than asked.
     """
-    present = set(examples["benchmark"])
+    present = set(examples["benchmark"].unique())
     for name in benchmarks:
         if name not in present:
             raise SettingsError(
@@ -190,9 +190,9 @@ def choose_questions(
             )
     chosen = examples[examples["benchmark"].isin(benchmarks)]
     if images is None:
-        return Questions(chosen.reset_index(drop=True), tuple(sorted(set(chosen["image"]))))
+        return Questions(chosen.reset_index(drop=True), tuple(sorted(chosen["image"].unique())))
 
-    lines = {name: image_line(rows["image"], seed) for name, rows in chosen.groupby("benchmark")}
+    lines = {name: image_line(rows["image"].unique(), seed) for name, rows in chosen.groupby("benchmark")}
     most = max(map(len, lines.values()))
     if isinstance(images, int) and images > most:
         raise SettingsError(f"sweep.images = {images}: no benchmark of the prepared data has more than {most} images")
@@ -201,5 +201,6 @@ def choose_questions(
         if name in lines and not isinstance(images, int) and count > len(lines[name]):
             raise SettingsError(f"sweep.images.{name} = {count}: the prepared data has {len(lines[name])} images of it")
     taken = {name: set(line[: counts.get(name, len(line))]) for name, line in lines.items()}
-    chosen = chosen[[image in taken[name] for name, image in zip(chosen["benchmark"], chosen["image"], strict=True)]]
-    return Questions(chosen.reset_index(drop=True), tuple(sorted(set(chosen["image"]))))
+    places = zip(chosen["benchmark"].tolist(), chosen["image"].tolist(), strict=True)
+    chosen = chosen[[image in taken[name] for name, image in places]]
+    return Questions(chosen.reset_index(drop=True), tuple(sorted(chosen["image"].unique())))

@@ -29,5 +29,6 @@ def layouts_of(vlm: Adapter, sizes: Mapping[str, tuple[int, int]]) -> dict[str, 
 
 def image_layouts(vlm: Adapter, table: pd.DataFrame) -> dict[str, VisualLayout]:
     """The layout of every image of the questions in ``table``; ``vlm`` needs no weights."""
-    rows = table.drop_duplicates("image")[["image", "width", "height"]].itertuples(index=False)
-    return layouts_of(vlm, {image: (width, height) for image, width, height in rows})
+    rows = table.drop_duplicates("image")
+    sizes = zip(rows["width"].tolist(), rows["height"].tolist(), strict=True)
+    return layouts_of(vlm, dict(zip(rows["image"].tolist(), sizes, strict=True)))

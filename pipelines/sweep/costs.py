@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -242,18 +243,21 @@ def sweep_costs(vlm: Adapter, table: pd.DataFrame) -> list[Costs]:
     model = ModelCost.of(vlm.model.config, len(vlm.encode_prompt("?").before))
 
     layouts = image_layouts(vlm, table)
-    names = sorted(set(table["image"]))
+    names = sorted(table["image"].unique())
     sampled = table[table["image"].isin(names[:: -(-len(names) // SAMPLED)])]
     images = [(layouts[image], questions) for image, questions in sampled.groupby("image")]
     images.sort(key=lambda image: layout_order(image[0]))
     factor = len(table) / len(sampled)
 
+    words = cache(lambda prompt: vlm.encode_prompt(prompt).after)  # many images are asked the same
     costs = []
     for part in _strata([layout for layout, _ in images]):
         sample = [
             [
-                (vlm.encode_prompt(row.prompt).after, min(made[row.family], row.max_new_tokens))
-                for row in questions.itertuples()
+                (words(prompt), min(made[family], limit))
+                for prompt, family, limit in zip(
+                    *(questions[name].tolist() for name in ("prompt", "family", "max_new_tokens")), strict=True
+                )
             ]
             for _, questions in images[part]
         ]

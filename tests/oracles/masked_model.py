@@ -201,9 +201,7 @@ class MaskedModel:
         self.exchanged[layer] = {alive[at]: mean for at, mean in means.items()}
         return chosen
 
-    def answer(
-        self, limit: int, ends: tuple[int, ...], expected: Sequence[int] = ()
-    ) -> tuple[list[int], list[Tensor]]:
+    def answer(self, limit: int, ends: tuple[int, ...], expected: Sequence[int] = ()) -> tuple[list[int], list[Tensor]]:
         """Greedy tokens without the end token, and the logits of every step.
 
         ``expected``: what the answer may be. No token sees a later one, so one pass over all of it gives the logits of
