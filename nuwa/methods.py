@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
@@ -32,7 +32,7 @@ from nuwa.schedule import (
 from nuwa.selection import Selection
 from nuwa.signals import OPTIONAL_SIGNALS, VisionSignals
 from nuwa.stage1 import METHODS, Method, get_method
-from nuwa.stage1.registry import check_type, field_names, type_hints
+from nuwa.stage1.registry import check_type, field_names, spelled, type_hints
 from nuwa.stage2 import Cut, Recycling, Scorer, get_scorer
 from nuwa.stage2.coordinates import IvcPrune, with_coordinates
 from nuwa.stage2.dart import Dart
@@ -461,10 +461,10 @@ def specify(
     preset: str | None = None,
     position: str = "pesp",
     budget: float | None = None,
-    stage2: dict[str, Any] | None = None,
+    stage2: Mapping[str, Any] | None = None,
     without_stage2: bool = False,
     seed: int = 0,
-    parameters: dict[str, Any] | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> MethodSpec:
     """Resolve names, presets and overrides; ``stage2`` overrides parts of the recipe.
 
@@ -476,33 +476,87 @@ def specify(
     ``coordinates``, of any method with a stage 2: see :class:`Stage2`.
     Raises ``ValueError`` naming the key, the value and what is allowed.
     """
-    if method not in RECIPES:
-        raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(sorted(RECIPES))}")
-    recipe = RECIPES[method]
-    strategy = resolve(position, recipe.position)
-    stage1 = get_method(recipe.stage1)
-    preset = preset or stage1.default_preset
-    if preset not in recipe.presets:
-        raise ValueError(f"{method} has no preset {preset!r}; allowed: {', '.join(recipe.presets)}")
+    request = Request.of(
+        method,
+        preset=preset,
+        position=position,
+        budget=budget,
+        stage2=stage2,
+        without_stage2=without_stage2,
+        seed=seed,
+    )
+    return request.configured(parameters or {})
 
-    cut = None if without_stage2 else recipe.default_stage2(preset)
-    if stage2 and not without_stage2:
-        hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in stage2.items()}
-        cut = _override(cut or Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)), **hashable)
-        get_scorer(cut.scorer)
 
-    parameters = dict(parameters or {})
-    if (coordinates := parameters.pop("coordinates", None)) is not None:
-        cut = _keeping_coordinates(method, cut, coordinates)
-    own, of_scorer = _parameters(method, stage1, cut, parameters)
-    if of_scorer and cut is not None:
-        usual = get_scorer(cut.scorer).options
-        options = replace(cut.options or usual, **of_scorer)
-        cut = replace(cut, options=None if options == usual else options)  # the usual ones spelt out: no other trial
-    config = stage1.configure(None if preset in recipe.only_stage2_presets else preset, **own)
+@dataclass(frozen=True)
+class Request:
+    """A method as it is asked for, but for its hyper-parameters: all that a grid over these has in common.
 
-    _check_prunes(method, recipe, budget, cut, without_stage2)
-    return MethodSpec(method, preset, config, strategy, budget, cut, seed)
+    ``preset`` and ``position`` are resolved; ``cut``: the stage 2 before hyper-parameters, null without one.
+    """
+
+    method: str
+    preset: str
+    position: PositionStrategy
+    budget: float | None
+    cut: Stage2 | None
+    without_stage2: bool
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        *,
+        preset: str | None = None,
+        position: str = "pesp",
+        budget: float | None = None,
+        stage2: Mapping[str, Any] | None = None,
+        without_stage2: bool = False,
+        seed: int = 0,
+    ) -> Request:
+        """Of the arguments of :func:`specify`, which says what they are and what is raised."""
+        if method not in RECIPES:
+            raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(sorted(RECIPES))}")
+        recipe = RECIPES[method]
+        strategy = resolve(position, recipe.position)
+        preset = preset or get_method(recipe.stage1).default_preset
+        if preset not in recipe.presets:
+            raise ValueError(f"{method} has no preset {preset!r}; allowed: {', '.join(recipe.presets)}")
+
+        cut = None if without_stage2 else recipe.default_stage2(preset)
+        if stage2 and not without_stage2:
+            hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in stage2.items()}
+            cut = _override(cut or Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)), **hashable)
+            get_scorer(cut.scorer)
+        return cls(method, preset, strategy, budget, cut, without_stage2, seed)
+
+    def configured(self, parameters: Mapping[str, Any], known: dict[str, Any] | None = None) -> MethodSpec:
+        """The specification with these hyper-parameters; raises ``ValueError`` as :func:`specify`.
+
+        ``known``: configurations of stage 1 that were made before, by what was asked; requests of one grid share it, and
+        the configurations with it.
+        """
+        recipe, cut, parameters = RECIPES[self.method], self.cut, dict(parameters)
+        stage1 = get_method(recipe.stage1)
+        if (coordinates := parameters.pop("coordinates", None)) is not None:
+            cut = _keeping_coordinates(self.method, cut, coordinates)
+        own, of_scorer = _parameters(self.method, stage1, cut, parameters)
+        if of_scorer and cut is not None:
+            usual = get_scorer(cut.scorer).options
+            options = replace(cut.options or usual, **of_scorer)
+            cut = replace(cut, options=None if options == usual else options)  # the usual spelt out: no other trial
+
+        preset = None if self.preset in recipe.only_stage2_presets else self.preset
+        asked = spelled(stage1.name, preset, own) if known is not None else None
+        config = known.get(asked) if known is not None and asked is not None else None
+        if config is None:
+            config = stage1.configure(preset, **own)
+            if known is not None and asked is not None:
+                known[asked] = config
+
+        _check_prunes(self.method, recipe, self.budget, cut, self.without_stage2)
+        return MethodSpec(self.method, self.preset, config, self.position, self.budget, cut, self.seed)
 
 
 def _check_prunes(method: str, recipe: Recipe, budget: float | None, cut: Stage2 | None, without_stage2: bool) -> None:

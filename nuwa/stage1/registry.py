@@ -91,6 +91,13 @@ _PLAIN = frozenset((bool, int, float, str, NoneType))
 type_hints = functools.cache(get_type_hints)  # slow, and asked for every trial of a grid
 
 
+def spelled(method: str, preset: str | None, parameters: Mapping[str, Any]) -> str | None:
+    """What a configuration is asked with, in words that tell 1, 1.0 and True apart; null where a value is not plain."""
+    if all(type(value) in _PLAIN for value in parameters.values()):
+        return f"{method} {preset} {parameters}"
+    return None
+
+
 def check_type(method: str, name: str, value: Any, hint: Any) -> None:
     """Refuse what Python would quietly take for something else, such as the word "false" for a truth value."""
     if type(value) is hint and hint in _PLAIN:

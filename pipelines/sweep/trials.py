@@ -26,10 +26,10 @@ from nuwa import UNPRUNED
 from nuwa.budget import BudgetUnit, budget_on
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout, layout_order
-from nuwa.methods import LayoutPlan, MethodSpec, specify
+from nuwa.methods import LayoutPlan, MethodSpec, Request, specify
 from nuwa.plugins import plugin_code
 from nuwa.schedule import TokenSchedule, UnreachableBudget
-from nuwa.stage1 import get_method
+from nuwa.stage1 import Method, get_method
 from nuwa.stage2 import SCORERS
 from pipelines import axes
 from pipelines.settings import GridEntry, SettingsError, SweepSettings
@@ -119,6 +119,10 @@ class Trial:
     def named(self, grids: Iterable[str], budgets: Iterable[float]) -> Trial:
         """The same work under all names and budgets that came to it; what was computed of it stays."""
         return self._with(grids=tuple(grids), budgets=tuple(budgets))
+
+    def know(self, **computed: Any) -> None:
+        """Take over what was computed of a trial that is alike in it; there may be very many."""
+        self.__dict__.update(computed)
 
     def _with(self, **changes: Any) -> Trial:
         """Changed in nothing that decides answers."""
@@ -231,22 +235,20 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(_SORTED.encode(value).encode()).hexdigest()
 
 
-def _specifications(entry: GridEntry, budgets: list[float]) -> Iterator[dict[str, Any]]:
-    """The product of an entry's axes, as arguments of :func:`nuwa.methods.specify`."""
+def _points(entry: GridEntry, budgets: list[float]) -> Iterator[dict[str, Any]]:
+    """The product of an entry's axes, as arguments of :meth:`nuwa.methods.Request.of`."""
     swept = entry.axes(budgets)
-    own = {name: value if isinstance(value, list) else [value] for name, value in entry.parameters.items()}
-
-    for values in itertools.product(*swept.values(), *own.values()):
-        point = dict(zip(swept, values, strict=False))
+    for values in itertools.product(*swept.values()):
+        point = dict(zip(swept, values, strict=True))
         if point["method"] == UNPRUNED:
             point["budget"] = None
-        without_stage2 = point["stage2_layer"] == "off"
-        yield {
-            "stage2": {},
-            **axes.arguments(point),
-            "without_stage2": without_stage2,
-            axes.PARAMETERS: dict(zip(own, values[len(swept) :], strict=True)),
-        }
+        yield {"stage2": {}, **axes.arguments(point), "without_stage2": point["stage2_layer"] == "off"}
+
+
+def _parameters(entry: GridEntry) -> list[dict[str, Any]]:
+    """The product of an entry's own axes: hyper-parameters by name."""
+    own = {name: value if isinstance(value, list) else [value] for name, value in entry.parameters.items()}
+    return [dict(zip(own, values, strict=True)) for values in itertools.product(*own.values())]
 
 
 @contextlib.contextmanager
@@ -270,56 +272,91 @@ def expand(
     ``tell`` gets one line a grid that ``where_reachable`` took trials from: which, and why.
     """
     expansion = _Expansion(layouts, layers, sweep.budget_unit)
-    expansion.add(specify(UNPRUNED), None, {}, sweep.grids[0].name)
+    expansion.add(Request.of(UNPRUNED), {}, sweep.grids[0].name)
     left_out: dict[str, list[tuple[str, float, str]]] = {}  # grid → method, budget and why
     for number, entry in enumerate(sweep.grids):
-        for arguments in _specifications(entry, sweep.budgets):
-            try:
-                expansion.add(specify(**arguments), arguments["budget"], arguments["parameters"], entry.name)
-            except UnreachableBudget as error:
-                if not entry.where_reachable:
-                    raise SettingsError(
-                        f"sweep.grids.{number} ({entry.name}), method {arguments['method']}: {error}; "
-                        "give the entry its own budget or set where_reachable: true"
-                    ) from None
-                left_out.setdefault(entry.name, []).append((arguments["method"], arguments["budget"], str(error)))
-            except (ValueError, TypeError) as error:
-                raise SettingsError(f"sweep.grids.{number} ({entry.name}): {error}") from None
+        own = _parameters(entry)
+        for arguments in _points(entry, sweep.budgets):
+            request: Request | None = None
+            for parameters in own:
+                try:
+                    request = request or Request.of(**arguments)
+                    expansion.add(request, parameters, entry.name)
+                except UnreachableBudget as error:
+                    if not entry.where_reachable:
+                        raise SettingsError(
+                            f"sweep.grids.{number} ({entry.name}), method {arguments['method']}: {error}; "
+                            "give the entry its own budget or set where_reachable: true"
+                        ) from None
+                    without = arguments["method"], arguments["budget"], str(error)
+                    left_out.setdefault(entry.name, []).append(without)
+                except (ValueError, TypeError) as error:
+                    raise SettingsError(f"sweep.grids.{number} ({entry.name}): {error}") from None
 
-    for name, without in left_out.items():
-        tell(_left_out(name, without))
+    for name, trials in left_out.items():
+        tell(_left_out(name, trials))
     return expansion.named()
 
 
 @dataclass(frozen=True)
 class _Expansion:
-    """Trials by id, each once, with every grid and budget that came to it, in the order in which they came."""
+    """Trials by id, each once, with every grid and budget that came to it, in the order in which they came.
+
+    There may be very many, so what a trial has in common with one before it is taken from there.
+    """
 
     layouts: Layouts
     layers: int
     unit: BudgetUnit
     trials: dict[str, Trial] = field(default_factory=dict)
-    grids: dict[str, dict[str, None]] = field(default_factory=dict)
+    grids: dict[str, dict[str, None]] = field(default_factory=dict)  # of trials that came more than once
     budgets: dict[str, dict[float, None]] = field(default_factory=dict)
-    plans: dict[Any, LayoutPlan] = field(default_factory=dict)  # of specifications alike in what decides the schedule
+    configs: dict[str, Any] = field(default_factory=dict)  # of stage 1, by what was asked
+    kin: dict[Any, tuple[LayoutPlan, Trial]] = field(default_factory=dict)  # the first of all with one schedule
+    # A configuration, the same read at the budget, and the identity of what it selects.
+    selections: dict[Any, tuple[Any, Any, str]] = field(default_factory=dict)
 
-    def add(self, spec: MethodSpec, budget: float | None, parameters: dict[str, Any], grid: str) -> None:
-        """The trial of ``spec`` at ``budget``, in the sweep's unit; raises ``ValueError`` where no layout can have it."""
-        key = (spec.stage1, budget, spec.stage2)
-        if key not in self.plans:
-            self.plans[key] = self._plan(spec, budget)
-        plan = self.plans[key]
+    def add(self, request: Request, parameters: dict[str, Any], grid: str) -> None:
+        """The trial of ``request``, whose budget is in the sweep's unit, with hyper-parameters; raises ``ValueError``
+        where no layout can have it."""
+        trial = self._trial(request.configured(parameters, self.configs), parameters, grid)
+        name = trial.trial_id
+        known = self.trials.setdefault(name, trial)
+        if known is not trial:
+            self.grids.setdefault(name, dict.fromkeys(known.grids))[grid] = None
+            self.budgets.setdefault(name, dict.fromkeys(known.budgets)).update(dict.fromkeys(trial.budgets))
+
+    def _trial(self, spec: MethodSpec, parameters: dict[str, Any], grid: str) -> Trial:
+        """Of one specification; its kin are trials that the same cuts and budget give the same schedule."""
+        method, config, own = get_method(spec.stage1), spec.config, () if spec.budget is None else (spec.budget,)
+        # Most methods keep what they are asked for; of others the configuration decides the schedule, too.
+        deciding = None if method.kept is Method.kept else _SORTED.encode(method.identity(config))
+        key = (spec.stage1, spec.budget, spec.stage2, deciding)
+        plan, first = self.kin.get(key, (None, None))
+        if plan is None:
+            plan = self._plan(spec, spec.budget)
+
         if spec.budget != plan.spec.budget:
             spec = dataclasses.replace(spec, budget=plan.spec.budget)
         dynamic = self.layouts.dynamic
-        if not dynamic:  # else every layout reads a table by budget at its own share
-            spec = spec.resolved(self.layouts.typical.tokens)
+        # Configurations are told by identity: of equal ones 1 may be 1.0, which is another trial.
+        selecting = (id(config), spec.stage1, spec.budget, key if dynamic else plan.schedule.stage1_keep, spec.seed)
+        _, resolved, selection = self.selections.get(selecting, (None, None, None))
+        if resolved is None and not dynamic:  # else every layout reads a table by budget at its own share
+            resolved = spec.resolved(self.layouts.typical.tokens).config
+        if resolved is not None and resolved is not config:
+            spec = dataclasses.replace(spec, config=resolved)
 
-        own = () if budget is None else (budget,)
-        trial = Trial(spec, plan.schedule, parameters, (), own, plan.keeps, self.unit, dynamic)
-        self.trials.setdefault(trial.trial_id, trial)
-        self.grids.setdefault(trial.trial_id, {})[grid] = None
-        self.budgets.setdefault(trial.trial_id, {}).update(dict.fromkeys(own))
+        trial = Trial(spec, plan.schedule, parameters, (grid,), own, plan.keeps, self.unit, dynamic)
+        if first is None:
+            self.kin[key] = plan, trial
+        else:
+            trial.know(cuts=first.cuts, seeded=first.seeded)
+        if selection is None:
+            self.selections[selecting] = config, resolved, trial.selection_identity
+        else:
+            trial.know(selection_identity=selection)
+        return trial
 
     def _plan(self, spec: MethodSpec, budget: float | None) -> LayoutPlan:
         """On the typical layout; raises :class:`UnreachableBudget` where the budget is out of reach on any."""
@@ -337,7 +374,10 @@ class _Expansion:
 
     def named(self) -> list[Trial]:
         """The trials with all their grids and budgets."""
-        return [trial.named(self.grids[name], self.budgets[name]) for name, trial in self.trials.items()]
+        return [
+            trial.named(self.grids[name], self.budgets[name]) if name in self.grids else trial
+            for name, trial in self.trials.items()
+        ]
 
 
 def _left_out(grid: str, without: list[tuple[str, float, str]]) -> str:

@@ -230,20 +230,22 @@ def plan_units(
     whole, and is asked again where any of it is missing.
     """
     there = _answers_there(trials, examples, done, reuse)
-    ordered = [trial for positions in work_tree(trials).values() for trunk in positions.values() for trial in trunk]
-    seconds, trunk_seconds = _seconds_an_example(ordered, costs, speed)
+    trunks = [trunk for positions in work_tree(trials).values() for trunk in positions.values()]
+    steps = _steps(trunks, costs, speed, there, (1 << len(examples)) - 1)
+    dearest = max((step.seconds for step in steps), default=0.0)
     units: dict[str, WorkUnit] = {}
     start = 0
-    for batch in _batches(examples, unit_images, unit_seconds, max(seconds.values(), default=0.0)):
+    for batch in _batches(examples, unit_images, unit_seconds, dearest):
         everything = (1 << len(batch)) - 1
         filling = _BatchUnits(batch, unit_seconds, speed)
-        for trial in ordered:
-            missing = everything & ~(there.get(trial.trial_id, 0) >> start)
+        for step in steps:
+            missing = everything & ~(step.present >> start)
             if not missing:
                 continue
             if batch[0].block:  # asked whole: what is there of it will be made again
-                missing, there[trial.trial_id] = everything, there.get(trial.trial_id, 0) & ~(everything << start)
-            filling.add(trial, missing, seconds[trial.trial_id], trunk_seconds[trial.trunk])
+                name = step.trial.trial_id
+                missing, there[name] = everything, there.get(name, 0) & ~(everything << start)
+            filling.add(step, missing)
         units.update((unit.unit_id, unit) for unit in filling.closed())
         start += len(batch)
     return units, sum(present.bit_count() for present in there.values())
@@ -272,7 +274,7 @@ def _answers_there(
 @dataclass
 class _OpenUnit:
     trials: list[Trial] = field(default_factory=list)
-    trunk: tuple[str, str] | None = None
+    trunk: int | None = None
     seconds: float = 0.0  # an example
 
 
@@ -285,12 +287,15 @@ class _BatchUnits:
         self._open: dict[int, _OpenUnit] = {}  # by the pattern of missing examples
         self._closed: list[WorkUnit] = []
 
-    def add(self, trial: Trial, missing: int, seconds: float, trunk_seconds: float) -> None:
-        begun = self._open.setdefault(missing, _OpenUnit())
-        if begun.trunk != trial.trunk:
-            begun.trunk, begun.seconds = trial.trunk, begun.seconds + trunk_seconds
-        begun.trials.append(trial)
-        begun.seconds += seconds
+    def add(self, step: _Step, missing: int) -> None:
+        begun = self._open.get(missing)
+        if begun is None:
+            begun = self._open[missing] = _OpenUnit()
+        if begun.trunk != step.trunk:
+            begun.trunk = step.trunk
+            begun.seconds += step.trunk_seconds
+        begun.trials.append(step.trial)
+        begun.seconds += step.seconds
         if begun.seconds * missing.bit_count() >= self._unit_seconds:
             self._close(missing)
 
@@ -317,22 +322,41 @@ def _bits(places: Sequence[int], size: int) -> int:
     return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")
 
 
-def _seconds_an_example(
-    ordered: Sequence[Trial], costs: Sequence[Costs], speed: float
-) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
-    """Seconds an example, on average: of each trial's branch, and of each trunk."""
+class _Step(NamedTuple):
+    """A trial that lacks answers, in the tree's order.
+
+    ``present``: the examples it has answers of, as bits. ``trunk``: which one in the tree. ``seconds``: an example takes
+    on its branch, on average, and ``trunk_seconds`` on its trunk.
+    """
+
+    trial: Trial
+    present: int
+    trunk: int
+    seconds: float
+    trunk_seconds: float
+
+
+def _steps(
+    trunks: Sequence[Sequence[Trial]], costs: Sequence[Costs], speed: float, there: Mapping[str, int], everything: int
+) -> list[_Step]:
+    """Every trial that lacks any of the examples ``everything`` stands for."""
     each = speed * max(sum(part.load.questions for part in costs), 1)
-    trunks: dict[tuple[str, str], float] = {}
-    branches: dict[str, float] = {}
-    for trial in ordered:  # a trunk's last trial reaches deepest
-        on_parts = [(part, trial.on(part.layout)) for part in costs]
-        trunk_flops = sum(
-            part.trunk(there.schedule.stage1_keep, trunk_depth([there]), there.spec.reads_question)
-            for part, there in on_parts
+    steps = []
+    for number, trunk in enumerate(trunks):
+        lacking = [(trial, there.get(trial.trial_id, 0)) for trial in trunk]
+        lacking = [(trial, present) for trial, present in lacking if present != everything]
+        if not lacking:
+            continue
+
+        deepest = [(part, trunk[-1].on(part.layout)) for part in costs]  # a trunk's last trial reaches deepest
+        flops = sum(
+            part.trunk(trial.schedule.stage1_keep, trunk_depth([trial]), trial.spec.reads_question)
+            for part, trial in deepest
         )
-        trunks[trial.trunk] = trunk_flops / each
-        branches[trial.trial_id] = sum(part.branch(there) for part, there in on_parts) / each
-    return branches, trunks
+        for trial, present in lacking:
+            seconds = sum(part.branch(trial.on(part.layout)) for part in costs) / each
+            steps.append(_Step(trial, present, number, seconds, flops / each))
+    return steps
 
 
 def _batches(

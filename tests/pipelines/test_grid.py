@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
@@ -19,14 +22,17 @@ def no_costs(schedule):
     return {}
 
 
-def trials_of(*entries, budgets=(16, 32)):
-    return expand(
-        SweepSettings(
-            benchmarks=["pope"], images=None, subset_seed=0, unit_images=4, budgets=list(budgets), grids=list(entries)
-        ),
-        GRID,
-        LAYERS,
+def trials_of(*entries, budgets=(16, 32), layouts=GRID):
+    sweep = SweepSettings(
+        benchmarks=["pope"],
+        images=None,
+        subset_seed=0,
+        unit_images=4,
+        budgets=list(budgets),
+        budget_unit="share" if layouts.dynamic else "tokens",
+        grids=list(entries),
     )
+    return expand(sweep, layouts, LAYERS)
 
 
 def test_a_block_is_the_product_of_its_lists():
@@ -62,6 +68,46 @@ def test_ids_depend_on_content_and_not_on_order_or_names():
         t.trial_id for t in trials_of({"name": "y", "method": ["visionzip", "nuwa"], "position": ["pesp", "perc"]})
     }
     assert one == other
+
+
+MIXED = [
+    {"name": "presets", "method": "vscan", "preset": ["default", "released"], "budget": [31, 48]},
+    {"name": "numbers", "method": "nuwa", "parameters": {"distance_threshold": [1, 1.0, 0.5]}, "seed": [0, 1]},
+    {"name": "scorers", "method": "nuwa", "stage2_scorer": ["random", "cosine_mean_text"], "stage2_layer": [2, "off"]},
+    {"name": "tables", "method": "nuwa", "preset": ["paper", "released_qwen"], "position": ["perc", "pesp"]},
+    {"name": "coordinates", "method": ["nuwa", "fastv"], "budget": 48, "parameters": {"coordinates": [0.1, 0.2]}},
+    {"name": "dropped", "method": "sparsevlm", "budget": 48, "stage2_recycling": [True, False], "seed": [0, 1]},
+    {"name": "coarser", "method": ["pooling", "random"], "seed": [0, 1]},
+]
+SEVERAL = Layouts({VisualLayout((View(PatchGrid(12, 12)),)): 1, VisualLayout((View(PatchGrid(8, 10)),)): 2}, True)
+
+
+@pytest.mark.parametrize("layouts", [GRID, SEVERAL], ids=["one layout", "several"])
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "backwards"])
+def test_a_trial_among_many_is_what_it_is_alone(layouts, order):
+    """What trials have in common is computed once a grid: who comes first decides nothing, nor whether any does."""
+    budgets = [16, 32] if layouts is GRID else [0.25, 0.4]
+    entries = [{**entry, "budget": budgets} if layouts is SEVERAL else entry for entry in MIXED][::order]
+    several = trials_of(*entries, budgets=budgets, layouts=layouts)
+    alone = []
+    for entry in entries:
+        swept = {name: value for name, value in {"budget": budgets, **entry}.items() if isinstance(value, list)}
+        own = entry.get("parameters", {})
+        for values in itertools.product(*swept.values(), *own.values()):
+            point, parameters = zip(swept, values, strict=False), zip(own, values[len(swept) :], strict=True)
+            single = {**entry, **dict(point), "parameters": dict(parameters)}
+            alone.append(trials_of(single, budgets=budgets, layouts=layouts)[-1])
+
+    assert {trial.trial_id for trial in alone} == {trial.trial_id for trial in several[1:]}
+    by_id = {trial.trial_id: trial for trial in several}
+    for trial in alone:
+        same = by_id[trial.trial_id]
+        assert trial.schedule == same.schedule and trial.keeps == same.keeps
+        assert repr(trial.spec.config) == repr(same.spec.config), "1 is not 1.0"
+    for trial in several:
+        anew = dataclasses.replace(trial)  # knows nothing of its kin
+        for name in ("trial_id", "selection_identity", "cuts", "seeded"):
+            assert getattr(trial, name) == getattr(anew, name), (trial.label, name)
 
 
 def test_the_full_budget_is_one_trial_whatever_the_position():
