@@ -21,7 +21,7 @@ from nuwa.budget import budget_tokens
 from nuwa.positions import PositionName
 from nuwa.schedule import TokenSchedule
 
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 Budget = Annotated[float, Field(gt=0)]
 PARAMETERS = "parameters"  # the key of a block under which a stage-1 method's own axes stand
 

@@ -42,8 +42,13 @@ from pipelines.files.storage import ARROW_SCHEMES, is_uri
 
 PARAMS_FILE = Path("params.yaml")
 SCENES = "scenes"  # pruner.data
+MERGE = "tag:yaml.org,2002:merge"
+DEEPEST, MOST_VALUES = 40, 100_000  # of a params.yaml: levels of nesting, and values when all aliases are written out
+TOO_DEEP = f"nested more than {DEEPEST} levels deep, or an alias (*name) within what it names; write it out flat"
+SHOWN = 200  # characters of a wrong value in a message
 TESTBED_TASKS = ("refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa")
-Positive = Annotated[int, Field(ge=1)]
+LARGEST = 2**31 - 1  # of a whole number: what counts images, tokens or steps anywhere below holds no more
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Reuse = Literal["any", "same_versions"]
 
 
@@ -70,7 +75,7 @@ def _check_kernels(attention: Sequence[str], dtype: str) -> None:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -788,7 +793,10 @@ def _line(error: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:  # sections that do not agree: the message names its own key
         return message
-    return f"{key}: {message}" if error["type"] == "value_error" else f"{key} = {error['input']!r}: {message}"
+    if error["type"] == "value_error":
+        return f"{key}: {message}"
+    shown = repr(error["input"])
+    return f"{key} = {shown if len(shown) <= SHOWN else f'{shown[:SHOWN]}…'}: {message}"
 
 
 def load_settings(path: Path = PARAMS_FILE) -> Settings:
@@ -802,12 +810,66 @@ def load_settings(path: Path = PARAMS_FILE) -> Settings:
     return parse_settings(text, str(path))
 
 
-def parse_settings(text: str, source: str) -> Settings:
-    """Validate the text of a ``params.yaml``; ``source`` names it in the error."""
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses what that one passes over or fails on without a place."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Refuses a key that stands there twice, of which the last would silently count."""
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+                continue
+            line = key.start_mark.line + 1
+            if key.value in first:
+                raise SettingsError(
+                    f"line {line}: {key.value} stands there twice, first in line {first[key.value]}; leave out one of the two"
+                )
+            first[key.value] = line
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Names the value that is none of its type, such as a date of a thirteenth month."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            shown = str(node.value)[:SHOWN]
+            raise yaml.constructor.ConstructorError(None, None, f"{shown!r} is no {kind}", node.start_mark) from None
+
+
+def _check_extent(raw: Any) -> None:
+    """Refuse what cannot be settings: aliases that multiply or contain themselves, characters that no name may hold."""
+    waiting, seen = [(raw, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if depth > DEEPEST:
+            raise SettingsError(TOO_DEEP)
+        if seen > MOST_VALUES:
+            raise SettingsError(f"holds more than {MOST_VALUES:,} values; write out what aliases (*name) repeat")
+        if isinstance(value, str) and "\0" in value:
+            raise SettingsError(f"{value[:SHOWN]!r} holds a NUL character; take it out")
+        if isinstance(value, (dict, list)):
+            waiting += [(one, depth + 1) for one in (value.values() if isinstance(value, dict) else value)]
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """The plain values of ``text``, none of which was passed over; raises :class:`SettingsError`, which names ``source``."""
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _Loader)
+        _check_extent(raw)
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error}") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise SettingsError(f"{source}: {TOO_DEEP}") from None
+    return raw
+
+
+def parse_settings(text: str, source: str) -> Settings:
+    """Validate the text of a ``params.yaml``; ``source`` names it in the error."""
+    raw = read_yaml(text, source)
     if isinstance(raw, dict) and isinstance(raw.get("plugins", []), list):
         try:  # before any name is looked up; those of entry points whether any is named or not
             load_plugins(str(name) for name in raw.get("plugins", []))

@@ -95,9 +95,15 @@ def write_inputs() -> None:
 if __name__ == "__main__":
     try:
         write_inputs()
-    except yaml.YAMLError as error:
-        sys.exit(f"error: {PARAMS}: no valid YAML: {' '.join(str(error).split())}")
     except OSError as error:
         if (told := surroundings(error)) is None:
             raise
         sys.exit(f"error: {told}")
+    except Exception:
+        from pipelines.settings import SettingsError, load_settings  # takes a second, and says what is wrong
+
+        try:
+            load_settings(PARAMS)
+        except SettingsError as error:
+            sys.exit(f"error: {error}")
+        raise

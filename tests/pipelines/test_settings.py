@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -212,6 +213,63 @@ def test_a_missing_section_a_missing_file_and_no_yaml(params, tmp_path):
         load_settings(write(tmp_path, "a: [1"))
     with pytest.raises(SettingsError, match="must hold a mapping of sections: model, prepare"):
         load_settings(write(tmp_path, "- 1\n"))
+
+
+TEXT = (Path(__file__).parents[2] / "params.yaml").read_text()
+LAUGHS = "".join(f"k{n}: &k{n} [{', '.join([f'*k{n - 1}'] * 10) if n else 'x'}]\n" for n in range(9))
+HOSTILE = {  # what stands for ``seed: 2602`` of ``prepare``, and the message behind ``params.yaml: ``
+    "a key twice": (
+        "seed: 2602\n  seed: 7",
+        "line 11: seed stands there twice, first in line 10; leave out one of the two",
+    ),
+    "a tab": (
+        "\tseed: 2602",
+        "not YAML: while scanning for the next token found character '\\t' that cannot start any token",
+    ),
+    "a date": ("seed: 2024-10-01", "prepare.seed = datetime.date(2024, 10, 1): Input should be a valid integer"),
+    "no date": ("seed: 2024-13-45", "not YAML: '2024-13-45' is no timestamp in "),
+    "a word that is said to be a number": ("seed: !!int abc", "not YAML: 'abc' is no int in "),
+    "more digits than Python reads": (f"seed: {'9' * 5000}", "not YAML: '999"),
+    "a number beyond NumPy's": ("seed: 4294967296", "prepare.seed = 4294967296: Input should be less than 4294967296"),
+    "an alias within itself": (
+        "seed: &x [*x]",
+        "nested more than 40 levels deep, or an alias (*name) within what it names",
+    ),
+    "deep": (
+        f"seed: {'[' * 60}{']' * 60}",
+        "nested more than 40 levels deep, or an alias (*name) within what it names",
+    ),
+    "deeper than a parser goes": (f"seed: {'{a: ' * 900}1{'}' * 900}", "nested more than 40 levels deep, or an alias"),
+    "aliases that multiply": ("seed: *k8", "holds more than 100,000 values; write out what aliases (*name) repeat"),
+    "half an alias": ("seed: *nobody", "not YAML: found undefined alias 'nobody' in"),
+    "a program": ("seed: !!python/name:os.system", "not YAML: could not determine a constructor for the tag"),
+    "a NUL": ('seed: "a\\0"', "'a\\x00' holds a NUL character; take it out"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_yaml_passes_over_or_fails_on_is_one_line(kind):
+    stands, message = HOSTILE[kind]
+    text = TEXT.replace("seed: 2602", stands, 1) if "\t" not in stands else TEXT.replace("  seed: 2602", stands, 1)
+    with pytest.raises(SettingsError) as caught:
+        parse_settings((LAUGHS if "*k" in stands else "") + text, "params.yaml")
+    assert str(caught.value).startswith(f"params.yaml: {message}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["report", "plugins", "sweep"])
+def test_a_section_that_stands_there_twice_is_refused(section):
+    """YAML's own loader would take the last and say nothing."""
+    with pytest.raises(SettingsError, match=f"line .*: {section} stands there twice, first in line "):
+        parse_settings(f"{TEXT}\n{section}: []\n", "params.yaml")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("keys", [("cluster", "gpus"), ("cluster", "patience"), ("pruner", "learning_rate")])
+def test_numbers_are_finite(params, keys, value, tmp_path):
+    params[keys[0]][keys[1]] = value
+    with pytest.raises(SettingsError) as caught:
+        load_settings(write(tmp_path, params))
+    assert str(caught.value).endswith(f"{'.'.join(keys)} = {value}: Input should be a finite number")
 
 
 def sweep_with(params, *entries):

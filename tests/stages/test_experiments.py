@@ -12,8 +12,9 @@ from commands import run_here
 
 from pipelines.presets import REPLACED, compose
 from pipelines.profiling import planned_methods
-from pipelines.settings import parse_settings
+from pipelines.settings import SettingsError, parse_settings
 from stages.entry import planned_trials
+from stages.experiment import experiment
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -103,3 +104,22 @@ def test_an_unknown_or_wrong_overlay_changes_nothing(checkout):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: sweep.grids.0 (distance threshold), method nuwa: budget 900 is out of reach")
     assert (checkout / "params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML: while parsing a flow node"),
+        ("report: {}\nreport: {}", "line 2: report stands there twice, first in line 1; leave out one of the two"),
+        ("", "must hold a mapping of sections, as params.yaml does"),
+        ("- 1", "must hold a mapping of sections, as params.yaml does"),
+    ],
+)
+def test_an_overlay_that_is_none_is_one_line(text, message, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as caught:
+        experiment("mine")
+    assert str(caught.value).startswith(f"experiments/mine.yaml: {message}") and "\n" not in str(caught.value)

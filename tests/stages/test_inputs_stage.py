@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_here
 
 from pipelines.files.digests import DigestMemo
 from stages.inputs import inputs
@@ -85,3 +86,13 @@ def test_the_stage_is_light_and_its_files_are_what_others_depend_on(tmp_path):
     for out in stages["inputs"]["outs"]:
         assert json.loads((tmp_path / out).read_text()) is not None
         assert any(out in stage.get("deps", []) for stage in stages.values())
+
+
+def test_settings_that_are_none_are_one_line(tmp_path):
+    (tmp_path / "params.yaml").write_text("prepare: {seed: 2024-13-45}\n")
+    done = run_here("stages.inputs", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: params.yaml: not YAML: '2024-13-45' is no timestamp in \"<unicode string>\", line 1, column 17: prepare: "
+        "{seed: 2024-13-45} ^\n"
+    )
