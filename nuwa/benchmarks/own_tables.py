@@ -160,6 +160,16 @@ class JsonLines:
 
     def rows(self, published: pa.Schema) -> Iterator[Row]:
         """Raises ``RecordError``."""
+        for number, values in self._values(published):
+            yield self._row(number, values)
+
+    def _row(self, number: int, values: dict[str, Any]) -> Row:
+        if values.get("image") is not None:
+            values["image"] = self._image(values["image"], number)
+        return Row(str(self.path), number, values)
+
+    def _values(self, published: pa.Schema) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every row with the name of its image."""
         for number, held in enumerate(self._objects()):
             values: dict[str, Any] = {}
             for column in published:
@@ -170,17 +180,14 @@ class JsonLines:
                         f"{self.path}: row {number}: column {column.name!r} should be {type_name(wanted)}, found "
                         f"{json.dumps(value, ensure_ascii=False)[:SHOWN]}; mend or drop the row"
                     )
-            if values.get("image") is not None:
-                values["image"] = self._image(values["image"], number)
-            yield Row(str(self.path), number, values)
+            yield number, values
 
     def ends(self, published: pa.Schema) -> Iterator[Row]:
-        """The first row and the last."""
-        rows = self.rows(published)
-        if (first := next(rows, None)) is not None:
-            yield first
+        """The first row and the last; no other image is read."""
+        rows = self._values(published)
+        first = next(rows, None)
         last = collections.deque(rows, maxlen=1)
-        yield from last
+        yield from (self._row(*end) for end in (first, *last) if end is not None)
 
     def count_rows(self) -> int:
         return sum(1 for _ in self._objects())

@@ -163,6 +163,8 @@ def rows_of(table: Source, published: pa.Schema) -> Iterator[Row]:
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Raises :class:`UnreadableTable`: a pointer of git-lfs, cut off, or another format."""
+    if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
+        raise UnreadableTable(f"{path}: no file but a folder, a pipe or a device; put the table's file there")
     try:
         return pq.ParquetFile(path)
     except FileNotFoundError:
@@ -263,7 +265,7 @@ def _as(kind: pa.DataType, value: Any) -> Any:
     if pa.types.is_integer(kind) and isinstance(value, (float, decimal.Decimal)):
         if math.isnan(value):  # a missing number beside whole ones, as pandas writes it
             return None
-        if value != int(value):
+        if math.isinf(value) or value != int(value):
             raise ValueError(f"should be a whole number, found {value}")
         return int(value)
     return value

@@ -189,6 +189,8 @@ class _ListReader:
                 fault = (len(self._held[self._at : error.pos].encode()), error.msg)
                 if not self._more():  # else it may go on in the next chunk
                     raise InstructionDataError(f"{self.path}: byte {self._byte + fault[0]}: {fault[1]}") from None
+            except RecursionError:
+                raise InstructionDataError(f"{self.path}: byte {self._byte}: nested too deeply for an entry") from None
         begin = self._byte
         self._advance(end)
         return element, begin, self._byte

@@ -6,13 +6,16 @@ it, so several adapters and plain ``generate`` may share a process and even a mo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
 import json
+import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -55,6 +58,7 @@ ASPECT_RATIOS = ("processor", "pad")  # of images, see Adapter
 # Left, top, width and height of what a view shows, as shares of the image's sides; padding reaches beyond 0 and 1.
 Frame = tuple[float, float, float, float]
 ENDS_THE_PROGRAM = (KeyboardInterrupt, SystemExit, MemoryError)  # says nothing of the file that was read
+TEMPLATE_S = 10.0  # for a chat template to render two questions
 WHOLE: Frame = (0.0, 0.0, 1.0, 1.0)
 
 
@@ -443,28 +447,52 @@ def check_template(processor: Any, image_token: int) -> None:
             "the model's processor has no chat template; fetch chat_template.jinja (or chat_template.json) of the "
             "checkpoint"
         )
-    question = "what is on the left?"
+    questions = ("what is on the left?", "what is on the right?")
     try:
-        rendered = render_question(processor, question)
+        with _within(TEMPLATE_S):
+            rendered, other = (render_question(processor, question) for question in questions)
     except Exception as error:  # whatever a template raises
         reason = in_one_line(error)
         raise CheckpointError(f"the model's chat template fails ({reason}); fetch it again") from None
     try:
-        count = tokenize_prompt(processor.tokenizer, rendered).count(image_token)
+        ids, others = (tokenize_prompt(processor.tokenizer, one) for one in (rendered, other))
     except BaseException as error:  # a panic of tokenizers', which is written in Rust, is no Exception
         if isinstance(error, ENDS_THE_PROGRAM):
             raise
         reason = in_one_line(error)
         raise CheckpointError(f"the model's tokenizer fails ({reason}); fetch tokenizer.json again") from None
 
-    if count != 1:
+    if (count := ids.count(image_token)) != 1:
         shown = "no image placeholder" if count == 0 else f"{count} image placeholders"
         raise CheckpointError(
             f"the model's chat template puts {shown} (token {image_token} of config.json) into {_shortened(rendered)!r}; "
             "fetch the template and the tokenizer of the checkpoint"
         )
-    if rendered == render_question(processor, "what is on the right?"):
+    if rendered == other:
         raise CheckpointError("the model's chat template does not show the question; fetch it again")
+    at = ids.index(image_token)
+    if ids[: at + 1] != others[: at + 1] or at + 1 == len(ids):
+        raise CheckpointError(
+            f"the model's chat template puts the question before the image ({_shortened(rendered)!r}), and answers are made "
+            "of images with their questions behind them; fetch the template of the checkpoint"
+        )
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raises ``TimeoutError`` in Python code that runs inside for longer: a template's loops are such code."""
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def look(_frame: Any, _event: str, _argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"not done after {seconds:g} s")
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def check_end_tokens(settings: Any, config: Any) -> tuple[int, ...]:

@@ -325,7 +325,7 @@ def _json(path: Path) -> dict[str, Any]:
     refuse_pointer(path)
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: no valid JSON ({_words(error)}); fetch it again") from None
     if not isinstance(held, dict):
         raise CheckpointError(f"{path}: holds a {type(held).__name__}, not settings by name; fetch it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from nuwa.vlm.checkpoint import CheckpointError
@@ -102,4 +103,4 @@ def _greedy(settings: Any) -> bool:
 
 
 def _as_json(value: Any) -> str:
-    return {None: "null", False: "false"}.get(value, str(value)) if not isinstance(value, (list, dict)) else "null"
+    return "null" if isinstance(value, (list, dict)) else json.dumps(value)

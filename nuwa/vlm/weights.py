@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nuwa.vlm.checkpoint import CheckpointError
+from nuwa.vlm.checkpoint import CheckpointError, canonical_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +52,7 @@ def check_weights(folder: Path, model_class: type[PreTrainedModel], config: Any,
     tensors: dict[str, Tensor] = {}
     for path in files:
         tensors |= _empty_tensors(path)
+    _check_apart(folder, files)
     _check_index(folder, tensors)
     if is_accelerate_available():  # the dry load needs it; without it the loader's own report speaks, after loading
         try:
@@ -124,7 +125,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises :class:`CheckpointError` for a file that only points to where git-lfs keeps the content."""
+    """Raises :class:`CheckpointError` for a file that only points to where git-lfs keeps the content, and for what is no
+    file, such as a pipe, to which nothing may ever write."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(f"{path}: no file but a pipe or a device; fetch the file")
     with path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise CheckpointError(
@@ -135,12 +139,14 @@ def refuse_pointer(path: Path) -> None:
 def _index(path: Path) -> dict[str, str]:
     refuse_pointer(path)
     try:
-        names = json.loads(path.read_text())["weight_map"]
-        if names and all(isinstance(part, str) and Path(part).name == part for part in names.values()):
+        held = json.loads(path.read_text())
+        names = held["weight_map"]
+        named = names and all(isinstance(part, str) and Path(part).name == part for part in names.values())
+        if named and isinstance(held["metadata"], dict):  # transformers asks for both
             return names
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise CheckpointError(f"{path}: no index of weights (weight_map: tensor → file); fetch it again")
+    raise CheckpointError(f"{path}: no index of weights (weight_map: tensor → file, and metadata); fetch it again")
 
 
 def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -153,6 +159,31 @@ def _check_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{folder / names[lost[0]]}: {_count(lost, 'tensor')} that {path.name} names missing: {_names(lost)}; "
             "fetch the file again"
         )
+
+
+def _check_apart(folder: Path, files: list[Path]) -> None:
+    """Refuse a tensor that two files hold with other values each, one of ``files`` or what lies beside them: a model is
+    identified by all files of weights in its folder."""
+    beside = sorted(set(folder.glob("*.safetensors")) - set(files))
+    if beside and files[0].suffix == ".bin":
+        raise CheckpointError(
+            f"{beside[0]}: transformers loads {files[0].name} and not this file, so which one is meant is open; move one away"
+        )
+
+    holder: dict[str, tuple[Path, str]] = {}
+    for path in [*files, *beside]:
+        for name in _safetensors_header(path) if path.suffix == ".safetensors" else ():
+            first, known = holder.setdefault(canonical_name(name), (path, name))
+            if first != path and not _same_tensor(first, known, path, name):
+                raise CheckpointError(
+                    f"{path}: tensor {name} stands in {first.name} too, with other values; move the file that is not meant "
+                    "away, or fetch both again"
+                )
+
+
+def _same_tensor(one: Path, name: str, other: Path, also: str) -> bool:
+    with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
+        return torch.equal(first.get_tensor(name), second.get_tensor(also))
 
 
 def _empty_tensors(path: Path) -> dict[str, Tensor]:

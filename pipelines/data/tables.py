@@ -13,6 +13,13 @@ from nuwa.errors import UserError, in_one_line
 from pipelines.addresses import BenchmarkName, hub_address
 from pipelines.files.folders import linked_files
 
+VERSIONED = {  # by their logs
+    "_delta_log": "a Delta table",
+    "metadata/*.metadata.json": "an Iceberg table",
+    ".hoodie": "a Hudi table",
+}
+UNFINISHED = "_temporary"  # where Spark writes before it is done
+
 
 class MissingTables(UserError, FileNotFoundError):
     """No Parquet files of a benchmark are where they should be."""
@@ -100,7 +107,7 @@ def _parquet(places: list[Path], name: BenchmarkName) -> ParquetFiles:
             files.append(place)
             partitions.append({})
             continue
-        held = [path for path in linked_files(place) if path.name[0] not in "._"]  # _SUCCESS, .part-0.crc
+        held = _parts(place, name)
         if not held:
             raise MissingTables(f"{place}: a folder without parts; it should hold the published table of {name.table}")
         for path in held:
@@ -108,6 +115,27 @@ def _parquet(places: list[Path], name: BenchmarkName) -> ParquetFiles:
             partitions.append(dict(folder.split("=", 1) for folder in between if "=" in folder))
             files.append(path)
     return ParquetFiles(files, partitions)
+
+
+def _parts(place: Path, name: BenchmarkName) -> list[Path]:
+    """The parts in a folder; what its writers keep beside them (``_SUCCESS``, ``.part-0.crc``) is passed over, in folders
+    too, as Spark and Arrow do.
+
+    Raises :class:`MissingTables` where not all that lies there is of the table.
+    """
+    for log, kind in VERSIONED.items():
+        if next(place.glob(log), None) is not None:
+            raise MissingTables(
+                f"{place}: {kind}, of whose files only its own library knows which count; write the table of {name.table} "
+                "as Parquet with it"
+            )
+    if (place / UNFINISHED).exists():
+        raise MissingTables(f"{place}: {UNFINISHED} in it shows that it was not written to its end; write it again")
+    return [path for path in linked_files(place) if not any(map(_beside, path.relative_to(place).parts))]
+
+
+def _beside(part: str) -> bool:
+    return part[0] in "._" and "=" not in part
 
 
 def _split_files(folder: Path, split: str, name: BenchmarkName, parent: str | None = None) -> list[Path]:

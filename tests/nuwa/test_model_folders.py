@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from nuwa.versions import UnsupportedVersion, check_transformers
-from nuwa.vlm import PromptError, adapter_class, load_adapter
+from nuwa.vlm import PromptError, adapter, adapter_class, load_adapter
 from nuwa.vlm.adapter import render_question
 from nuwa.vlm.checkpoint import CheckpointError
 from nuwa.vlm.folder import check_folder
@@ -88,8 +89,12 @@ def sharded(folder: Path) -> dict[str, str]:
     for part, names in parts.items():
         save_file({name: held[name] for name in names}, folder / part, metadata={"format": "pt"})
     index = {name: part for part, names in parts.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    write_index(folder, index)
     return index
+
+
+def write_index(folder: Path, index: dict[str, str], **held) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index} | held))
 
 
 def lose_a_part(folder: Path) -> None:
@@ -98,13 +103,45 @@ def lose_a_part(folder: Path) -> None:
 
 
 def name_too_much(folder: Path) -> None:
-    index = {"weight_map": sharded(folder) | {"model.more": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(folder, sharded(folder) | {"model.more": "model-00001-of-00002.safetensors"})
 
 
 def lead_outside(folder: Path) -> None:
-    index = {"weight_map": dict.fromkeys(sharded(folder), "../elsewhere.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(folder, dict.fromkeys(sharded(folder), "../elsewhere.safetensors"))
+
+
+def say_nothing_else(folder: Path) -> None:
+    write_index(folder, sharded(folder), metadata=None)
+
+
+def hold_twice(folder: Path) -> None:
+    """A tensor in both parts, with other values each."""
+    index = sharded(folder)
+    other = (
+        "model-00002-of-00002.safetensors"
+        if index[NORM].startswith("model-00001")
+        else "model-00001-of-00002.safetensors"
+    )
+    save_file(load_file(folder / other) | {NORM: torch.ones(128)}, folder / other, metadata={"format": "pt"})
+
+
+def leave_others_beside(folder: Path) -> None:
+    save_file({NORM: torch.ones(128)}, folder / "old.safetensors")
+
+
+def leave_others_beside_pickled(folder: Path) -> None:
+    pickled(lambda held: held)(folder)
+    save_file({"other": torch.ones(3)}, folder / "old.safetensors")
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    """Nothing will ever write to it."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return apply
 
 
 def cut_a_part(folder: Path) -> None:
@@ -254,6 +291,75 @@ FAULTS = {
         lead_outside,
         "model.safetensors.index.json: no index of weights (weight_map: tensor",
     ),
+    "an index without metadata": (
+        say_nothing_else,
+        "model.safetensors.index.json: no index of weights (weight_map: tensor",
+    ),
+    "a tensor twice": (
+        hold_twice,
+        "language_model.model.norm.weight stands in model-00001-of-00002.safetensors too, with other values; move the file",
+    ),
+    "other weights beside": (
+        leave_others_beside,
+        "old.safetensors: tensor language_model.model.norm.weight stands in model.safetensors too, with other values; move",
+    ),
+    "other weights beside pickled ones": (
+        leave_others_beside_pickled,
+        "old.safetensors: transformers loads pytorch_model.bin and not this file, so which one is meant is open; move one",
+    ),
+    "half a file beside": (
+        write("consolidated.safetensors", b"x"),
+        "consolidated.safetensors: 1 bytes, cut off within its header",
+    ),
+    "a pipe for a configuration": (pipe("config.json"), "config.json: no file but a pipe or a device; fetch the file"),
+    "a pipe for weights": (
+        pipe("model.safetensors"),
+        "model.safetensors: no file but a pipe or a device; fetch the file",
+    ),
+    "a configuration without end": (
+        write("config.json", b'{"a":' + b"[" * 100_000),
+        "config.json: no valid JSON (RecursionError: maximum recursion depth exceeded while",
+    ),
+    "an index without end": (
+        lambda folder: sharded(folder) and write("model.safetensors.index.json", b"[" * 100_000)(folder),
+        "model.safetensors.index.json: no index of weights (weight_map: tensor",
+    ),
+    "numbers of eight bits": (
+        tensors(lambda held: held.update({f"{NORM}": held[NORM].to(torch.float8_e4m3fn)})),
+        "model.safetensors: language_model.model.norm.weight holds F8_E4M3 numbers, so the model is quantised",
+    ),
+    "quantised by AWQ": (
+        change("config.json", quantization_config={"quant_method": "awq"}),
+        "weights (awq) are not sup",
+    ),
+    "quantised by bitsandbytes": (
+        change("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "quantised weights (bitsandbytes) are not supported; fetch the checkpoint in bfloat16",
+    ),
+    "configuration of another family": (
+        change("config.json", model_type="llava_next"),
+        "1 tensor of the model missing from its files: model.image_newline; fetch",
+    ),
+    "a question before the image": (
+        write("chat_template.jinja", b"{% for m in messages %}{{ m['content'][1]['text'] }} <image>:{% endfor %}"),
+        "the model's chat template puts the question before the image ('what is on the left? <image>:'), and answers are",
+    ),
+    "an image behind which nothing stands": (
+        write("chat_template.jinja", b"{% for m in messages %}{{ m['content'][1]['text'] }} <image>{% endfor %}"),
+        "the model's chat template puts the question before the image ('what is on the left? <image>'), and answers are",
+    ),
+    "a question cut short": (
+        write("chat_template.jinja", b"{% for m in messages %}<image> {{ m['content'][1]['text'][:12] }}{% endfor %}"),
+        "the model's chat template does not show the question; fetch it again",
+    ),
+    "a template that includes files": (
+        write("chat_template.jinja", b"{% include '/etc/passwd' %}"),
+        "the model's chat template fails (no loader for this environment specified)",
+    ),
+    "a template that calls itself": (
+        write("chat_template.jinja", b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
+        "the model's chat template fails (maximum recursion depth exceeded",
+    ),
     "weights of another format": (
         lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf") and None,
         "no model.safetensors or model.safetensors.index.json (model.gguf is not one that transformers loads); fetch",
@@ -360,6 +466,41 @@ def test_a_folder_is_refused_in_one_line(kind, folder):
     with pytest.raises(ValueError) as caught:
         load_adapter(folder)
     assert message in str(caught.value) and not re.search(r"[\x00-\x1f]", str(caught.value))
+
+
+def test_a_template_that_does_not_end_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(adapter, "TEMPLATE_S", 0.05)
+    many = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(many)
+    with pytest.raises(
+        CheckpointError, match=r"the model's chat template fails \(not done after 0.05 s\); fetch it again"
+    ):
+        load_adapter(folder)
+
+
+def test_other_weights_may_lie_beside_a_model(folder):
+    """An adapter that was merged, or the same tensors under other names."""
+    save_file({"lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    save_file(
+        {"model.language_model.norm.weight": load_file(folder / "model.safetensors")[NORM]}, folder / "n.safetensors"
+    )
+    check_folder(folder, adapter_class)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "neutral"),
+    [
+        ("no_repeat_ngram_size", 2, "0"),
+        ("diversity_penalty", 0.5, "0.0"),
+        ("stop_strings", ["x"], '""'),
+        ("remove_invalid_values", True, "false"),
+        ("max_time", 1.0, "null"),
+    ],
+)
+def test_the_remedy_is_what_the_file_should_say(name, value, neutral, folder):
+    change("generation_config.json", **{name: value})(folder)
+    with pytest.raises(CheckpointError, match=f"generation_config.{name} = .* set it to {neutral}$"):
+        check_folder(folder, adapter_class)
 
 
 def test_a_template_may_change_the_question(folder):

@@ -181,6 +181,67 @@ def test_a_folder_of_parts_is_a_table(tmp_path):
         read(tmp_path, "pope/empty")
 
 
+FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a Delta table": (
+        lambda folder: (folder / "_delta_log").mkdir(),
+        ": a Delta table, of whose files only its own library",
+    ),
+    "a Hudi table": (
+        lambda folder: (folder / ".hoodie").mkdir(),
+        ": a Hudi table, of whose files only its own library knows",
+    ),
+    "an Iceberg table": (
+        lambda folder: (folder / "metadata").mkdir() or (folder / "metadata/v1.metadata.json").touch(),
+        ": an Iceberg table, of whose files only its own library knows which count; write the table of pope as Parquet with",
+    ),
+    "a job that died": (
+        lambda folder: (folder / "_temporary").mkdir(),
+        ": _temporary in it shows that it was not written to its end; write it again",
+    ),
+    "a pipe": (
+        lambda folder: os.mkfifo(folder / "part-9.parquet"),
+        "/part-9.parquet: no file but a folder, a pipe or a device; put the table's file there",
+    ),
+    "a part that is no table": (
+        lambda folder: (folder / "part-9.parquet").write_text("id,question\n1,a\n"),
+        "/part-9.parquet: no whole Parquet file (Parquet magic bytes not found in footer.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_of_more_than_parts_is_told(kind, tmp_path):
+    add, message = FOLDERS[kind]
+    spark(published(), tmp_path / "pope.parquet")
+    (tmp_path / "pope.parquet/.ipynb_checkpoints").mkdir()  # an editor's copies are no parts
+    pq.write_table(published(), tmp_path / "pope.parquet/.ipynb_checkpoints/part-0.parquet")
+    assert read(tmp_path, "pope") == expected("pope")
+    add(tmp_path / "pope.parquet")
+    with pytest.raises((MissingTables, UnreadableTable)) as caught:
+        read(tmp_path, "pope")
+    assert str(caught.value).startswith(f"{tmp_path}/pope.parquet{message}") and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pope.parquet")
+    with pytest.raises(UnreadableTable, match=r"pope.parquet: no file but a folder, a pipe or a device; put the table"):
+        read(tmp_path, "pope")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_numbers_without_end_are_no_whole_numbers(value, tmp_path):
+    table = published("textvqa")
+    held = pa.array([1.0, value])
+    pq.write_table(
+        table.set_column(table.column_names.index("question_id"), "question_id", held), tmp_path / "textvqa.parquet"
+    )
+    with pytest.raises(RecordError) as caught:
+        read(tmp_path, "textvqa")
+    assert str(caught.value) == (
+        f"{tmp_path}/textvqa.parquet: row 1: column 'question_id' should be a whole number, found {value}; mend or drop the row"
+    )
+
+
 def test_a_column_that_folders_name_is_one(tmp_path):
     table = published()
     for row, category in enumerate(table["category"].to_pylist()):
@@ -384,3 +445,13 @@ def test_a_first_line_of_no_one_type_is_told(tmp_path):
     path.write_text(GOOD.replace('["10:45"]', '["10:45", 3]'))
     with pytest.raises(SchemaError, match=r"clocks.jsonl: line 1: 'answers' is of no one type \(.*\); mend it"):
         list(own_benchmark("clocks", "Clocks", "exact").examples(JsonLines(path), "", whole=True))
+
+
+def test_of_lines_the_first_and_the_last_image_are_read_for_a_plan(tmp_path):
+    path, clocks = tmp_path / "clocks.jsonl", own_benchmark("clocks", "Clocks", "exact")
+    for name in "ac":
+        (tmp_path / f"{name}.png").write_bytes(ROWS["pope"][0]["image"]["bytes"])
+    path.write_text("\n".join(GOOD.replace("a.png", f"{name}.png") for name in "abc"))  # there is no b.png
+    assert [row.number for row in JsonLines(path).ends(clocks.schema)] == [0, 2]
+    path.write_text(GOOD)
+    assert [row.number for row in JsonLines(path).ends(clocks.schema)] == [0]
