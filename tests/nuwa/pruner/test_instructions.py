@@ -434,6 +434,7 @@ FILES = {
     "no comma": (b'[{"id": 1} {"id": 2}]', "byte 11: expected ',', found '{'" + LIST),
     "a comma too many": (b'[{"id": 1}, ]', "byte 12: Expecting value"),
     "more behind the list": (b"[] x", "byte 3: expected the end of the file, found 'x'" + LIST),
+    "an entry without end": (b'[{"id":' + b"[" * 3000, "byte 1: nested too deeply for an entry"),
     "another encoding": ('[{"id": "é"}]'.encode("latin-1"), "not UTF-8 (invalid continuation byte)"),
 }
 
