@@ -33,6 +33,7 @@ from pipelines.data.datasets import Questions, choose_questions
 from pipelines.data.left_out import without
 from pipelines.data.published_sizes import expected_examples
 from pipelines.features.identity import ModelIdentity
+from pipelines.features.known_code import remembered_code
 from pipelines.features.layouts import image_layouts
 from pipelines.features.loading import Loading
 from pipelines.features.signals import signal_bytes
@@ -46,7 +47,7 @@ from pipelines.sweep.progress import duration, worker_speed
 from pipelines.sweep.results import ResultStore, StoredUnit
 from pipelines.sweep.reuse import Changes, explain, summary
 from pipelines.sweep.trials import Layouts, Trial, expand
-from pipelines.sweep.units import plan_units, read_examples
+from pipelines.sweep.units import WorkUnit, plan_units, read_examples
 from stages.doctor import Finding, examine, room_for
 from stages.entry import BAD_INPUT, EXAMPLES, UNITS_LOG, known_shape, places, planned_trials, published, run_stage
 from stages.experiment import experiment
@@ -255,16 +256,21 @@ def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = 
     if not Path(settings.model.path).is_dir():
         return [f"stored: {len(stored)} units; which answers are this model's is known once its files are here"]
     known = ModelIdentity.of(settings.model.path, Loading.of(settings.model, cluster), outlook.vlm)
-    context = answer_context(known, outlook.vlm, settings.features)
-    trials = with_code(outlook.trials, outlook.vlm, cluster.device)
-
+    with remembered_code():
+        context = answer_context(known, outlook.vlm, settings.features)
+        trials = with_code(outlook.trials, outlook.vlm, cluster.device)
     examples = read_examples(outlook.questions.examples, context.digest, outlook.layouts, blocks_of(settings))
-    if pulled := pulled_tables(where, settings, outlook.vlm, context_key(context), context.digest):
+
+    def planned() -> tuple[dict[str, WorkUnit], int]:
+        held = [(unit.trials, unit.examples) for unit in stored]
+        return plan_units(trials, examples, held, outlook.costs, speed, sweep.unit_images, reuse=sweep.reuse)
+
+    units, cached = planned()
+    if units and (pulled := pulled_tables(where, settings, outlook.vlm, context_key(context), context.digest)):
         stored = [*stored, pulled.as_stored()]  # as the sweep will, before it asks
+        units, cached = planned()
     if not stored:
         return []
-    held = [(unit.trials, unit.examples) for unit in stored]
-    units, cached = plan_units(trials, examples, held, outlook.costs, speed, sweep.unit_images, reuse=sweep.reuse)
     missing, flops = len(trials) * len(examples) - cached, sum(unit.flops for unit in units.values())
     seconds = flops / speed
     lines = [

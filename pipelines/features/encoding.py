@@ -18,8 +18,9 @@ from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
 from nuwa.source import closure
 from nuwa.vlm import Adapter, EncodedImage
 from pipelines.features.faults import BrokenImages, NoRoom, SignalNotFinite
-from pipelines.features.identity import Described, ModelIdentity, code_by_file, code_names, model_type, stored_signals
+from pipelines.features.identity import Described, ModelIdentity, code_names, model_type, stored_signals
 from pipelines.features.images import decode_images
+from pipelines.features.known_code import known_code
 from pipelines.features.layouts import layouts_of
 from pipelines.features.loading import FULL_PRECISION, Loading, load_model
 from pipelines.features.signals import signal_bytes, signal_dtype
@@ -119,7 +120,7 @@ def features_identity(model: ModelIdentity, vlm: Adapter, dtype: str, keep: Sequ
 def encoding_code(family: str) -> dict[str, str]:
     """The code between an image's bytes and its stored signals, by file; ``family``: a model type."""
     roots = (EncodeWorker.run, EncodeWorker._stored, load_model, decode_images, FeatureStore.write)
-    return code_by_file(closure(roots, code_names(family), without=(Loading, make_room)))
+    return known_code(("features", family), lambda: closure(roots, code_names(family), without=(Loading, make_room)))
 
 
 def encode_missing(

@@ -19,8 +19,9 @@ from nuwa.stage2.coordinates import with_coordinates
 from nuwa.stage2.recycling import Recycling, cluster_noise, recycle
 from nuwa.vlm import Adapter
 from pipelines.features.encoding import features_identity
-from pipelines.features.identity import Described, ModelIdentity, code_by_file, code_names, model_type
+from pipelines.features.identity import Described, ModelIdentity, code_names, model_type
 from pipelines.features.images import read_images
+from pipelines.features.known_code import known_code
 from pipelines.features.loading import Loading, load_model
 from pipelines.settings import FeatureSettings
 from pipelines.sweep.answers import SweepWorker, answer_unit, read_encoded
@@ -64,7 +65,8 @@ def trial_code(
     unused = [part for option, code in OPTIONAL_CODE.items() if option not in options for part in code]
     # What a plug-in's code is called stands in a trial's id, and its code in the closure.
     outside = (Trial, Layouts, WorkUnit, Loading, plugin_code, *unused)
-    return Described.of(code_by_file(closure(roots, names, without=outside)))
+    asked = (method, stage1, scorers, options, family, language)
+    return Described.of(known_code(("trial", *asked), lambda: closure(roots, names, without=outside)))
 
 
 def _code_key(trial: Trial) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-import sqlalchemy
-
 from pipelines.files.working_copies import main_copy
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -16,6 +14,9 @@ _WEB_SCHEMES = ("http", "https")
 
 
 _DATABASE_SCHEMES = ("mssql", "mysql", "postgresql", "sqlite")
+
+
+_PLAIN_FILE = re.compile(r"sqlite:///(/?\w[\w./-]*)", re.ASCII)  # a path that stands in a URI as it is
 
 
 _URI_EXAMPLES = "sqlite:///mlflow.db, postgresql://user:password@host/database or http://host:5000"
@@ -42,6 +43,10 @@ def checked_uri(uri: str | None) -> str:
         if not urlsplit(uri).hostname:
             raise _bad_uri(uri, "no host")
         return uri
+    if plain := _PLAIN_FILE.fullmatch(uri):
+        return f"sqlite:///{_in_main_copy(plain[1])}"
+    import sqlalchemy  # slow, and of no use for what is usual
+
     if scheme not in _DATABASE_SCHEMES:
         raise _bad_uri(uri, f"scheme {scheme!r} is not one of {', '.join(_WEB_SCHEMES + _DATABASE_SCHEMES)}")
     try:
@@ -56,7 +61,11 @@ def checked_uri(uri: str | None) -> str:
         return uri
     if url.host or url.database in (None, "", ":memory:"):
         raise _bad_uri(uri, "no database file (three slashes come before a relative path, four make it absolute)")
-    return url.set(database=str((main_copy() / url.database).absolute())).render_as_string(hide_password=False)
+    return url.set(database=_in_main_copy(url.database)).render_as_string(hide_password=False)
+
+
+def _in_main_copy(path: str) -> str:
+    return str((main_copy() / path).absolute())
 
 
 def _bad_uri(uri: str, problem: str) -> ValueError:
