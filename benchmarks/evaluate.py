@@ -31,6 +31,14 @@ WORDS = ("red", "blue", "green", "a man", "two dogs", "on the table", "17", "lef
 # Shares of the questions: grounding as in the papers' tables, and every way a headline metric is made.
 SHARES = {"refcoco": 0.2, "refcocoplus": 0.15, "refcocog": 0.15, "pope": 0.2, "gqa": 0.15, "textvqa": 0.1, "mme": 0.05}
 QUESTIONS_AN_IMAGE = 5
+HEADLINE = 64.0  # a quarter of the trials have this budget
+BEGINNINGS = (
+    "what color is it",
+    "the dog on the left",
+    "the man behind the car",
+    "is there a cat",
+    "how many are there",
+)
 
 
 def write_sweep(folder: Path, trials: int, questions: int) -> None:
@@ -39,8 +47,10 @@ def write_sweep(folder: Path, trials: int, questions: int) -> None:
     examples = _examples(questions, rng)
     examples.to_parquet(folder / "examples.parquet")
     ids = [f"{number:016x}" for number in range(trials)]
-    methods = ["unpruned", *["nuwa"] * (trials - 1)]
-    pd.DataFrame({"trial_id": ids, "method": methods}).to_parquet(folder / "trials.parquet")
+    methods = ["unpruned", "downsample", *["nuwa"] * (trials - 2)]
+    rows = {"trial_id": ids, "method": methods, "position": ["pesp", "perc", *["pesp"] * (trials - 2)]}
+    rows |= {"grids": [["methods"]] * trials, "budgets": [[], *[[HEADLINE * (1 + n % 4)] for n in range(trials - 1)]]}
+    pd.DataFrame(rows).to_parquet(folder / "trials.parquet")
     truths = [json.loads(truth) for truth in examples["truth"]]
     kept = pa.array(rng.integers(0, 576, 32 * len(examples)).astype(np.int16))
     offsets = pa.array(np.arange(len(examples) + 1, dtype=np.int32) * 32)
@@ -67,8 +77,9 @@ def _examples(questions: int, rng: np.random.Generator) -> pd.DataFrame:
             truth, category = _truth(benchmark, number, rng)
             image = f"{benchmark}-{number // (2 if benchmark == 'mme' else QUESTIONS_AN_IMAGE)}"
             family = "grounding" if benchmark.startswith("refcoco") else "vqa"
-            rows.append((f"{benchmark}:{number}", benchmark, family, image, json.dumps(truth), category))
-    return pd.DataFrame(rows, columns=["example_id", "benchmark", "family", "image", "truth", "category"])
+            asked = BEGINNINGS[number % len(BEGINNINGS)]
+            rows.append((f"{benchmark}:{number}", benchmark, family, image, asked, json.dumps(truth), category))
+    return pd.DataFrame(rows, columns=["example_id", "benchmark", "family", "image", "question", "truth", "category"])
 
 
 def _truth(benchmark: str, number: int, rng: np.random.Generator) -> tuple[dict, str]:
@@ -96,10 +107,12 @@ def _answer(truth: dict, right: bool, rng: np.random.Generator) -> str:
 def score_sweep(folder: Path) -> dict[str, float]:
     """Read, score, compare and write as the stage does; seconds and this process's peak memory.
 
-    Every trial is held against the unpruned one and against the first of the others.
+    Every trial is held against the unpruned one and against the first of the others; those of the headline budget by what
+    was asked.
     """
     from pipelines.scores.comparisons import Pair, compare
     from pipelines.scores.evidence import gather, score_table
+    from pipelines.scores.groups import group_table
     from stages.evaluate import read_answers, write_table
 
     before = _peak_gib()
@@ -111,9 +124,10 @@ def score_sweep(folder: Path) -> dict[str, float]:
     write_table(scores, folder / "scores.parquet")
 
     whole, first, *others = evidence.trial_ids
-    pairs = [Pair("unpruned", 64.0, trial, whole) for trial in (first, *others)]
-    pairs += [Pair("against", 64.0, trial, first) for trial in others]
+    pairs = [Pair("unpruned", HEADLINE, trial, whole) for trial in (first, *others)]
+    pairs += [Pair("against", HEADLINE, trial, first) for trial in others]
     write_table(compare(evidence, pairs, 0.01), folder / "comparisons.parquet")
+    write_table(group_table(evidence, examples, trials, HEADLINE, answers), folder / "groups.parquet")
     seconds = time.perf_counter() - started
     cpu = time.process_time() - cpu
     return {

@@ -16,9 +16,22 @@ from pipelines.files.atomic import atomic_path
 from pipelines.scores.comparisons import compare, pairs_of
 from pipelines.scores.evidence import LIMIT_REACHED, gather, score_table
 from pipelines.scores.grades import read_grades
+from pipelines.scores.groups import group_table
 from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
 from pipelines.settings import Settings
-from stages.entry import COMPARISONS, EXAMPLES, HEADLINE, METRICS, PLOTS, PREDICTIONS, SCORES, SWEEP, TRIALS, run_stage
+from stages.entry import (
+    COMPARISONS,
+    EXAMPLES,
+    GROUPS,
+    HEADLINE,
+    METRICS,
+    PLOTS,
+    PREDICTIONS,
+    SCORES,
+    SWEEP,
+    TRIALS,
+    run_stage,
+)
 from stages.track import track
 
 
@@ -57,6 +70,7 @@ def evaluate(settings: Settings) -> None:
     write_table(compare(evidence, pairs, recipe.margin), COMPARISONS)
 
     headline = budget_tokens(settings.report.headline_budget, plan.budget_unit, int(trials["image_tokens"].iloc[0]))
+    write_table(group_table(evidence, answered, trials, headline, answers), GROUPS)
     with atomic_path(METRICS) as path:
         path.write_text(json.dumps(headline_metrics(trials, scores, headline), indent=1) + "\n")
     with atomic_path(HEADLINE) as path:

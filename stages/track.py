@@ -14,7 +14,19 @@ from pipelines.settings import Settings, asked
 from pipelines.tracking.revision import git_and_dvc_tags, source_tags, write_reproduction
 from pipelines.tracking.runs import trial_runs
 from pipelines.tracking.tracker import Tracker
-from stages.entry import COMPARISONS, HEADLINE, METRICS, PLOTS, REPORT, SCORES, SWEEP, TIMINGS, TRIALS, run_stage
+from stages.entry import (
+    COMPARISONS,
+    GROUPS,
+    HEADLINE,
+    METRICS,
+    PLOTS,
+    REPORT,
+    SCORES,
+    SWEEP,
+    TIMINGS,
+    TRIALS,
+    run_stage,
+)
 
 
 def track(settings: Settings, *, with_report: bool = True) -> None:
@@ -36,6 +48,7 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
         for path, place in (
             (SCORES, None),
             (COMPARISONS, None),
+            (GROUPS, None),
             (METRICS, None),
             (HEADLINE, None),
             (PLOTS, "plots"),
@@ -55,7 +68,8 @@ def _note(facts: Mapping[str, Any], tags: Mapping[str, str]) -> str:
         lines += _verdict(json.loads(METRICS.read_text()))
     dirty = tags.get("git_dirty") == "true"
     lines += [
-        "* The page: artifact `report/index.html`; all scores: `scores.parquet`; pairs: `comparisons.parquet`.",
+        "* The page: artifact `report/index.html`; all scores: `scores.parquet`; pairs: `comparisons.parquet`;"
+        " by what was asked: `groups.parquet`.",
         "* Trials: the child runs; sort them by `grounding_retention` or `vqa_retention`.",
         "",
         "Again, from the artifacts under `reproduce`:",

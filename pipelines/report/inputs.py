@@ -1,4 +1,4 @@
-"""What the report reads: seven Parquet files and a table of timings, checked before anything is drawn."""
+"""What the report reads: eight Parquet files and a table of timings, checked before anything is drawn."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pipelines.axes import COLUMNS as TRIAL_COLUMNS
 from pipelines.data.datasets import read_notes
 from pipelines.report.places import Size, TokenPlaces
 from pipelines.scores.comparisons import COLUMNS as COMPARISON_COLUMNS
+from pipelines.scores.groups import COLUMNS as GROUP_COLUMNS
 
 REMEDY = "run `dvc repro evaluate` to make it"
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -26,11 +27,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "retention", "retention_low", "retention_high",
     ),
     "comparisons": tuple(COMPARISON_COLUMNS),
+    "groups": tuple(GROUP_COLUMNS),
     "examples": ("example_id", "benchmark", "family", "image", "question", "truth", "width", "height"),
     "predictions": ("trial_id", "example_id", "prediction", "kept_final"),
     "kept": ("trial_id", "image", "indices", "pillar"),
     "images": ("image", "bytes"),
 }  # fmt: skip
+MAY_BE_EMPTY = ("comparisons", "groups")  # a run of one trial has no pair; questions that only a judge scores no group
 PROFILE_COLUMNS = (
     "model", "device", "dtype", "attention", "batch", "output_tokens", "method", "average_tokens",
     "preprocess_ms", "encode_ms", "selection_ms", "prefill_ms", "decode_ms", "total_ms", "kv_bytes",
@@ -81,7 +84,7 @@ def _table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 class ReportInputs:
     """The record of one run.
 
-    ``trials``, ``scores``, ``comparisons`` and ``examples`` are small and held as tables. ``predictions``, ``kept`` and ``images`` grow
+    ``trials``, ``scores``, ``comparisons``, ``groups`` and ``examples`` are small and held as tables. ``predictions``, ``kept`` and ``images`` grow
     with trials × examples; they stay Arrow datasets, of which the gallery reads the few rows it shows.
     ``profile``, ``search``: what the stages of these names left, where there is any.
     ``places``: where the tokens of an image of that width and height lie, for models whose images have layouts of their
@@ -92,6 +95,7 @@ class ReportInputs:
     trials: pd.DataFrame
     scores: pd.DataFrame
     comparisons: pd.DataFrame
+    groups: pd.DataFrame
     examples: pd.DataFrame
     predictions: ds.Dataset
     kept: ds.Dataset
@@ -130,7 +134,7 @@ class ReportInputs:
         datasets = {name: _open(Path(data_dir) / f"{name}.parquet", columns) for name, columns in COLUMNS.items()}
         tables = {
             name: datasets[name].to_table(columns=list(COLUMNS[name])).to_pandas()
-            for name in ("trials", "scores", "comparisons", "examples")
+            for name in ("trials", "scores", "comparisons", "groups", "examples")
         }
 
         if not (tables["trials"]["method"] == "unpruned").any():
@@ -142,6 +146,7 @@ class ReportInputs:
             trials=tables["trials"],
             scores=tables["scores"],
             comparisons=tables["comparisons"],
+            groups=tables["groups"],
             examples=tables["examples"],
             predictions=datasets["predictions"],
             kept=datasets["kept"],
@@ -177,6 +182,6 @@ def _open(path: Path, columns: tuple[str, ...]) -> ds.Dataset:
     missing = [column for column in columns if column not in dataset.schema.names]
     if missing:
         raise UnusableRecord(f"{path} lacks the columns {', '.join(missing)}; {REMEDY}")
-    if rows == 0 and path.stem != "comparisons":  # a run of one trial has no pair
+    if rows == 0 and path.stem not in MAY_BE_EMPTY:
         raise UnusableRecord(f"{path} has no rows; {REMEDY}")
     return dataset

@@ -27,6 +27,7 @@ from pipelines.report.charts import Panel, budget_curves, draw_panel, in_brief, 
 from pipelines.report.efficiency import efficiency_tables, published_efficiency
 from pipelines.report.finding import finding, named
 from pipelines.report.gallery import gallery
+from pipelines.report.groups import group_tables
 from pipelines.report.inputs import ReportInputs, UnusableRecord
 from pipelines.report.outcomes import FAMILIES, Outcomes
 from pipelines.report.pairs import pair_table
@@ -116,6 +117,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "positions": position_table(outcomes, headline_budget),
         "others": [budget_table(outcomes, budget) for budget in outcomes.budgets() if budget != headline_budget],
         "pairs": pair_table(outcomes, headline_budget),
+        "groups": group_tables(outcomes, inputs.groups, headline_budget),
         "margin": f"{100 * inputs.margin:g}",
         "few_images": inputs.comparisons["images"].min() < FEW_IMAGES,  # false where nothing was compared
         "curves": _chart("retention", _curves(outcomes)),

@@ -456,3 +456,25 @@ def test_the_first_screen_asks_answers_and_shows(full_report):
     labels = header.xpath('.//*[name()="text"]/text()')
     assert labels.count("Nüwa (released)") == labels.count("VisionZip") == 2
     assert labels.count("DivPrune, PESP ids") == 2  # the best of the others
+
+
+def test_where_it_breaks_holds_the_numbers_of_the_groups(full_run, full_report):
+    groups = pd.read_parquet(full_run / "groups.parquet")
+    trials = pd.read_parquet(full_run / "trials.parquet").set_index("trial_id")
+    grounding, vqa = read_page(full_report).xpath('//section[@id="groups"]//table')
+    assert [head.text_content() for head in grounding.xpath(".//thead/tr[2]/th")] == [
+        "Method", "smalln = 1,234", "largen = 1,235",
+    ]  # fmt: skip
+    assert [head.text_content() for head in vqa.xpath(".//thead/tr[2]/th")] == ["Method", "is <b>theren = 1,236"]
+    nuwa = groups[
+        groups["trial_id"].map(trials["label"]) == "nuwa released pesp 16 attention_last_token@4 seed 0 keep None"
+    ]
+    (row,) = [
+        row for row in grounding.xpath("./tbody/tr") if row.xpath("./th")[0].text_content() == "Nüwa (released)PESP own"
+    ]
+    sizes = nuwa[nuwa["kind"] == "size"].sort_values("place")
+    assert cell_texts(row) == [
+        f"{100 * one.score:.1f} {100 * one.low:.1f}–{100 * one.high:.1f}" for one in sizes.itertuples()
+    ]
+    said = read_page(full_report).xpath('//section[@id="groups"]/p/text()')[0]
+    assert said.startswith("Nüwa (released) differs most by “size of the box”: right on ")
