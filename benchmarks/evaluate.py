@@ -48,7 +48,7 @@ def write_sweep(folder: Path, trials: int, questions: int) -> None:
     examples.to_parquet(folder / "examples.parquet")
     ids = [f"{number:016x}" for number in range(trials)]
     methods = ["unpruned", "downsample", *["nuwa"] * (trials - 2)]
-    rows = {"trial_id": ids, "method": methods, "position": ["pesp", "perc", *["pesp"] * (trials - 2)]}
+    rows: dict[str, list] = {"trial_id": ids, "method": methods, "position": ["pesp", "perc", *["pesp"] * (trials - 2)]}
     rows |= {"grids": [["methods"]] * trials, "budgets": [[], *[[HEADLINE * (1 + n % 4)] for n in range(trials - 1)]]}
     pd.DataFrame(rows).to_parquet(folder / "trials.parquet")
     truths = [json.loads(truth) for truth in examples["truth"]]
