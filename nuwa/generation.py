@@ -1,37 +1,27 @@
-"""The method without the pipeline: answers to questions about images, and what was kept of the images.
-
-answers = nuwa.generate(model, processor, images, questions, method="nuwa", average_tokens=64)
-answers[0].text, answers[0].kept.slots, answers[0].timings
-"""
+"""Encoded images and questions → answers, and what was kept of the images; :mod:`nuwa.library` makes a call of it."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
 
-from nuwa import UNPRUNED
-from nuwa.allowed import check_share
-from nuwa.budget import budget_on
 from nuwa.decoder import Trunk
-from nuwa.images import upright_rgb
 from nuwa.layout import VisualLayout
-from nuwa.methods import LayoutPlan, MethodSpec, check_encoder, select_views, specify
+from nuwa.methods import LayoutPlan, MethodSpec, check_encoder, select_views
 from nuwa.positions import visual_positions
 from nuwa.schedule import TokenSchedule
 from nuwa.selection import Selection
 from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
 from nuwa.stage1 import get_method
-from nuwa.vlm import Adapter, EncodedImage, adapt, view_signals
+from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, view_signals
 
 PILLAR, COLLECTOR, NEWLINE = "pillar", "collector", "newline"
+STOP, LENGTH = "stop", "length"
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,8 @@ class Generation:
     """One answer.
 
     ``kept_last``: slots alive in the last layer, after stage 2. ``schedule``: visual tokens entering each layer.
-    ``timings``: seconds of ``encode``, ``select`` and ``answer`` for the batch the image was in.
+    ``timings``: seconds of ``encode``, ``select``, ``prefill`` and ``decode`` for the batch the image was in.
+    ``finish``: ``stop`` (the model ended the answer) or ``length`` (``max_new_tokens`` did).
     """
 
     text: str
@@ -64,100 +55,7 @@ class Generation:
     kept_last: tuple[int, ...]
     schedule: TokenSchedule
     timings: dict[str, float]
-
-
-@torch.inference_mode()
-def generate(
-    model: PreTrainedModel,
-    processor: Any,
-    images: Sequence[Image.Image],
-    questions: Sequence[str] | Sequence[Sequence[str]],
-    *,
-    method: str = "nuwa",
-    average_tokens: float | None = None,
-    retention: float | None = None,
-    preset: str | None = None,
-    position: str = "pesp",
-    stage2: dict[str, Any] | None = None,
-    without_stage2: bool = False,
-    parameters: dict[str, Any] | None = None,
-    seed: int = 0,
-    max_new_tokens: int = 128,
-    batch_images: int = 8,
-    conversation: str = "template",
-    image_aspect_ratio: str = "processor",
-    text_tower: str | Path | None = None,
-) -> list[Generation] | list[list[Generation]]:
-    """Greedy answers to ``questions`` about ``images`` under a pruning method.
-
-    ``model``, ``processor``: any ``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration`` or
-    ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode, and its processor; neither is changed.
-    ``questions``: one for each image, or a list for each image, which then share its prefix; the result has the same
-    shape. ``average_tokens``: visual tokens, mean over the language model's layers; an image that has fewer keeps all.
-    ``retention``: the same as a share of each image's own tokens, for models of dynamic grids. One of the two is
-    needed, except by ``method="unpruned"``. Images are read as :mod:`nuwa.images` says: turned upright, transparency on
-    white; an animation at the frame where it stands. ``conversation``, ``image_aspect_ratio``: see :class:`nuwa.vlm.Adapter`; the
-    papers' LLaVA-1.5 is ``vicuna_v1`` and ``pad``. ``text_tower``: folder of the CLIP model that the encoder is a half of,
-    for methods that read the question before the language model (CDPruner). The other arguments are those of :func:`nuwa.methods.specify`.
-
-    Raises ``ValueError`` naming the argument and what is allowed, and
-    :class:`nuwa.schedule.UnreachableBudget` where no schedule of the method has that average.
-    """
-    _check_call(model, images, questions)
-    budget_of = _budget(method, average_tokens, retention)
-    configured: dict[str, Any] = {"preset": preset, "position": position, "stage2": stage2, "seed": seed}
-    configured |= {"without_stage2": without_stage2, "parameters": parameters}
-    framing: dict[str, Any] = {"conversation": conversation, "image_aspect_ratio": image_aspect_ratio}
-    vlm = adapt(model, processor, **framing, text_tower=text_tower)
-
-    def spec_of(layout: VisualLayout) -> MethodSpec:
-        return specify(method, budget=budget_of(layout), **configured)
-
-    generations = []
-    for start in range(0, len(images), batch_images):
-        batch = slice(start, start + batch_images)
-        listed = [[of_image] if isinstance(of_image, str) else list(of_image) for of_image in questions[batch]]
-        generations += _answer_batch(vlm, images[batch], listed, spec_of, max_new_tokens)
-
-    shaped = [
-        of_image[0] if isinstance(given, str) else of_image
-        for of_image, given in zip(generations, questions, strict=True)
-    ]
-    return cast("list[Generation] | list[list[Generation]]", shaped)  # as the questions were
-
-
-def _check_call(
-    model: PreTrainedModel, images: Sequence[Image.Image], questions: Sequence[str] | Sequence[Sequence[str]]
-) -> None:
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
-    if len(images) != len(questions):
-        raise ValueError(f"{len(images)} images but {len(questions)} questions; give one, or a list, for each image")
-    if any(not isinstance(of_image, str) and not of_image for of_image in questions):
-        raise ValueError("every image needs at least one question")
-
-
-def _answer_batch(
-    vlm: Adapter,
-    images: Sequence[Image.Image],
-    questions: Sequence[Sequence[str]],
-    spec_of: Callable[[VisualLayout], MethodSpec],
-    max_new_tokens: int,
-) -> list[list[Generation]]:
-    """Answers about images as people have them, which are read, encoded and asked together."""
-    began = time.perf_counter()
-    pictures = [upright_rgb(image) for image in images]
-    # Which signals a method reads is the same on every layout: the first image's specification stands for all.
-    encoded = vlm.encode_images(pictures, spec_of(vlm.layout_of(pictures[0].size)).further_signals)
-    encoding = {"encode": _seconds(vlm, began)}
-
-    batch = ImageBatch(
-        encoded=encoded, names=[image_id(picture) for picture in pictures], questions=questions, pictures=pictures
-    )
-    return [
-        [replace(answer, timings=encoding | answer.timings) for answer in of_image]
-        for of_image in answer_encoded(vlm, batch, spec_of, max_new_tokens)
-    ]
+    finish: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,13 +63,15 @@ class ImageBatch:
     """Encoded images, and what is asked about them.
 
     ``names`` seed what is random. ``questions``: of each image; empty where nothing reads them. ``pictures``: the images
-    themselves, for methods that encode them anew; null: not at hand.
+    themselves, for methods that encode them anew; null: not at hand. ``prompts``: the questions as tokens, which begin
+    alike; null: each in the model's own chat template.
     """
 
     encoded: Sequence[EncodedImage]
     names: Sequence[str]
     questions: Sequence[Sequence[str]] = ()
     pictures: Sequence[Image.Image] | None = None
+    prompts: Sequence[Sequence[EncodedPrompt]] | None = None
 
     def of(self, numbers: Sequence[int]) -> ImageBatch:
         """Some of its images, by their places."""
@@ -180,6 +80,7 @@ class ImageBatch:
             names=[self.names[number] for number in numbers],
             questions=[self.questions[number] for number in numbers],
             pictures=None if self.pictures is None else [self.pictures[number] for number in numbers],
+            prompts=None if self.prompts is None else [self.prompts[number] for number in numbers],
         )
 
 
@@ -239,25 +140,35 @@ def _answer_layout(
     spec, schedule = planned.spec, planned.schedule
     began = time.perf_counter()
     selection = select(vlm, planned, layout, batch)
-    select_seconds = _seconds(vlm, began)
+    select_seconds = seconds_since(vlm, began)
 
     # Sequences are rows of the selection: an image's questions share one, unless stage 1 keeps other tokens for each.
-    names, rows = batch.names, batch.questions
+    names, rows = batch.names, batch.prompts
+    if rows is None:
+        rows = [[vlm.encode_prompt(question) for question in questions] for questions in batch.questions]
     if spec.reads_question:
-        names = [name for name, questions in zip(names, rows, strict=True) for _ in questions]
-        rows = [[question] for questions in rows for question in questions]
+        names = [name for name, prompts in zip(names, rows, strict=True) for _ in prompts]
+        rows = [[prompt] for prompts in rows for prompt in prompts]
 
     began = time.perf_counter()
-    prompts = [[vlm.encode_prompt(question) for question in row] for row in rows]
-    trunk = Trunk(vlm, selection, prompts, spec.position, names, layout)
-    limits = [max_new_tokens] * sum(map(len, rows))
-    answers = trunk.answer(spec.running_cuts(schedule), limits, spec.seed)
-    timings = {"select": select_seconds, "answer": _seconds(vlm, began)}
+    trunk = Trunk(vlm, selection, rows, spec.position, names, layout)
+    stretches = trunk.prefill(spec.running_cuts(schedule), spec.seed)
+    prefill_seconds, began = seconds_since(vlm, began), time.perf_counter()
+    answers = trunk.decode(stretches, [max_new_tokens] * sum(map(len, rows)))
+    timings = {"select": select_seconds, "prefill": prefill_seconds, "decode": seconds_since(vlm, began)}
 
     kept = _kept(selection, layout, spec, len(trunk.before))
     kept_of_answers = [kept[number] for number, row in enumerate(rows) for _ in row]
     generations = iter(
-        Generation(vlm.decode_text(list(answer.tokens)), answer.tokens, entered, answer.kept, schedule, timings)
+        Generation(
+            text=vlm.decode_text(list(answer.tokens)),
+            tokens=answer.tokens,
+            kept=entered,
+            kept_last=answer.kept,
+            schedule=schedule,
+            timings=timings,
+            finish=LENGTH if len(answer.tokens) == max_new_tokens else STOP,
+        )
         for answer, entered in zip(answers, kept_of_answers, strict=True)
     )
     return [[next(generations) for _ in questions] for questions in batch.questions]
@@ -285,29 +196,13 @@ def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: i
     return kept
 
 
-def _budget(
-    method: str, average_tokens: float | None, retention: float | None
-) -> Callable[[VisualLayout], float | None]:
-    """Average tokens by layout."""
-    if method == UNPRUNED:
-        if average_tokens is not None or retention is not None:
-            raise ValueError("method 'unpruned' takes neither average_tokens nor retention; leave them out")
-        return lambda layout: None
-    if retention is not None and average_tokens is None:
-        check_share(f"retention {retention:g}", retention, "(0, 1]")
-        return lambda layout: budget_on(layout, retention, "share", dynamic=True)
-    if average_tokens is not None and retention is None:
-        return lambda layout: budget_on(layout, average_tokens, "tokens", dynamic=True)
-    raise ValueError(f"method {method!r} needs average_tokens or retention, one of the two")
-
-
 def image_id(image: Image.Image) -> str:
     """Digest of an image's pixels; it seeds what is random."""
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def _seconds(vlm: Adapter, began: float) -> float:
-    """Time since ``began``, once the accelerator has done what it was asked."""
+def seconds_since(vlm: Adapter, began: float) -> float:
+    """Seconds since ``began``, once the accelerator has done what it was asked."""
     if vlm.device.type == "cuda":
         torch.cuda.synchronize(vlm.device)
     return time.perf_counter() - began

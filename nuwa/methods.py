@@ -7,17 +7,19 @@ how hard and by which score stage 2 cuts. Every part is a sweep axis, so any sta
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import NoneType
 from typing import Any, ClassVar, Protocol
 
 from nuwa.allowed import check_share
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout, grid_tokens, place
 from nuwa.positions import PositionStrategy, resolve
-from nuwa.registry import NameTaken
+from nuwa.registry import NameTaken, unknown
 from nuwa.schedule import (
     ByBudget,
     Decay,
@@ -476,6 +478,7 @@ def specify(
     ``coordinates``, of any method with a stage 2: see :class:`Stage2`.
     Raises ``ValueError`` naming the key, the value and what is allowed.
     """
+    check_stage2(stage2 or {})
     request = Request.of(
         method,
         preset=preset,
@@ -557,6 +560,25 @@ class Request:
 
         _check_prunes(self.method, recipe, self.budget, cut, self.without_stage2)
         return MethodSpec(self.method, self.preset, config, self.position, self.budget, cut, self.seed)
+
+
+def check_stage2(overrides: Mapping[str, Any]) -> None:
+    """Refuse overrides of a stage 2 that :func:`specify` does not know; raises ``ValueError`` naming key and value."""
+    _, *known = inspect.signature(_override).parameters
+    for key in overrides:
+        if key not in known:
+            raise ValueError(f"stage2: {unknown('key', key, known)}")
+
+    layer, ratio = overrides.get("layer"), overrides.get("ratio")
+    layers = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+    if layer not in (None, "off") and not (layers and all(type(one) is int for one in layers)):
+        raise ValueError(f"stage2: layer {layer!r} must be a whole number, or several that ascend")
+    if overrides.get("scorer") is not None:
+        get_scorer(overrides["scorer"])
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float))):
+        raise ValueError(f"stage2: ratio {ratio!r} must be a number")
+    if not isinstance(overrides.get("recycling"), (bool, NoneType)):
+        raise ValueError(f"stage2: recycling {overrides['recycling']!r} must be true or false")
 
 
 def _check_prunes(method: str, recipe: Recipe, budget: float | None, cut: Stage2 | None, without_stage2: bool) -> None:

@@ -128,9 +128,12 @@ class Trunk:
 
     def finish(self, max_new_tokens: Sequence[int]) -> list[Answer]:
         """Answers of the trunk itself: no cut. The trunk stays usable for forks at its own layer and above."""
+        return self.decode(self._whole(), max_new_tokens)
+
+    def _whole(self) -> list[Stretch]:
         end = replace(self.stretch, keys=Keys(self.stretch.keys.held))
         advance(self.vlm, end, self.vlm.layers, self.pass_tokens)
-        return generate(self.vlm, [end], self.prompts, max_new_tokens)
+        return [end]
 
     def reach(self, cuts: Sequence[Cut]) -> None:
         """Run the trunk up to the first of ``cuts``, remembering what its scorer reads; without cuts nothing is to do."""
@@ -139,11 +142,22 @@ class Trunk:
 
     def answer(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
         """Answers under ``cuts``, of the trunk itself where there are none; it must not stand above the first cut."""
+        return self.decode(self.prefill(cuts, seed), max_new_tokens)
+
+    def prefill(self, cuts: Sequence[Cut], seed: int = 0) -> list[Stretch]:
+        """All layers over images and prompts under ``cuts``, up to where :meth:`decode` makes the first token."""
         self.reach(cuts)
-        return self.fork(cuts, max_new_tokens, seed) if cuts else self.finish(max_new_tokens)
+        return self._forked(cuts, seed) if cuts else self._whole()
+
+    def decode(self, stretches: list[Stretch], max_new_tokens: Sequence[int]) -> list[Answer]:
+        """The answers that follow on :meth:`prefill`."""
+        return generate(self.vlm, stretches, self.prompts, max_new_tokens)
 
     def fork(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
         """Answers under ``cuts``; the trunk must stand at the first cut's layer."""
+        return self.decode(self._forked(cuts, seed), max_new_tokens)
+
+    def _forked(self, cuts: Sequence[Cut], seed: int) -> list[Stretch]:
         cuts = [Cut(*cut) for cut in cuts]
         if self.stretch.layer != cuts[0].layer:
             raise ValueError(
@@ -159,7 +173,7 @@ class Trunk:
         for number, cut in enumerate(cuts):
             if cut.trims:
                 stretches[: number + 1] = self._trimmed(stretches[: number + 2])
-        return generate(self.vlm, stretches, self.prompts, max_new_tokens)
+        return stretches
 
     def _trimmed(self, stretches: Sequence[Stretch]) -> list[Stretch]:
         """All stretches but the last, with its visual tokens only."""

@@ -121,14 +121,25 @@ METHODS: Registry[Method] = Registry("stage-1 method")
 def register(name: str, config: type, **properties: Any) -> Callable[[Callable], Callable]:
     """Decorator that makes ``select`` known as ``name``; ``properties`` are fields of :class:`Method`.
 
-    The first of its ``presets`` is the default.
+    The first of its ``presets`` is the default. Whoever calls the function has its budget checked.
     """
 
     def add(select: Callable) -> Callable:
-        METHODS.add(name, Method(name=name, select=select, config=config, **properties))
-        return select
+        @functools.wraps(select)
+        def within_budget(signals: VisionSignals, keep: int, *rest: Any, **named: Any) -> Selection:
+            check_keep(name, keep, signals.grid.tokens)
+            return select(signals, keep, *rest, **named)
+
+        METHODS.add(name, Method(name=name, select=within_budget, config=config, **properties))
+        return within_budget
 
     return add
+
+
+def check_keep(method: str, keep: int, tokens: int) -> None:
+    """Refuse a budget that an image of ``tokens`` cannot meet; raises ``ValueError``."""
+    if not 1 <= keep <= tokens:
+        raise ValueError(f"{method} cannot keep {keep} of {tokens} tokens; allowed: 1..{tokens}")
 
 
 def get_method(name: str) -> Method:

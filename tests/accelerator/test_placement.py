@@ -12,7 +12,7 @@ from accelerate.utils import set_module_tensor_to_device
 from pretended_device import Accelerator, Placed, on_device
 from transformers import PreTrainedModel
 
-from nuwa.generation import generate
+from nuwa import generate
 from nuwa.methods import RECIPES, specify
 from nuwa.positions import STRATEGIES
 from nuwa.stage1 import get_method

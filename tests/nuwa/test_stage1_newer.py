@@ -18,7 +18,7 @@ from oracles import vscan as vscan_oracle
 from oracles.agreement import assert_same_outcome, keeps, pictures_and_keep, select
 from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
 
-from nuwa.generation import generate
+from nuwa import generate
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection
 from nuwa.stage1 import get_method

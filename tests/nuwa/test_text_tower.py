@@ -10,8 +10,8 @@ from oracles.masked_model import eager_copy
 from transformers import CLIPModel
 
 from benchmarks.gpu.families import write_text_tower
+from nuwa import generate
 from nuwa.benchmarks.answers import SINGLE_WORD
-from nuwa.generation import generate
 from nuwa.vlm import CheckpointError, adapt, view_signals
 from nuwa.vlm.text_tower import REQUEST, TextTower, TextTowerError
 

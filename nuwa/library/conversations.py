@@ -1,0 +1,136 @@
+"""What is asked about an image: a text, or chat messages in the usual form, as the decoder's prompt.
+
+messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
+
+The decoder lays out one image a sequence, so a conversation holds one, in whichever message; turns may be many. Messages
+pass through the checkpoint's own chat template, and every text of theirs has to stand in what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nuwa.errors import in_one_line
+from nuwa.library.pictures import embedded
+from nuwa.library.refusal import CallError, shown
+from nuwa.vlm import Adapter, EncodedPrompt, PromptError
+from nuwa.vlm.adapter import tokenize_prompt
+
+ROLES = ("system", "user", "assistant")
+PARTS = ("image", "text")
+
+
+@dataclass(frozen=True)
+class Question:
+    """``text``: what is asked, which methods read that look at it before the language model; of a conversation the last
+    message's. ``messages``: the conversation in its plainest form; null: ``text`` alone. ``image``: the image that the
+    messages hold themselves."""
+
+    text: str
+    messages: tuple[dict[str, Any], ...] | None = None
+    image: Any = None
+
+
+def is_conversation(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, Mapping) for one in value)
+
+
+def read_question(given: Any) -> Question:
+    """Raises :class:`CallError` where ``given`` is neither a text nor a conversation about one image."""
+    if isinstance(given, str):
+        return Question(given)
+    if not is_conversation(given):
+        raise CallError(f"{shown(given)} is no question; give a text, or messages with role and content")
+
+    messages = tuple(_message(one) for one in given)
+    _check_order(messages)
+    parts = [part for message in given if not isinstance(message["content"], str) for part in message["content"]]
+    images = [part for part in parts if part["type"] == "image"]
+    if len(images) != 1:
+        raise CallError(
+            f"the conversation holds {len(images)} images; the decoder lays out one a sequence: give exactly one part "
+            '{"type": "image"}'
+        )
+    text = " ".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+    return Question(text, messages, embedded(images[0]))
+
+
+def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is a list of parts, images as mere places."""
+    if set(given) != {"role", "content"}:
+        raise CallError(f"a message has the keys {shown(list(given))}; allowed: role and content, both")
+    if given["role"] not in ROLES:
+        raise CallError(f"a message's role {given['role']!r} is unknown; allowed: {', '.join(ROLES)}")
+    content = given["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)) or not content:
+        raise CallError(f"a message's content {shown(content)} must be a text or a list of parts")
+    return {"role": given["role"], "content": [_part(part) for part in content]}
+
+
+def _part(given: Any) -> dict[str, Any]:
+    kind = given.get("type") if isinstance(given, Mapping) else given
+    if kind not in PARTS:
+        raise CallError(f"a part of type {shown(kind)} is unknown; allowed: {', '.join(PARTS)}")
+    if kind == "image":
+        return {"type": "image"}
+    if not isinstance(given.get("text"), str):
+        raise CallError(f"a part of type text has the text {shown(given.get('text'))}; give a string")
+    return {"type": "text", "text": given["text"]}
+
+
+def _check_order(messages: tuple[dict[str, Any], ...]) -> None:
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise CallError("a system message stands first or nowhere")
+    if roles[-1] != "user":
+        raise CallError(
+            f"the last message is the {roles[-1]}'s; a conversation ends with the user's, which is answered"
+        )
+
+
+def encode_question(vlm: Adapter, question: Question) -> EncodedPrompt:
+    """Tokens before and behind the image, as the checkpoint's chat template renders the question.
+
+    Raises ``ValueError`` in one line: :class:`nuwa.vlm.PromptError` where a text holds the image placeholder,
+    :class:`CallError` where the template refuses or drops what the messages say.
+    """
+    if question.messages is None:
+        return vlm.encode_prompt(question.text)
+    messages = list(question.messages)
+    if vlm.opening:
+        if messages[0]["role"] == "system":
+            raise CallError("the conversation has a system message of its own; leave the argument conversation out")
+        messages = [*vlm.opening, *messages]
+
+    try:
+        rendered = vlm.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # whatever a template raises
+        raise CallError(f"the model's chat template refuses the conversation ({in_one_line(error)})") from None
+    _check_shown(messages, rendered)
+
+    ids = tokenize_prompt(vlm.processor.tokenizer, rendered)
+    if ids.count(vlm.image_token) != 1:
+        raise PromptError(
+            f"the conversation comes to {ids.count(vlm.image_token)} image placeholders in the model's chat template; "
+            "take the placeholder out of its texts"
+        )
+    at = ids.index(vlm.image_token)
+    return EncodedPrompt(tuple(ids[:at]), tuple(ids[at + 1 :]))
+
+
+def _check_shown(messages: list[dict[str, Any]], rendered: str) -> None:
+    """Refuse a template that drops a text or changes their order, rather than ask half of what was said."""
+    at = 0
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] != "text":
+                continue
+            text = part["text"].strip()
+            found = rendered.find(text, at)
+            if found < 0:
+                raise CallError(f"the model's chat template does not show the {message['role']}'s {shown(text)}")
+            at = found + len(text)
