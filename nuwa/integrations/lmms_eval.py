@@ -68,14 +68,14 @@ class Nuwa(lmms):
         self.options = {**options, "batch_images": int(batch_size)}
         Options.of(self.options)  # refused before the weights are read
 
-        kind = AutoConfig.from_pretrained(pretrained).dtype if dtype == "auto" else getattr(torch, dtype, None)
-        if kind is not None and not isinstance(kind, torch.dtype):
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise CallError(f"dtype={dtype} is none of torch's; give auto, float32, bfloat16 or float16")
+        saved = AutoConfig.from_pretrained(pretrained).dtype or torch.float32
         self._device = torch.device(device or _own_device())
         self.vlm = load_adapter(
             Path(pretrained) if os.path.isdir(pretrained) else pretrained,
             str(self._device),
-            kind or torch.float32,
+            saved if dtype == "auto" else getattr(torch, dtype),
             attention=attn_implementation,
             device_map=device_map,
         )

@@ -67,7 +67,7 @@ def _path(given: str | os.PathLike[str]) -> Path:
         raise CallError(f"{shown(text)} is no path; fetch the image and give {TAKEN}")
     path = Path(text).expanduser()
     if not path.is_file():
-        raise CallError(f"there is no file {shown(text)}")
+        raise CallError(f"there is no file {text!r}")
     return path
 
 
