@@ -8,7 +8,7 @@ COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 |
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test chaos fuzz mutation agreement lint plan submit dashboard track testbed pruner clean profile search experiment
+.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submit dashboard track testbed pruner clean profile search experiment
 
 setup: $(READY)
 
@@ -62,6 +62,11 @@ lint: $(TESTABLE)
 	$(RUN) ruff format --check .
 	$(RUN) lint-imports
 	$(RUN) mypy
+
+# Which answers changed from A to B and what that did to scores: two runs (a folder, a revision of git) or two trials of
+# data/ (an id, a label); OUT: a table of all trials
+compare: $(READY)
+	$(RUN) python -m stages.compare "$(A)" "$(B)" "$(OUT)"
 
 # The sweep on a Ray cluster, its results back here: make submit ARGS="--address ... --storage ... --work ..."
 submit: $(READY)

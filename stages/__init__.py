@@ -10,7 +10,7 @@ import ast
 import sys
 from pathlib import Path
 
-USAGE = {"plan": "[EXPERIMENT]", "experiment": "EXPERIMENT"}  # stages that take a name of experiments/
+USAGE = {"plan": "[EXPERIMENT]", "experiment": "EXPERIMENT", "compare": "A B [TABLE.csv]"}  # stages that take words
 
 
 def _answer_help_and_refuse_arguments(argv: list[str]) -> None:

@@ -21,10 +21,13 @@ TESTBED = (
 def report(settings: Settings) -> None:
     facts = json.loads(SWEEP.read_text())
     provenance = facts["fingerprints"] | {"model path": settings.model.path}
-    if len(words := facts.get("provenance", [])) > 1:
-        provenance["answers"] = f"of mixed provenance: {'; '.join(words)}"
+    provenance |= {"sweep": facts["name"]}
+    if words := facts.get("provenance", []):
+        provenance["answers"] = "; ".join(words) if len(words) == 1 else f"of mixed provenance: {'; '.join(words)}"
     if missing := facts.get("missing"):
         provenance["missing answers"] = missing
+    if out := facts.get("left_out"):
+        provenance["questions left out"] = f"{len(out):,}, first {next(iter(sorted(out)))}: {out[min(out)]}"
     about = TESTBED if settings.prepare.tables is None else ""
     places, margin = partial(places_of_model, settings.model.path), settings.evaluate.margin
     inputs = ReportInputs.load(DATA, provenance, places, about, margin)

@@ -416,6 +416,38 @@ def forest(title: str, points: Sequence[Point], color: str) -> Panel:
 
 
 @dataclass(frozen=True)
+class Paid:
+    """What a trial keeps and what an image takes with it, in ms."""
+
+    name: str
+    method: str
+    milliseconds: float
+    kept: Estimate
+
+
+def paid_curves(title: str, points: Sequence[Paid]) -> Panel:
+    """Retention over time: a line a method through its budgets, named at its slowest point, with intervals."""
+    series: dict[str, list[Paid]] = {}
+    for point in sorted(points, key=lambda point: point.milliseconds):
+        series.setdefault(point.name, []).append(point)
+
+    def draw(ax: Axes) -> None:
+        ends = []
+        for name, of_name in series.items():
+            x = np.array([point.milliseconds for point in of_name])
+            y = _percent_curve([point.kept for point in of_name])
+            _curve(ax, x, y, of_name[0].method, "", hollow=False)
+            ends.append((float(x[-1]), float(y[0, -1]), name, method_style(of_name[0].method).color))
+        ax.set_xlabel("milliseconds an image, question and answer")
+        ax.set_ylabel("retention, %")
+        ax.set_ylim(bottom=0)
+        ax.grid(axis="y")
+        _label_ends(ax, ends)
+
+    return Panel(title, draw, width=5.0, height=2.9)
+
+
+@dataclass(frozen=True)
 class RacePoint:
     """A trial of a race: what it costs, its retention where it stopped, the rung it reached (from 1)."""
 

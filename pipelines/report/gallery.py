@@ -79,16 +79,21 @@ class _Answers:
 
 def gallery(inputs: ReportInputs, outcomes: Outcomes, budget: float) -> list[Case]:
     """Up to six cases on different images; none where it is not known where tokens lie, or no trial can be shown."""
-    places = inputs.places if outcomes.dynamic else _on_one_grid(inputs.trials["image_grid"].iloc[0])
+    places = places_on_images(inputs, outcomes)
     trials = _shown_trials(outcomes, budget)
     if not trials or places is None:
         return []
     answers = _answers(inputs, trials, square=not outcomes.dynamic)
     chosen = _choose(answers)
-    images = _rows(inputs.images, "image", {answers.examples.at[name, "image"] for name in chosen})
+    images = rows_of(inputs.images, "image", {answers.examples.at[name, "image"] for name in chosen})
     encoded = {row["image"]: row["bytes"] for row in images.to_dict("records")}
-    kept = _kept(inputs, trials, set(encoded))
+    kept = kept_rows(inputs, trials, set(encoded))
     return [_case(outcomes, answers, name, encoded, kept, places) for name in chosen]
+
+
+def places_on_images(inputs: ReportInputs, outcomes: Outcomes) -> Callable[[Size], TokenPlaces] | None:
+    """Where tokens lie in an image of a size; null where that is not known."""
+    return inputs.places if outcomes.dynamic else _on_one_grid(inputs.trials["image_grid"].iloc[0])
 
 
 def _on_one_grid(grid: str) -> Callable[[Size], TokenPlaces] | None:
@@ -106,7 +111,8 @@ def _shown_trials(outcomes: Outcomes, budget: float) -> list[TrialRow]:
     return [trial for trial in choices if trial is not None][:MOST_TRIALS]
 
 
-def _rows(dataset: ds.Dataset, column: str, values: set[str]) -> pd.DataFrame:
+def rows_of(dataset: ds.Dataset, column: str, values: set[str]) -> pd.DataFrame:
+    """Rows whose ``column`` is one of ``values``."""
     return dataset.to_table(filter=ds.field(column).isin(sorted(values))).to_pandas()
 
 
@@ -116,7 +122,7 @@ def _answers(inputs: ReportInputs, trials: list[TrialRow], square: bool) -> _Ans
     examples = inputs.examples.set_index("example_id")
     if square:
         examples = examples[examples["width"] == examples["height"]]
-    rows = _rows(inputs.predictions, "trial_id", set(ids))
+    rows = rows_of(inputs.predictions, "trial_id", set(ids))
     texts = rows.pivot(index="example_id", columns="trial_id", values="prediction").reindex(columns=ids).dropna()
     last = rows.pivot(index="example_id", columns="trial_id", values="kept_final")
     shared = sorted(set(texts.index) & set(examples.index))
@@ -168,11 +174,12 @@ def _is_right(benchmark: str, score: dict[str, float]) -> bool:
     return score.get(parse_name(benchmark).right, 0) >= 0.5  # a benchmark without a judge knows no right answer
 
 
-def _true_box(truth: str) -> list[float]:
+def true_box(truth: str) -> list[float]:
+    """In shares of the image."""
     return json.loads(truth)["box"]
 
 
-def _predicted_box(text: str, truth: str) -> list[float] | None:
+def predicted_box(text: str, truth: str) -> list[float] | None:
     """As the benchmark reads it: in pixels where the truth carries a size, else in shares of the image or of the square
     it is padded to."""
     told = json.loads(truth)
@@ -181,14 +188,14 @@ def _predicted_box(text: str, truth: str) -> list[float] | None:
     return unpad_box(box, tuple(told["padded"])) if box and "padded" in told else box
 
 
-def _accepted(truth: str) -> list[str]:
+def accepted(truth: str) -> list[str]:
     """The answers of a question, most frequent first."""
     decoded = json.loads(truth)
     answers = decoded.get("answers") or [decoded["answer"]]
     return sorted(dict.fromkeys(map(str, answers)), key=lambda answer: -answers.count(answer))
 
 
-def _kept(inputs: ReportInputs, trials: list[TrialRow], images: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
+def kept_rows(inputs: ReportInputs, trials: list[TrialRow], images: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Stage 1's tokens of every shown trial and image."""
     wanted = ds.field("trial_id").isin([trial.trial_id for trial in trials]) & ds.field("image").isin(sorted(images))
     rows = inputs.kept.to_table(filter=wanted).to_pylist()
@@ -207,17 +214,17 @@ def _case(
     pixels = read_image(encoded[example["image"]])
     there = places(pixels.size)
     is_box = example["family"] == "grounding"
-    truth = _true_box(example["truth"]) if is_box else None
-    said = "box in white" if is_box else _accepted(example["truth"])[0]
+    truth = true_box(example["truth"]) if is_box else None
+    said = "box in white" if is_box else accepted(example["truth"])[0]
     plain = _with_boxes(_enlarge(pixels, _extent(there.size)), truth, None)
     pictures = [Picture("Image", "", "", False, _png(plain), plain.size)]
 
     for trial in answers.trials:
         text = answers.texts.at[name, trial.trial_id]
         row = kept.get((trial.trial_id, example["image"]))
-        tokens = _Tokens.of(there, row, answers.last.at[name, trial.trial_id], trial.stage1_keep < trial.image_tokens)
-        drawn = _drawn(pixels, there, tokens, truth, _predicted_box(text, example["truth"]) if is_box else None)
-        answer, right = _judged(text, example)
+        tokens = Tokens.of(there, row, answers.last.at[name, trial.trial_id], trial.stage1_keep < trial.image_tokens)
+        drawn = _drawn(pixels, there, tokens, truth, predicted_box(text, example["truth"]) if is_box else None)
+        answer, right = judged(text, example)
         stage1, last = len(tokens.kept), len(tokens.last)
         count = f"{stage1} tokens" if stage1 == last else f"{stage1} → {last} tokens"
         title = f"{outcomes.name(trial)} {trial.position.upper()}"
@@ -226,7 +233,7 @@ def _case(
     return Case(name, benchmark_name(example["benchmark"]), example["question"], said, views, pictures)
 
 
-def _judged(text: str, example: pd.Series) -> tuple[str, bool]:
+def judged(text: str, example: pd.Series) -> tuple[str, bool]:
     """What stands under a picture, and whether it is right by the benchmark's own score."""
     score = _score(example["benchmark"], text, example["truth"])
     right = _is_right(example["benchmark"], score)
@@ -236,14 +243,14 @@ def _judged(text: str, example: pd.Series) -> tuple[str, bool]:
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class Tokens:
     """Slots of one trial on one image. ``kept``: by stage 1, with whether each is as the encoder gave it."""
 
     kept: dict[int, bool]
     last: frozenset[int]
 
     @classmethod
-    def of(cls, places: TokenPlaces, row: dict[str, Any] | None, last: Sequence[int], by_question: bool) -> _Tokens:
+    def of(cls, places: TokenPlaces, row: dict[str, Any] | None, last: Sequence[int], by_question: bool) -> Tokens:
         """``row``: of ``kept.parquet``; null where stage 1 keeps everything, or (``by_question``) what a question asks for,
         of which the answer tells what was left in the end."""
         if row is None:
@@ -270,7 +277,7 @@ def _enlarge(pixels: Image.Image, extent: Size) -> Image.Image:
 
 
 def _drawn(
-    pixels: Image.Image, places: TokenPlaces, tokens: _Tokens, truth: list[float] | None, box: list[float] | None
+    pixels: Image.Image, places: TokenPlaces, tokens: Tokens, truth: list[float] | None, box: list[float] | None
 ) -> Image.Image:
     """The last view with both boxes; smaller, below it or at the right of a tall one, the others."""
     width, height = extent = _extent(places.size)
@@ -288,7 +295,7 @@ def _drawn(
     return canvas
 
 
-def _with_patches(pixels: Image.Image, extent: Size, places: TokenPlaces, view: int, tokens: _Tokens) -> Image.Image:
+def _with_patches(pixels: Image.Image, extent: Size, places: TokenPlaces, view: int, tokens: Tokens) -> Image.Image:
     """One view's kept patches as they are, the others faded to paper; outlines tell roles apart, dots mark the last
     layer's."""
     image = np.array(_enlarge(pixels, extent), dtype=np.float32)

@@ -23,8 +23,9 @@ from nuwa.benchmarks import PROTOCOLS
 from pipelines.data.datasets import parse_name
 from pipelines.files.atomic import atomic_folder
 from pipelines.report.ablations import Ablation, ablation
+from pipelines.report.browser import questions
 from pipelines.report.charts import Panel, budget_curves, draw_panel, in_brief, panels_png
-from pipelines.report.efficiency import efficiency_tables, published_efficiency
+from pipelines.report.efficiency import efficiency_tables, paid_tables, published_efficiency
 from pipelines.report.finding import finding, named
 from pipelines.report.gallery import gallery
 from pipelines.report.groups import group_tables
@@ -97,6 +98,8 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
     ablations = [ablation(outcomes, grid, scores) for grid in outcomes.ablations]
     search = search_section(inputs.search_of_this_model, outcomes)
     stale_search = inputs.search is not None and inputs.search_of_this_model is None
+    answered = named(outcomes, headline_budget)
+    paid, paid_panels = paid_tables(outcomes, inputs.profile, inputs.provenance.get("model path", ""), answered)
     cases, told = gallery(inputs, outcomes, headline_budget), finding(outcomes, headline_budget)
 
     return {
@@ -127,9 +130,12 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "stale_search": stale_search,
         "plane": _chart("search", search.panels) if search else None,
         "cases": cases,
+        "browsed": questions(inputs, outcomes, headline_budget),
         "several_views": any(case.views > 1 for case in cases),
         "beside": side_by_side(outcomes, rows, unanchored, beside.tokens if same_model else None),
         "published_model": beside,
+        "paid": paid,
+        "paid_chart": _chart("paid", paid_panels),
         "efficiency": efficiency_tables(inputs.profile),
         "published_efficiency": published_efficiency(),
         "failures": failure_table(outcomes, inputs.scores),
@@ -227,7 +233,13 @@ def _slug(text: str) -> str:
 
 def _pictures(context: dict[str, Any]) -> list[tuple[str, bytes]]:
     """Every PNG that the Markdown shows: charts, then the gallery's pictures."""
-    charts = [context["brief"], context["curves"], context["plane"], *(chart for _, chart in context["ablations"])]
+    charts = [
+        context["brief"],
+        context["paid_chart"],
+        context["curves"],
+        context["plane"],
+        *(chart for _, chart in context["ablations"]),
+    ]
     pictures = [(chart.name, chart.png) for chart in charts if chart is not None]
     for number, case in enumerate(context["cases"], start=1):
         pictures += [(f"case-{number}-{index}", picture.png) for index, picture in enumerate(case.pictures)]

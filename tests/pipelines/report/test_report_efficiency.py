@@ -8,8 +8,10 @@ import lxml.html
 import pandas as pd
 import pytest
 
-from pipelines.report.efficiency import efficiency_tables
+from pipelines.report.efficiency import efficiency_tables, paid_tables
+from pipelines.report.finding import named
 from pipelines.report.inputs import ReportInputs
+from pipelines.report.outcomes import Outcomes
 from pipelines.report.page import build_report
 
 SETTING = {"model": "m/one", "device": "CPU, 1 thread", "dtype": "float32", "attention": "sdpa", "output_tokens": 16}
@@ -103,3 +105,29 @@ def test_a_profile_that_cannot_be_shown_is_refused(small_run, profile, tmp_path)
     with pytest.raises(ValueError) as raised:
         ReportInputs.load(data)
     assert str(raised.value) == f"{path} lacks its unpruned rows; run `make profile` to make it"
+
+
+def test_what_is_kept_stands_beside_what_was_measured(profile, full_run):
+    """By image; of the trials of the authors' ids and of what the answer names; the setting of most images first."""
+    outcomes = Outcomes(ReportInputs.load(full_run))
+    tables, panels = paid_tables(outcomes, profile, "m/one", named(outcomes, 16))
+    assert [table.title for table in tables] == [
+        "CPU, 1 thread, float32, sdpa: 8 images at once, 1 question an image, 16 tokens of answer",
+        "CPU, 1 thread, float32, sdpa: 1 image at once, 1 question an image, 16 tokens of answer",
+    ]
+    eight, one = ({row.name: row for row in table.rows} for table in tables)
+    assert list(eight) == ["Unpruned", "Nüwa (released)"]
+    assert (eight["Nüwa (released)"].prefill, eight["Nüwa (released)"].total) == ("0.62", "1.5")
+    assert [(row.name, row.tokens, row.retention["grounding"].text, row.faster) for row in tables[1].rows] == [
+        ("Unpruned", "144", "100", "1.00×"),
+        ("Nüwa (released)", "16", "47.0", "3.00×"),
+        ("Nüwa (released)", "32", "71.0", "3.00×"),
+        ("VisionZip", "16", "2.0", "3.00×"),
+    ]
+    assert (one["VisionZip"].cache, one["VisionZip"].memory) == ("2.00", "3.00")
+    assert [panel.title for panel in panels] == ["Grounding over measured time", "VQA over measured time"]
+
+
+def test_a_model_that_was_not_measured_has_no_such_table(profile, full_run):
+    outcomes = Outcomes(ReportInputs.load(full_run))
+    assert paid_tables(outcomes, profile, "m/other", []) == paid_tables(outcomes, None, "m/one", []) == ([], [])
