@@ -21,12 +21,12 @@ from __future__ import annotations
 import collections
 import copy
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME, DEVICES = "pretended", 2
@@ -165,8 +165,7 @@ def on_device(model: torch.nn.Module) -> torch.nn.Module:
 
 def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run ``operator`` on the CPU; its results stand where CUDA would leave them."""
-    leaves, structure = tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, torch.Tensor)]
     device = tensors[0].device if operator in COPIES else _common_device(operator, args, tensors)
     waits = device != CPU and operator in WAITING
     if operator is ATEN.copy_.default:
@@ -177,12 +176,12 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         asked = torch.device(kwargs["device"])
         asked = torch.device(NAME, asked.index or 0) if asked.type == NAME else asked
         waits |= bool(tensors) and asked == CPU != device
-        device, leaves = asked, [CPU if isinstance(leaf, torch.device) else leaf for leaf in leaves]
+        device = asked
         if tensors and device.type == NAME and tensors[0].device == CPU:
             _count(UPLOADS)
     if waits:
         _count(SYNCS)
-    args, kwargs = tree_unflatten([_inner(leaf) for leaf in leaves], structure)
+    args, kwargs = _each(_inner, args), {name: _each(_inner, value) for name, value in kwargs.items()}
     given = {id(_inner(one)): one for one in tensors}  # operations in place return what they were given
 
     def placed(value: Any) -> Any:
@@ -190,7 +189,22 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             return given.get(id(value), value)
         return value if device == CPU else Placed(value, device)
 
-    return tree_map(placed, operator(*args, **kwargs))
+    return _each(placed, operator(*args, **kwargs))
+
+
+def _leaves(values: tuple | list) -> Iterator[Any]:
+    """What an operator is given, out of lists; torch's own trees take most of such an operator's time."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)(_each(change, one) for one in value)
+    return change(value)
 
 
 def _common_device(operator: Any, args: tuple, tensors: list[torch.Tensor]) -> torch.device:
@@ -208,7 +222,10 @@ def _common_device(operator: Any, args: tuple, tensors: list[torch.Tensor]) -> t
 
 
 def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, Placed) else value
+    """What runs on the CPU in its place: of a tensor its numbers, of every device the CPU."""
+    if isinstance(value, Placed):
+        return value.inner
+    return CPU if isinstance(value, torch.device) else value
 
 
 def _count(counter: collections.Counter[str]) -> None:

@@ -27,13 +27,12 @@ def with_layers(vlm: Adapter, layers: int):
     return model
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("method", SPECS)
+@pytest.mark.parametrize(("method", "penalty"), [("unpruned", 1.3), ("nuwa", 1.0)])
 def test_waits_per_token_are_few_and_grow_with_neither_questions_nor_layers(
     method, penalty, tiny_next, photos, record_property
 ):
     found = {}
-    for questions, layers in [(1, 2), (6, 2), (1, 6), (6, 6)]:
+    for questions, layers in [(1, 2), (6, 2), (1, 6)]:
         vlm = adapt(on_device(with_layers(tiny_next, layers)), tiny_next.processor)
         vlm.end_tokens, vlm.repetition_penalty = (), penalty  # every answer has its full length
         waits, uploads = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -67,6 +68,8 @@ def draw_picture(seed: int, height: int, width: int, kind: str = "normal", dim: 
     """
     rng = np.random.default_rng([seed, height, width, KINDS.index(kind)])
     count = height * width
+
+    # Every kind draws these first: what it changes is all that tells it from the ordinary one.
     picture = Picture(
         f"{kind}-{seed}",
         height,
@@ -76,51 +79,65 @@ def draw_picture(seed: int, height: int, width: int, kind: str = "normal", dim: 
         keys=rng.normal(size=(count, key_dim)).astype(np.float32),
         similarity=rng.normal(size=(count, dim)).astype(np.float32),
     )
-    if kind == "ties":
-        return replace(
-            picture,
-            attention=(rng.integers(0, 3, count) / 4).astype(np.float32),
-            keys=_exact_keys(rng, count, key_dim),
-            similarity=rng.integers(-1, 2, (count, dim)).astype(np.float32),
-        )
-    if kind == "equal":
-        return replace(
-            picture,
-            attention=np.full(count, 0.25, np.float32),
-            keys=np.ones((count, key_dim), np.float32),
-            similarity=np.ones((count, dim), np.float32),
-        )
-    if kind == "dark_region":
-        dark = [token for token in range(count) if token // width < 2 and token % width < 2]
-        attention = picture.attention.copy()
-        attention[dark] = 0
-        return replace(picture, attention=attention)
-    if kind == "zero_vectors":
-        features, keys, similarity = picture.features.copy(), picture.keys.copy(), picture.similarity.copy()
-        features[::3], keys[::3], similarity[::3] = 0, 0, 0
-        return replace(picture, features=features, keys=keys, similarity=similarity)
-    if kind == "half":
-        return replace(
-            picture,
-            features=picture.features.astype(np.float16),
-            attention=picture.attention.astype(np.float16),
-            keys=picture.keys.astype(np.float16),
-            similarity=picture.similarity.astype(np.float16),
-        )
-    if kind == "twins":
-        drawn = rng.integers(0, min(4, count), count)
-        return replace(
-            picture,
-            features=picture.features[drawn],
-            attention=picture.attention[drawn],
-            keys=picture.keys[drawn],
-            similarity=picture.similarity[drawn],
-        )
-    if kind == "outliers":
-        attention = 0.001 + picture.attention / 1000
-        attention[rng.choice(count, -(-count // 8), replace=False)] += 0.5
-        return replace(picture, attention=attention)
-    return picture
+    changed = CHANGES.get(kind)
+    return replace(picture, **changed(rng, picture)) if changed else picture
+
+
+def _ties(rng: np.random.Generator, picture: Picture) -> dict[str, np.ndarray]:
+    count, dim = picture.similarity.shape
+    return {
+        "attention": (rng.integers(0, 3, count) / 4).astype(np.float32),
+        "keys": _exact_keys(rng, count, picture.keys.shape[1]),
+        "similarity": rng.integers(-1, 2, (count, dim)).astype(np.float32),
+    }
+
+
+def _equal(_rng: np.random.Generator, picture: Picture) -> dict[str, np.ndarray]:
+    return {
+        "attention": np.full(picture.tokens, 0.25, np.float32),
+        "keys": np.ones_like(picture.keys),
+        "similarity": np.ones_like(picture.similarity),
+    }
+
+
+def _dark_region(_rng: np.random.Generator, picture: Picture) -> dict[str, np.ndarray]:
+    attention = picture.attention.copy()
+    attention[[token for token in range(picture.tokens) if max(picture.place(token)) < 2]] = 0
+    return {"attention": attention}
+
+
+def _zero_vectors(_rng: np.random.Generator, picture: Picture) -> dict[str, np.ndarray]:
+    made = {name: getattr(picture, name).copy() for name in ("features", "keys", "similarity")}
+    for vectors in made.values():
+        vectors[::3] = 0
+    return made
+
+
+def _half(_rng: np.random.Generator, picture: Picture) -> dict[str, np.ndarray]:
+    return {name: getattr(picture, name).astype(np.float16) for name in DRAWN}
+
+
+def _twins(rng: np.random.Generator, picture: Picture) -> dict[str, np.ndarray]:
+    drawn = rng.integers(0, min(4, picture.tokens), picture.tokens)
+    return {name: getattr(picture, name)[drawn] for name in DRAWN}
+
+
+def _outliers(rng: np.random.Generator, picture: Picture) -> dict[str, np.ndarray]:
+    attention = 0.001 + picture.attention / 1000
+    attention[rng.choice(picture.tokens, -(-picture.tokens // 8), replace=False)] += 0.5
+    return {"attention": attention}
+
+
+DRAWN = ("features", "attention", "keys", "similarity")
+CHANGES: dict[str, Callable[[np.random.Generator, Picture], dict[str, np.ndarray]]] = {
+    "ties": _ties,
+    "equal": _equal,
+    "dark_region": _dark_region,
+    "zero_vectors": _zero_vectors,
+    "half": _half,
+    "twins": _twins,
+    "outliers": _outliers,
+}
 
 
 def _exact_keys(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:

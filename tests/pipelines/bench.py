@@ -19,6 +19,7 @@ from pipelines.sweep.units import plan_units, read_examples
 BENCHMARKS = ["refcoco", "pope", "gqa"]
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(ROOT / "tests")])
+LONGEST = 3  # tokens of an answer; a random model never ends one by itself
 SLOW = 1e9  # FLOP/s: a unit's ten seconds are over soon
 GRIDS = [
     {"name": "methods", "method": ["nuwa", "visionzip", "random"], "position": ["perc", "pesp"]},

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import ray
 import yaml
-from bench import BENCHMARKS, GRIDS, Bench
+from bench import BENCHMARKS, GRIDS, LONGEST, Bench, Swept
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
@@ -103,8 +104,7 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
         in_process=True,
     )
     vlm = LlavaAdapter.load(str(model_folder))
-    # A random model never ends an answer by itself.
-    short = examples.assign(max_new_tokens=examples["max_new_tokens"].clip(upper=5))
+    short = examples.assign(max_new_tokens=examples["max_new_tokens"].clip(upper=LONGEST))
     questions = choose_questions(short, BENCHMARKS, None, 0)
     plan = SweepSettings(benchmarks=BENCHMARKS, images=None, subset_seed=0, unit_images=4, budgets=[16], grids=GRIDS)
     return Bench(
@@ -121,7 +121,31 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(bench, tmp_path_factory):
-    outcome = bench.run(tmp_path_factory.mktemp("results"), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
+def results_of_all(tmp_path_factory) -> Path:
+    """Where the undisturbed sweep is stored; what is swept there again is there already."""
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(bench, results_of_all) -> Swept:
+    outcome = bench.run(results_of_all, ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
     assert not outcome.failures
+    return outcome
+
+
+@pytest.fixture(scope="session")
+def few(bench) -> Bench:
+    """Four of its trials, for what becomes of units, whatever the method: unpruned, drawn, cut, and of images anew."""
+    by_method = {trial.spec.method: trial for trial in bench.trials}
+    chosen = [by_method[method] for method in ("unpruned", "random", "nuwa", "downsample")]
+    assert [bool(trial.cuts) for trial in chosen] == [False, False, True, False]
+    return replace(bench, trials=chosen)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_few(few, undisturbed, results_of_all) -> Swept:
+    made: list[str] = []
+    one = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
+    outcome = few.run(results_of_all, one, done=lambda unit, report: made.append(unit))
+    assert not made
     return outcome

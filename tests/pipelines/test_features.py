@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -29,19 +30,27 @@ from pipelines.features.loading import Loading
 from pipelines.features.signals import signal_bytes
 from pipelines.features.store import FeatureStore
 from pipelines.files.storage import LEFTOVER_S
-from pipelines.settings import FeatureSettings
+from pipelines.settings import ClusterSettings, FeatureSettings
 
 SETTINGS = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
 
 
+@pytest.fixture(scope="module")
+def encoded(model_folder, prepared, tmp_path_factory):
+    """A store of all images, which no test changes."""
+    one = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
+    root = tmp_path_factory.mktemp("encoded")
+    store, made = encode_missing(str(model_folder), prepared / "images.parquet", root, SETTINGS, one, in_process=True)
+    assert made == 12
+    return store
+
+
 @pytest.fixture
-def stored(model_folder, prepared, cluster, tmp_path):
-    store, encoded = encode_missing(
-        str(model_folder), prepared / "images.parquet", tmp_path, SETTINGS, cluster, in_process=True
-    )
+def stored(encoded, prepared, tmp_path):
+    """A copy of it that a test may damage."""
+    shutil.copytree(encoded.folder, tmp_path / encoded.folder.name)
     images = sorted(pq.read_table(prepared / "images.parquet")["image"].to_pylist())
-    assert encoded == len(images) == 12
-    return store, images
+    return FeatureStore(tmp_path, encoded.identity), images
 
 
 def again(store, model_folder, prepared, cluster):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from bench import PATHS, ROOT
+from bench import LONGEST, PATHS, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -311,7 +311,7 @@ def test_a_trial_without_answers_leaves_the_race_and_one_that_must_stay_stays():
 @pytest.fixture
 def engine(bench, examples, undisturbed, cluster):
     """What a race on the bench needs. A random model knows no truth: its answers vote for one, without those of the preset."""
-    short = examples.assign(max_new_tokens=examples["max_new_tokens"].clip(upper=5))
+    short = examples.assign(max_new_tokens=examples["max_new_tokens"].clip(upper=LONGEST))
     table = choose_questions(short, ["gqa", "pope"], None, 0).examples.assign(benchmark="textvqa")
     said = undisturbed.predictions.to_pandas().set_index(["trial_id", "example_id"])["prediction"]
     voters = [trial.trial_id for trial in bench.trials[:1] + bench.trials[3:]]
@@ -335,7 +335,7 @@ def run_grid(engine, results, done=lambda *_: None):
     return engine.bench.run(results, engine.cluster, examples=asked, done=done)
 
 
-def test_a_races_work_counts_towards_a_grid_and_a_grids_towards_a_race(engine, tmp_path):
+def test_a_races_work_counts_towards_a_grid_and_a_grids_towards_a_race(engine, results_of_all, tmp_path):
     raced_new, grid_new, again = [], [], []
     raced = run_race(engine, tmp_path / "a", lambda unit, report: raced_new.append(report.answers))
     stopped = [standing for standing in raced.standings.values() if standing.rung < raced.rungs]
@@ -343,16 +343,17 @@ def test_a_races_work_counts_towards_a_grid_and_a_grids_towards_a_race(engine, t
     assert sum(raced_new) == raced.answers < len(engine.bench.trials) * len(engine.table)
     grid = run_grid(engine, tmp_path / "a", lambda unit, report: grid_new.append(report.answers))
     assert sum(grid_new) == len(engine.bench.trials) * len(engine.table) - raced.answers, "only what was not raced"
-    alone = run_grid(engine, tmp_path / "b")
+    alone = run_grid(engine, results_of_all, lambda unit, report: again.append(unit))
+    assert not again, "the undisturbed sweep is that grid"
     assert grid.predictions.equals(alone.predictions)
-    assert run_race(engine, tmp_path / "b", lambda unit, report: again.append(unit)) == raced
+    assert run_race(engine, results_of_all, lambda unit, report: again.append(unit)) == raced
     assert not again, "after a grid a race asks nothing"
 
 
-def test_survivors_of_the_engines_race_score_as_in_the_full_grid_bit_for_bit(engine, tmp_path):
+def test_survivors_of_the_engines_race_score_as_in_the_full_grid_bit_for_bit(engine, results_of_all, tmp_path):
     raced = run_race(engine, tmp_path / "a")
     trials = pd.DataFrame([{"trial_id": trial.trial_id, "method": trial.spec.method} for trial in engine.bench.trials])
-    predictions = run_grid(engine, tmp_path / "b").predictions.to_pandas()
+    predictions = run_grid(engine, results_of_all).predictions.to_pandas()
     scores = evaluate(trials, engine.table, predictions, RESAMPLES, SEED).query("benchmark == 'mean'")
     rows = scores.set_index("trial_id")
     for standing in raced.finished():
@@ -391,8 +392,8 @@ def kill_half_way(engine, tmp_path, what, units):
     return results, sum(len(unit.trials) * len(unit.examples) for unit in held)
 
 
-def test_a_killed_race_goes_on_to_the_same_outcome_and_asks_only_the_rest(engine, tmp_path):
-    undisturbed = run_race(engine, tmp_path / "undisturbed")
+def test_a_killed_race_goes_on_to_the_same_outcome_and_asks_only_the_rest(engine, results_of_all, tmp_path):
+    undisturbed = run_race(engine, results_of_all)
     results, stored = kill_half_way(engine, tmp_path, "race", 3)
     assert 0 < stored < undisturbed.answers
     new = []

@@ -235,15 +235,15 @@ def test_a_sweep_on_a_bucket_equals_one_on_a_folder(bench, undisturbed, cluster,
     assert not again
 
 
-def test_a_sweep_outlives_faults_that_pass(bench, undisturbed, cluster, flaky):
+def test_a_sweep_outlives_faults_that_pass(few, undisturbed_few, cluster, flaky):
     place = flaky(lambda request, before: before < ATTEMPTS - 1)
-    assert same(bench.run(place, cluster), undisturbed)
+    assert same(few.run(place, cluster), undisturbed_few)
     refused = {kind for (kind, path), made in Flaky.made.items() if place.removeprefix("flaky:/") in f"/{path}"}
     assert refused == {"list", "read", "write"}
 
 
 @pytest.mark.parametrize("what", ["list", "read", "write"])
-def test_a_fault_that_lasts_stops_the_sweep_by_name(bench, undisturbed, cluster, flaky, what):
+def test_a_fault_that_lasts_stops_the_sweep_by_name(few, undisturbed_few, cluster, flaky, what):
     """Two units are written before writing fails; listing and reading fail when all is done."""
     written = set()
 
@@ -257,12 +257,12 @@ def test_a_fault_that_lasts_stops_the_sweep_by_name(bench, undisturbed, cluster,
     with pytest.raises(
         StorageUnavailable, match=rf"^{place}: could not {said} in 4 attempts, last: .*connection reset by peer"
     ):
-        bench.run(place, cluster)
+        few.run(place, cluster)
     flaky(lambda request, before: False)
     if what == "write":
         assert len(ResultStore(place).done()) == 2
-    assert bool(bench.units(place)) == (what == "write")
-    assert same(bench.run(place, cluster), undisturbed), "what was finished is kept, the rest is done"
+    assert bool(few.units(place)) == (what == "write")
+    assert same(few.run(place, cluster), undisturbed_few), "what was finished is kept, the rest is done"
 
 
 def test_a_full_storage_is_no_fault_that_passes(flaky, monkeypatch):
@@ -277,15 +277,15 @@ def test_a_full_storage_is_no_fault_that_passes(flaky, monkeypatch):
         store.write(*unit_of(0))
 
 
-def test_a_damaged_unit_of_a_bucket_is_asked_again(bench, undisturbed, cluster, bucket):
-    bench.run(bucket, cluster)
+def test_a_damaged_unit_of_a_bucket_is_asked_again(few, undisturbed_few, cluster, bucket):
+    few.run(bucket, cluster)
     store = ResultStore(bucket)
     victim = store.done()[0].unit
     flip(store, victim + SUFFIX, "predictions")
     with pytest.raises(DamagedUnit, match=victim):
-        bench.run(bucket, cluster)
+        few.run(bucket, cluster)
     redone = []
-    assert same(bench.run(bucket, cluster, done=lambda unit, report: redone.append(unit)), undisturbed)
+    assert same(few.run(bucket, cluster, done=lambda unit, report: redone.append(unit)), undisturbed_few)
     assert redone == [victim]
 
 

@@ -68,13 +68,19 @@ def run_swarm(engine, results, done=lambda *_: None, races=None, seed=0, **chang
     return tried
 
 
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """A store for tests of what a study does with answers: one asks what the next finds there."""
+    return tmp_path_factory.mktemp("answered")
+
+
 def outcome(tried):
     return [(one.number, one.point, one.trial.trial_id, one.standing, one.finished) for one in tried]
 
 
-def test_a_study_asks_in_batches_from_the_space_and_races_beside_preset_and_best(engine, tmp_path):  # noqa: F811
+def test_a_study_asks_in_batches_from_the_space_and_races_beside_preset_and_best(engine, answered):  # noqa: F811
     races = []
-    tried = run_swarm(engine, tmp_path, races=races)
+    tried = run_swarm(engine, answered, races=races)
     assert [len(batch) for batch, _, _ in races] == [4, 4, 2]
     assert [one.number for one in tried] == list(range(10))
     preset = trial_at(swarm_of(), {}, SWEEP, LAYOUTS, LAYERS).trial_id
@@ -96,17 +102,17 @@ def test_a_study_asks_in_batches_from_the_space_and_races_beside_preset_and_best
     assert values == sorted(values, reverse=True)
 
 
-def test_a_study_is_a_function_of_seed_and_answers_and_asks_nothing_twice(engine, tmp_path):  # noqa: F811
-    first, again, new = run_swarm(engine, tmp_path / "a"), run_swarm(engine, tmp_path / "b"), []
+def test_a_study_is_a_function_of_seed_and_answers_and_asks_nothing_twice(engine, answered, tmp_path):  # noqa: F811
+    first, again, new = run_swarm(engine, answered), run_swarm(engine, tmp_path), []
     assert outcome(first) == outcome(again)
-    assert outcome(run_swarm(engine, tmp_path / "a", lambda unit, report: new.append(unit))) == outcome(first)
+    assert outcome(run_swarm(engine, answered, lambda unit, report: new.append(unit))) == outcome(first)
     assert not new
-    other = run_swarm(engine, tmp_path / "a", seed=1)
+    other = run_swarm(engine, answered, seed=1)
     assert [one.point for one in other] != [one.point for one in first]
 
 
-def test_a_longer_study_begins_as_the_shorter_one(engine, tmp_path):  # noqa: F811
-    assert outcome(run_swarm(engine, tmp_path, trials=8)) == outcome(run_swarm(engine, tmp_path, trials=12))[:8]
+def test_a_longer_study_begins_as_the_shorter_one(engine, answered):  # noqa: F811
+    assert outcome(run_swarm(engine, answered, trials=8)) == outcome(run_swarm(engine, answered, trials=12))[:8]
 
 
 def test_a_killed_study_goes_on_to_the_same_outcome_and_asks_only_the_rest(engine, tmp_path):  # noqa: F811
@@ -118,13 +124,13 @@ def test_a_killed_study_goes_on_to_the_same_outcome_and_asks_only_the_rest(engin
     assert sum(new) == sum(whole) - stored
 
 
-def test_later_points_answer_to_what_was_told(engine, tmp_path):  # noqa: F811
+def test_later_points_answer_to_what_was_told(engine, answered):  # noqa: F811
     """With other truths the first batch is the same and what follows differs: the sampler hears the objective."""
     table = engine.table.assign(truth=engine.table["truth"].tolist()[::-1])
     many = {"trials": 20, "batch": 10}  # beyond the ten points that TPE draws blindly
-    first = run_swarm(engine, tmp_path, **many)
+    first = run_swarm(engine, answered, **many)
     engine.table = table
-    other = run_swarm(engine, tmp_path, **many)
+    other = run_swarm(engine, answered, **many)
     assert [one.point for one in first[:10]] == [one.point for one in other[:10]]
     assert [one.point for one in first[10:]] != [one.point for one in other[10:]]
 
@@ -141,9 +147,9 @@ def test_the_mean_weighs_families_alike_and_a_family_stands_alone():
     assert objective_of("vqa")(families) == {"vqa": families["vqa"]}
 
 
-def test_the_tables_rows_are_the_preset_and_every_point(engine, tmp_path):  # noqa: F811
+def test_the_tables_rows_are_the_preset_and_every_point(engine, answered):  # noqa: F811
     races = []
-    tried = run_swarm(engine, tmp_path, races=races)
+    tried = run_swarm(engine, answered, races=races)
     preset = races[0][1][0]
     standing = races[0][2].standings[preset.trial_id]
     table = study_table(tried, standing, {"stage2_layer": 4}, {preset.trial_id: standing}, "vqa")

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,13 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 VALIDATION = {"stages/entry.py"}
 
 
+# The stages import much the same: a file is read and parsed once for all of them.
+@cache
+def tree_of(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
+@cache
 def module_file(name: str) -> str | None:
     for candidate in (f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py"):
         if (ROOT / candidate).exists():
@@ -24,9 +32,10 @@ def module_file(name: str) -> str | None:
     return None
 
 
+@cache
 def imports(path: str) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(tree_of(path)):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -48,11 +57,11 @@ def reads(start: str) -> set[str]:
             continue
         seen.add(path)
         todo += imports(path)
-    return {path for path in seen if (ROOT / path).read_text().strip() and not _only_docstring(path)}
+    return {path for path in seen if tree_of(path).body and not _only_docstring(path)}
 
 
 def _only_docstring(path: str) -> bool:
-    body = ast.parse((ROOT / path).read_text()).body
+    body = tree_of(path).body
     return len(body) == 1 and isinstance(body[0], ast.Expr)
 
 

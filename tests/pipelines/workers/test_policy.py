@@ -305,8 +305,15 @@ def products():
     return {unit.unit_id: unit for unit in made}
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-@pytest.mark.parametrize("bad", [{"trials": {"t0"}}, {"examples": {"e3"}}, {"trials": {"t5"}, "examples": {"b2"}}])
+@pytest.mark.parametrize(
+    ("bad", "in_process"),
+    [
+        ({"trials": {"t0"}}, True),
+        ({"examples": {"e3"}}, True),
+        ({"trials": {"t5"}, "examples": {"b2"}}, True),
+        ({"trials": {"t5"}, "examples": {"b2"}}, False),
+    ],
+)
 def test_a_trial_or_an_example_that_always_raises_is_given_up_and_all_else_is_answered(tmp_path, bad, in_process):
     trials, examples = frozenset(bad.get("trials", ())), frozenset(bad.get("examples", ()))
     done, notes = set(), tmp_path / "tries"
