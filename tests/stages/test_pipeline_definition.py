@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
-import subprocess
+import runpy
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import Ended, forked
 
 ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -92,43 +94,31 @@ def test_stages_stand_in_the_papers_order():
     assert [name for name, stage in STAGES.items() if stage.get("frozen")] == ["testbed", "profile", "search"]
 
 
-# Each stage as a command of its own, forked from one process: what they import takes longer than what they do.
-COMMANDS = """
-import os, runpy, sys
-from pathlib import Path
-for name in sys.argv[1:]:
-    __import__(f"stages.{name}")
-for name in sys.argv[1:]:
-    if (child := os.fork()) == 0:
-        os.chdir(name)
-        for stream in (1, 2):
-            os.dup2(os.open(f"../{name}.{stream}", os.O_WRONLY | os.O_CREAT, 0o600), stream)
-        sys.argv = [name]
-        runpy.run_module(f"stages.{name}", run_name="__main__")
-        os._exit(0)
-    Path(f"{name}.code").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-"""
-
-
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory) -> Path:
-    """Folders in which every stage was asked to run with a wrong parameter; beside them its exit code and output."""
+def refused(tmp_path_factory) -> dict[str, tuple[Ended, Path]]:
+    """How every stage ended that was asked to run with a wrong parameter, and its folder.
+
+    Each is a process of its own, forked once all are imported: what they import takes longer than what they do.
+    """
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["sweep"]["budgets"] = "many"
-    top = tmp_path_factory.mktemp("refused")
-    names = ["plan", *(name for name in STAGES if name != "inputs")]
-    for name in names:
-        (top / name).mkdir()
-        (top / name / "params.yaml").write_text(yaml.safe_dump(params))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", COMMANDS, *names], cwd=top, env=environment, check=True)
-    return top
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("plan", *STAGES) if name != "inputs"}
+    for name, folder in folders.items():
+        (folder / "params.yaml").write_text(yaml.safe_dump(params))
+        importlib.import_module(f"stages.{name}")
+
+    def start(name: str, folder: Path) -> None:
+        os.chdir(folder)
+        sys.argv = [name]
+        runpy.run_module(f"stages.{name}", run_name="__main__")
+
+    return {name: (forked(partial(start, name, folder)), folder) for name, folder in folders.items()}
 
 
 # `inputs` reads no settings: it must be quick, and says nothing of what is wrong.
 @pytest.mark.parametrize("stage", ["plan", *(name for name in STAGES if name != "inputs")])
 def test_bad_parameters_end_as_one_line_and_write_nothing(stage, refused):
-    assert (refused / f"{stage}.code").read_text() == "2"
-    told = (refused / f"{stage}.2").read_text().splitlines()
-    assert told[-1] == "error: params.yaml: sweep.budgets = 'many': Input should be a valid list"
-    assert [path.name for path in (refused / stage).iterdir()] == ["params.yaml"]
+    ended, folder = refused[stage]
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1] == "error: params.yaml: sweep.budgets = 'many': Input should be a valid list"
+    assert [path.name for path in folder.iterdir()] == ["params.yaml"]
