@@ -57,6 +57,10 @@ def _of_a_known_scheme(place: str) -> str:
         raise ValueError(
             f"{place!r} is of an unknown scheme; allowed: a folder, {', '.join(ARROW_SCHEMES)}, or a scheme of fsspec"
         )
+    if is_uri(place) and not place.partition("://")[2].strip("/"):
+        raise ValueError(f"{place!r} names no place; write it as {place.partition('://')[0]}://bucket/folder")
+    if place.startswith("~"):
+        raise ValueError(f"{place!r}: ~ is a shell's word for a home folder; write the folder out")
     return place
 
 
@@ -803,6 +807,8 @@ def load_settings(path: Path = PARAMS_FILE) -> Settings:
     """Read and validate ``path``; raises :class:`SettingsError` with one line that names the first fault."""
     if not path.exists():
         raise SettingsError(f"{path}: no such file; run from the repository's top folder")
+    if not (path.is_file() or path.is_dir()):
+        raise SettingsError(f"{path}: no file but a pipe or a device; put the settings there")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -30,9 +30,11 @@ from pipelines.data.tables import MissingTables, read_benchmark, table_files
 from pipelines.files.storage import Folder, is_uri
 from pipelines.files.surroundings import surroundings
 from pipelines.settings import SCENES, Settings
+from pipelines.tracking.address import checked_uri
 from stages.entry import CACHE, DATA, REPORT, check_tracking, feature_store, published, result_store
 
 REACH_S = 5.0  # for a server to take a connection
+SQLITE = b"SQLite format 3\0"
 LITTLE_ROOM = 1_000_000_000  # bytes below which a disk is nearly full
 
 
@@ -86,6 +88,12 @@ def room_for(settings: Settings, features: int, results: int) -> Iterator[Findin
 
 def _rights(_settings: Settings, _deep: bool) -> Iterator[Finding]:
     for folder in (Path(), DATA, CACHE, REPORT):
+        if folder.is_symlink() and not os.path.exists(folder):
+            yield Finding(
+                "error",
+                f"{folder}: a link to {folder.readlink()}, which is not there; make that folder, or take the link away",
+            )
+            continue
         place = _existing(folder)
         if not place.is_dir():
             yield Finding("error", f"{place}: a file stands where a folder should be; move it away")
@@ -245,6 +253,7 @@ def _cluster(settings: Settings, _deep: bool) -> Iterator[Finding]:
 
 def _tracking(settings: Settings, _deep: bool) -> Iterator[Finding]:
     check_tracking(settings)
+    yield from _database(checked_uri(settings.tracking.resolved_uri))
     server = urlsplit(settings.tracking.resolved_uri or "")
     if server.scheme in ("http", "https"):
         port = server.port or (443 if server.scheme == "https" else 80)
@@ -256,6 +265,29 @@ def _tracking(settings: Settings, _deep: bool) -> Iterator[Finding]:
                 f"tracking.uri: {server.hostname}:{port} does not answer ({error.strerror or error}); results are kept all "
                 "the same, and `make track` shows them once it does",
             )
+
+
+def _database(uri: str) -> Iterator[Finding]:
+    """Whether MLflow can open the SQLite file of ``uri``, where it is one, or make it."""
+    scheme, _, rest = uri.partition(":///")
+    path = Path(rest.partition("?")[0])
+    if not scheme.startswith("sqlite"):
+        return
+    kept = "results are kept all the same, and `make track` shows them once it can be used"
+    if path.is_dir():
+        yield Finding("warning", f"tracking.uri: {path} is a folder and no database; move it away: {kept}")
+    elif not path.exists():
+        if not _writable(_existing(path.parent)):
+            yield Finding("warning", f"tracking.uri: {path} may not be made there; name another file: {kept}")
+    elif not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+        yield Finding("warning", f"tracking.uri: {path} may not be read and written; give yourself the rights: {kept}")
+    elif path.stat().st_size and not _begins(path, SQLITE):
+        yield Finding("warning", f"tracking.uri: {path} is no SQLite database; move it away: {kept}")
+
+
+def _begins(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as content:
+        return content.read(len(mark)) == mark
 
 
 def _revision(_settings: Settings, _deep: bool) -> Iterator[Finding]:

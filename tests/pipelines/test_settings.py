@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def test_the_projects_own_file_is_valid(params, tmp_path):
             "nowhere://bucket",
             "sweep.store: 'nowhere://bucket' is of an unknown scheme; allowed: a folder, s3, gs, abfs, abfss, hdfs, or a "
             "scheme of fsspec",
+        ),
+        (("sweep", "store"), "s3://", "sweep.store: 's3://' names no place; write it as s3://bucket/folder"),
+        (
+            ("features", "store"),
+            "~/features",
+            "features.store: '~/features': ~ is a shell's word for a home folder; write the folder out",
         ),
         (("sweep", "store"), "", "sweep.store = '': String should have at least 1 character"),
         (("sweep", "budgets"), [0], "sweep.budgets.0 = 0: Input should be greater than 0"),
@@ -209,6 +216,9 @@ def test_a_missing_section_a_missing_file_and_no_yaml(params, tmp_path):
         load_settings(path)
     with pytest.raises(SettingsError, match=r"nowhere\.yaml: no such file; run from the repository's top folder$"):
         load_settings(tmp_path / "nowhere.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(SettingsError, match=r"pipe\.yaml: no file but a pipe or a device; put the settings there$"):
+        load_settings(tmp_path / "pipe.yaml")
     with pytest.raises(SettingsError, match="not YAML"):
         load_settings(write(tmp_path, "a: [1"))
     with pytest.raises(SettingsError, match="must hold a mapping of sections: model, prepare"):

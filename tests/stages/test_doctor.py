@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 from pathlib import Path
 
 import pyarrow as pa
@@ -229,6 +230,32 @@ def test_instruction_data_weights_stores_and_tracking(project):
         "`make track` shows them once it does"
     )
     assert len(found) == 4
+
+
+def test_a_database_that_is_none(project):
+    place, kept = (
+        project / "mlflow.db",
+        "results are kept all the same, and `make track` shows them once it can be used",
+    )
+    place.mkdir()
+    assert lines(load_settings()) == [
+        f"warning: tracking.uri: {place} is a folder and no database; move it away: {kept}"
+    ]
+    place.rmdir()
+    place.write_bytes(b"no database")
+    assert lines(load_settings()) == [f"warning: tracking.uri: {place} is no SQLite database; move it away: {kept}"]
+    place.unlink()
+    sqlite3.connect(place).executescript("CREATE TABLE held (value)").close()
+    assert lines(load_settings()) == []
+
+
+def test_links_that_lead_nowhere(project):
+    Path("cache").symlink_to("/scratch/gone")
+    Path("report").symlink_to("report")
+    assert lines(load_settings()) == [
+        "error: cache: a link to /scratch/gone, which is not there; make that folder, or take the link away",
+        "error: report: a link to report, which is not there; make that folder, or take the link away",
+    ]
 
 
 def test_a_machine_without_git_is_a_warning(project, monkeypatch):
