@@ -25,6 +25,7 @@ from nuwa.images import ImageError, read_image
 from nuwa.vlm import adapter_class
 from nuwa.vlm.folder import folder_faults
 from nuwa.vlm.remembered import folder_memory
+from nuwa.vlm.text_tower import TextTower
 from pipelines.addresses import BenchmarkName, hub_address
 from pipelines.data.tables import MissingTables, read_benchmark, table_files
 from pipelines.files.storage import Folder, is_uri
@@ -48,7 +49,7 @@ class Finding(NamedTuple):
 
 def examine(settings: Settings, *, deep: bool = False) -> list[Finding]:
     """Everything that can be known before a stage runs, errors first."""
-    checks = (_rights, _model, _tables, _lessons, _weights, _stores, _cluster, _tracking, _revision)
+    checks = (_rights, _model, _text_tower, _tables, _lessons, _weights, _stores, _cluster, _tracking, _revision)
     findings: list[Finding] = []
     for check in checks:
         try:
@@ -125,6 +126,16 @@ def _model(settings: Settings, deep: bool) -> Iterator[Finding]:
         hub_id = published(settings.model.path)
         yield Finding(
             "warning", f"model.path = {settings.model.path!r}: not here yet; `hf download {hub_id} --local-dir {path}`"
+        )
+
+
+def _text_tower(settings: Settings, _deep: bool) -> Iterator[Finding]:
+    path = settings.model.text_tower
+    if path is not None and Path(path).exists():
+        TextTower(path)  # refuses what is no CLIP model
+    elif path is not None:
+        yield Finding(
+            "warning", f"model.text_tower = {path!r}: not here yet; fetch the CLIP model that the encoder is of"
         )
 
 

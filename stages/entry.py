@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import traceback
@@ -17,7 +18,7 @@ from nuwa.vlm import Adapter, adapter_class, usual_image_processor
 from nuwa.vlm.adapter import check_framing
 from nuwa.vlm.remembered import Deferred, folder_memory
 from nuwa.vlm.shapes import SHAPES, model_shape
-from pipelines.files.surroundings import surroundings
+from pipelines.files.surroundings import REMEDIES, surroundings
 from pipelines.files.working_copies import main_copy
 from pipelines.search.space import check_space, swarm_trials
 from pipelines.settings import Settings, SettingsError, load_settings
@@ -176,7 +177,8 @@ def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) ->
     except OSError as error:
         told = surroundings(error)
         if told is None and isinstance(error, FileNotFoundError) and error.errno is None:
-            told = str(error)  # raised here, in words
+            told = str(error)  # raised here, in words, or by Arrow, which says just the name
+            told = told if ": " in told else f"{told}: {REMEDIES[errno.ENOENT]}"
         if told is None:
             our_fault()
         print(f"error: {told}", file=sys.stderr)

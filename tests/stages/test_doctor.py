@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -194,6 +195,16 @@ def test_a_checkpoint_that_is_to_come_is_a_warning(project):
     ]
 
 
+def test_a_text_tower_is_looked_at(project):
+    assert lines(changed(model={"text_tower": "models/clip"})) == [
+        "warning: model.text_tower = 'models/clip': not here yet; fetch the CLIP model that the encoder is of"
+    ]
+    (line,) = lines(changed(model={"text_tower": "models/testbed"}))
+    assert line.startswith(
+        "error: text_tower 'models/testbed': model_type 'llava' there; name a folder that holds a whole"
+    )
+
+
 def test_numbers_that_are_not_finite_are_found_when_all_is_read(project):
     path = Path("models/testbed/model.safetensors")
     held = load_file(path)
@@ -245,7 +256,8 @@ def test_a_database_that_is_none(project):
     place.write_bytes(b"no database")
     assert lines(load_settings()) == [f"warning: tracking.uri: {place} is no SQLite database; move it away: {kept}"]
     place.unlink()
-    sqlite3.connect(place).executescript("CREATE TABLE held (value)").close()
+    with contextlib.closing(sqlite3.connect(place)) as held:
+        held.execute("CREATE TABLE held (value)")
     assert lines(load_settings()) == []
 
 

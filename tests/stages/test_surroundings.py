@@ -8,6 +8,7 @@ import sqlite3  # noqa: F401  (what a stage imports late may lie where an ordina
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from nuwa.errors import UserError
@@ -99,6 +100,13 @@ def test_links_in_a_circle_and_files_that_are_not_there(project, capsys):
     )
     assert stopped(lambda _: Path("data/trials.parquet").read_bytes(), capsys) == (
         "error: data/trials.parquet: no such file; `dvc repro` makes what stages leave to each other\n"
+    )
+
+
+def test_a_table_of_the_stage_before_is_named_with_what_makes_it(project, capsys):
+    """Arrow says the name and nothing else."""
+    assert stopped(lambda _: pq.read_table("data/lost.parquet"), capsys) == (
+        "error: data/lost.parquet: no such file; `dvc repro` makes what stages leave to each other\n"
     )
 
 
