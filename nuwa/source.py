@@ -259,6 +259,7 @@ def _function_piece(function: types.FunctionType) -> _Piece:
     name = f"{function.__module__}:{function.__qualname__}"
     if not nodes:  # made by a library, such as the methods of a dataclass
         return _Piece(name, _sha(name), _Reached())
+
     texts, gathered = [], _Gathered()
     for node in nodes:
         tree = _normalised(node)
@@ -269,6 +270,8 @@ def _function_piece(function: types.FunctionType) -> _Piece:
         texts += [_spelled(_normalised(one)) for one in _wrappers(function, node)]
         for one in _wrappers(function, node):
             gathered.add_tree(one, function.__globals__, None, module)
+
+    # What no text shows: values that the function closes over or has by default.
     held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
     for label, value in (
         *held.items(),

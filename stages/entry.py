@@ -171,6 +171,8 @@ def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) ->
             if needs_model:
                 planned_trials(settings)
             stage(settings)
+
+    # What a user can mend.
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -186,18 +188,23 @@ def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) ->
     except MemoryError:
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(1)
+
+    # transformers says what a processor lacks only when it is asked for.
     except ImportError as error:
         if "Torchvision" not in str(error):
             our_fault()
         needs = "the model's processor needs torchvision, which is not installed"
         print(f"error: model.path = {settings.model.path!r}: {needs}; pip install torchvision", file=sys.stderr)
         sys.exit(1)
+
+    # Told to end: nothing is lost.
     except ToldToEnd as told_to:
         print(f"{told_to}: finished work is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + told_to.number)
     except KeyboardInterrupt:
         print("interrupted: finished work is kept; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
     except Exception:
         our_fault()
 

@@ -36,6 +36,14 @@ def forked(action: Callable[[], object], stderr: int | None = None) -> Ended:
     return Ended(code, *said)
 
 
+def begin(action: Callable[[], object]) -> int:
+    """The id of a copy of this process that runs ``action``, for a caller who ends it."""
+    process = os.fork()
+    if process == 0:
+        _run_and_leave(action)
+    return process
+
+
 def _run_and_leave(action: Callable[[], object]) -> None:
     code = 1
     try:

@@ -36,10 +36,12 @@ def join_images(instructions: pa.Table | ParquetFiles, images: pa.Table | Parque
     """
     instructions = _checked(instructions, INSTRUCTIONS, "gqa instructions")
     images = _checked(images, IMAGES, "gqa images")
+
     ids = _texts(images["id"])
     if len(ids.unique()) != len(ids):
         repeated = next(entry["values"].as_py() for entry in ids.value_counts() if entry["counts"].as_py() > 1)
         raise RecordError(f"gqa images: id {repeated!r} occurs more than once; keep one row an image")
+
     wanted = _texts(instructions["imageId"])
     positions = pc.index_in(wanted, value_set=ids)
     if positions.null_count:
@@ -48,6 +50,7 @@ def join_images(instructions: pa.Table | ParquetFiles, images: pa.Table | Parque
             f"gqa instructions: {len(lost)} of {len(wanted)} have no image, first imageId {lost[0].as_py()!r}; "
             f"give all images files of the same split"
         )
+
     pictures = images["image"].cast(large(IMAGE)).combine_chunks()  # of large types: more than 2 GB are one array too
     joined = pa.DictionaryArray.from_arrays(positions, pictures)
     return instructions.select(INSTRUCTIONS.names).append_column("image", joined)

@@ -71,9 +71,13 @@ def referring_expressions(name: str, title: str, paper: str, splits: Mapping[str
         variant="as_published",
         rules={"lmms_eval": harness, "lmms_eval_0_3": harness},
     )
+
+    # The same answers, held against boxes on the square that LLaVA pads an image to.
     unpadded = replace(
         published, variant="unpadded", read=partial(_examples, name, ("padded",)), score=_score_padded_shares
     )
+
+    # Models that were taught pixels are asked for them; VScan has its own question and counts any box of an answer.
     in_pixels = replace(
         published,
         variant="pixels",
@@ -90,6 +94,7 @@ def referring_expressions(name: str, title: str, paper: str, splits: Mapping[str
             )
         },
     )
+
     return published, unpadded, in_pixels
 
 

@@ -216,6 +216,7 @@ class MeasuredEvidence(CutEvidence):
             "seed": seed,
             "identity": list(identity[part]),
         }
+
         for name, value in known.items():  # the base class is frozen
             object.__setattr__(self, name, value)
 

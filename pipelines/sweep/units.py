@@ -248,6 +248,7 @@ def plan_units(
             filling.add(step, missing)
         units.update((unit.unit_id, unit) for unit in filling.closed())
         start += len(batch)
+
     return units, sum(present.bit_count() for present in there.values())
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
-import pickle
 import signal
-import subprocess
-import sys
 import time
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -17,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from bench import LONGEST, PATHS, ROOT
+from bench import LONGEST
+from forked import begin
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -362,39 +361,27 @@ def test_survivors_of_the_engines_race_score_as_in_the_full_grid_bit_for_bit(eng
     assert len({standing.estimates["vqa"] for standing in raced.finished()}) > 1
 
 
-DRIVER = """
-import pickle, sys
-from pathlib import Path
-from test_racing import run_race
-from test_swarm_search import run_swarm
-engine = pickle.loads(Path(sys.argv[1]).read_bytes())
-{"race": run_race, "swarm": run_swarm}[sys.argv[3]](engine, Path(sys.argv[2]))
-"""
-
-
-def kill_half_way(engine, tmp_path, what, units):
-    """Start a search in a process of its own and kill it (SIGKILL) once ``units`` units are stored."""
+def kill_half_way(engine, tmp_path, search, units):
+    """Start a ``search`` in a copy of this process and kill it (SIGKILL) once ``units`` units are stored."""
     results = tmp_path / "results"
-    (tmp_path / "engine.pickle").write_bytes(pickle.dumps(engine))
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "engine.pickle"), str(results), what],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": PATHS},
-    )
+    driver = begin(lambda: search(engine, results))
     deadline = time.monotonic() + 300
-    while len(list(results.glob("*.unit.parquet"))) < units:
-        assert driver.poll() is None, "the driver ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    try:
+        while len(list(results.glob("*.unit.parquet"))) < units:
+            assert os.waitpid(driver, os.WNOHANG)[0] == 0, "the driver ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it ended by itself
+            os.kill(driver, signal.SIGKILL)
+            os.waitpid(driver, 0)
     held = ResultStore(results).done()
     return results, sum(len(unit.trials) * len(unit.examples) for unit in held)
 
 
 def test_a_killed_race_goes_on_to_the_same_outcome_and_asks_only_the_rest(engine, results_of_all, tmp_path):
     undisturbed = run_race(engine, results_of_all)
-    results, stored = kill_half_way(engine, tmp_path, "race", 3)
+    results, stored = kill_half_way(engine, tmp_path, run_race, 3)
     assert 0 < stored < undisturbed.answers
     new = []
     assert run_race(engine, results, lambda unit, report: new.append(report.answers)) == undisturbed

@@ -118,7 +118,7 @@ def test_a_longer_study_begins_as_the_shorter_one(engine, answered):  # noqa: F8
 def test_a_killed_study_goes_on_to_the_same_outcome_and_asks_only_the_rest(engine, tmp_path):  # noqa: F811
     whole, new = [], []
     undisturbed = run_swarm(engine, tmp_path / "undisturbed", lambda unit, report: whole.append(report.answers))
-    results, stored = kill_half_way(engine, tmp_path, "swarm", 6)
+    results, stored = kill_half_way(engine, tmp_path, run_swarm, 6)
     assert 0 < stored < sum(whole)
     assert outcome(run_swarm(engine, results, lambda unit, report: new.append(report.answers))) == outcome(undisturbed)
     assert sum(new) == sum(whole) - stored
