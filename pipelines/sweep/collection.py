@@ -8,9 +8,10 @@ examples alone, so the same answers give the same bytes, whatever units they cam
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pipelines.files.atomic import atomic_path
 from pipelines.files.storage import room_in
 from pipelines.settings import Reuse
 from pipelines.sweep.results import PARTS, ResultStore, reuse_key
-from pipelines.sweep.units import UnitExample
+from pipelines.sweep.units import UnitExample, bits
 
 KEYS = {"predictions": ("trial_id", "example_id"), "kept": ("trial_id", "image"), "timings": ("trial_id", "unit")}
 CHUNK_ROWS = 2**16  # answers of a row group, unless one trial has more
@@ -34,7 +35,7 @@ RUN_BYTES = 32 * 1024**2  # gathered of each part before it is put on disk
 @dataclass
 class Origins:
     """Where collected rows came from: the provenance of their units, each once, and trial id → the answer ids they were
-    stored under."""
+    stored under. Units of which nothing was taken do not count."""
 
     units: set[str] = field(default_factory=set)
     answers: dict[str, set[str]] = field(default_factory=dict)
@@ -56,11 +57,13 @@ def collect(
 
     ``targets``: part → file.
 
-    Units may overlap and hold a row twice. ``scratch``: a folder for what is under way; it is made, and removed in the
+    Units may overlap and hold a row twice; where ``reuse`` takes answers of other versions, those of these very ones are
+    taken first. ``scratch``: a folder for what is under way; it is made, and removed in the
     end, with what a killed run left there. Raises :class:`DamagedUnit`, :class:`StorageFull` and
     :class:`StorageUnavailable`; a target is whole or as it was.
     """
-    known = {reuse_key(one, reuse): one.partition(".")[0] for one in answers}
+    own = frozenset(answers)
+    known = {reuse_key(one, reuse): one.partition(".")[0] for one in own}
     ordered, origins = sorted(known.values()), Origins()
 
     shutil.rmtree(scratch, ignore_errors=True)
@@ -68,7 +71,7 @@ def collect(
         with room_in(scratch):
             scratch.mkdir(parents=True)
             runs = {part: _Runs(scratch / part, PARTS[part], ordered, len(examples)) for part in KEYS}
-            for rows in _relevant(store, known, examples, reuse, origins):
+            for rows in _relevant(store, own, known, examples, reuse, origins):
                 for part, table in rows.items():
                     runs[part].add(table)
 
@@ -87,19 +90,42 @@ def collect(
 
 
 def _relevant(
-    store: ResultStore, known: Mapping[str, str], examples: Sequence[UnitExample], reuse: Reuse, origins: Origins
+    store: ResultStore,
+    own: Set[str],
+    known: Mapping[str, str],
+    examples: Sequence[UnitExample],
+    reuse: Reuse,
+    origins: Origins,
 ) -> Iterator[dict[str, pa.Table]]:
-    """Unit by unit the rows that are of trials ``known`` (by reuse key) and of ``examples``; ``origins`` are noted."""
+    """Unit by unit the rows that are of trials ``known`` (by reuse key) and of ``examples``; ``origins`` are noted.
+
+    Units whose answers are all among ``own`` come first; of others what these lack is taken.
+    """
     by_digest = {example.digest: example for example in examples}
-    units, taken = [], []
+    number = {digest: place for place, digest in enumerate(by_digest)}
+    held_by = functools.cache(
+        lambda digests: bits([number[digest] for digest in digests if digest in number], len(number))
+    )
+    found = []
     for unit in store.done():
         answers = {one: known[key] for one in unit.trials if (key := reuse_key(one, reuse)) in known}
-        if answers and not by_digest.keys().isdisjoint(unit.examples):
-            units.append(unit)
-            taken.append(pa.array(answers.values(), pa.string()))
-            origins.units.update([unit.provenance] if unit.provenance else [])
-            for answer, trial_id in answers.items():
-                origins.answers.setdefault(trial_id, set()).add(answer)
+        if answers and held_by(unit.examples):
+            found.append((unit, answers))
+    found.sort(key=lambda one: not own.issuperset(one[1]))
+
+    units, taken, there = [], [], dict[str, int]()
+    for unit, answers in found:
+        held = held_by(unit.examples)
+        if not own.issuperset(answers):
+            answers = {answer: trial for answer, trial in answers.items() if held & ~there.get(trial, 0)}
+        if not answers:
+            continue
+        units.append(unit)
+        taken.append(pa.array(answers.values(), pa.string()))
+        origins.units.update([unit.provenance] if unit.provenance else [])
+        for answer, trial_id in answers.items():
+            there[trial_id] = there.get(trial_id, 0) | held
+            origins.answers.setdefault(trial_id, set()).add(answer)
 
     for unit, trials, tables in zip(units, taken, store.read_all(unit.unit for unit in units), strict=True):
         here = [by_digest[digest] for digest in unit.examples if digest in by_digest]

@@ -266,7 +266,7 @@ def _answers_there(
     for answer_ids, digests in done:
         stored = [known[key] for key in (reuse_key(answer_id, reuse) for answer_id in answer_ids) if key in known]
         if stored:
-            answered = _bits([number[digest] for digest in digests if digest in number], len(examples))
+            answered = bits([number[digest] for digest in digests if digest in number], len(examples))
             for trial_id in stored:
                 there[trial_id] = there.get(trial_id, 0) | answered
     return there
@@ -316,8 +316,8 @@ def _chosen(batch: Sequence[UnitExample], pattern: int) -> tuple[UnitExample, ..
     return tuple(example for place, example in enumerate(batch) if pattern >> place & 1)
 
 
-def _bits(places: Sequence[int], size: int) -> int:
-    """The number whose bits at ``places`` are set."""
+def bits(places: Sequence[int], size: int) -> int:
+    """The number whose bits at ``places`` are set, of ``size``: sets of examples that combine at once."""
     flags = np.zeros(size, dtype=bool)
     flags[list(places)] = True
     return int.from_bytes(np.packbits(flags, bitorder="little").tobytes(), "little")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -115,6 +116,32 @@ def peak(trials: int, folder: Path) -> tuple[int, int]:
     table = pq.read_table(found["predictions"])
     assert len(table) == trials * 120
     return pool.max_memory(), table.nbytes
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_answers_of_these_versions_are_taken_before_others(tmp_path, alone):
+    """A trial is not mixed of two versions where one has all of it, whatever the names of the units."""
+    store, digests = ResultStore(tmp_path / "store"), tuple(example.digest for example in EXAMPLES)
+    for version, kept_back in (("old", 0), ("new", 0 if alone else 1)):
+        for count in range(len(EXAMPLES) - kept_back):
+            answers, (digest,) = tuple(f"{trial}.code.{version}" for trial in TRIALS), digests[count : count + 1]
+            rows = [prediction(trial, EXAMPLES[count]) | {"prediction": version} for trial in TRIALS]
+            tables = {part: pa.Table.from_pylist(rows if part == "predictions" else [], PARTS[part]) for part in PARTS}
+            unit = StoredUnit(unit_name(answers, [digest]), answers, (digest,), json.dumps({"torch": version}))
+            store.write(unit, tables)
+
+    target = {"predictions": tmp_path / "predictions.parquet"}
+    asked = [f"{trial}.code.new" for trial in TRIALS]
+    origins = collect(store, asked, EXAMPLES, target, tmp_path / "collecting")
+    told = pq.read_table(target["predictions"]).group_by(["prediction"]).aggregate([("trial_id", "count")]).to_pydict()
+    others = 0 if alone else len(TRIALS)
+    assert dict(zip(told["prediction"], told["trial_id_count"], strict=True)) == {
+        "new": len(TRIALS) * len(EXAMPLES) - others,
+        **({"old": others} if others else {}),
+    }
+    assert [one["torch"] for one in origins.provenance] == (["new"] if alone else ["new", "old"])
+    versions = {"new"} if alone else {"new", "old"}
+    assert origins.answers == {trial: {f"{trial}.code.{version}" for version in versions} for trial in TRIALS}
 
 
 def test_memory_hardly_grows_with_the_answers(tmp_path, monkeypatch):
