@@ -9,6 +9,7 @@ from nuwa.budget import budget_tokens
 from pipelines.report.page import ReportInputs, build_report
 from pipelines.report.places import places_of_model
 from pipelines.settings import Settings
+from pipelines.sweep.provenance import came_from
 from stages.entry import DATA, REPORT, SWEEP, run_stage
 from stages.track import track
 
@@ -22,8 +23,8 @@ def report(settings: Settings) -> None:
     facts = json.loads(SWEEP.read_text())
     provenance = facts["fingerprints"] | {"model path": settings.model.path}
     provenance |= {"sweep": facts["name"]}
-    if words := facts.get("provenance", []):
-        provenance["answers"] = "; ".join(words) if len(words) == 1 else f"of mixed provenance: {'; '.join(words)}"
+    if origin := came_from(facts.get("provenance", [])):
+        provenance["answers"] = origin
     if missing := facts.get("missing"):
         provenance["missing answers"] = missing
     if out := facts.get("left_out"):

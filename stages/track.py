@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pipelines.settings import Settings, asked
+from pipelines.sweep.provenance import came_from
 from pipelines.tracking.revision import git_and_dvc_tags, source_tags, write_reproduction
 from pipelines.tracking.runs import trial_runs
 from pipelines.tracking.tracker import Tracker
@@ -110,8 +111,8 @@ def _seconds(trials: pd.DataFrame) -> pd.DataFrame | None:
 
 def _origins(facts: Mapping[str, Any]) -> dict[str, str]:
     """Where the answers of a sweep came from, as a tag."""
-    words = facts.get("provenance", [])
-    return {"answers": f"{'of mixed provenance: ' if len(words) > 1 else ''}{'; '.join(words)}"} if words else {}
+    origin = came_from(facts.get("provenance", []))
+    return {"answers": origin} if origin else {}
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def mixed(words: Sequence[str]) -> str:
     return f"answers of mixed provenance: {'; '.join(words)}" if len(words) > 1 else ""
 
 
+def came_from(words: Sequence[str]) -> str:
+    """The same for a table of facts; what is of one origin is named, too. Empty where nothing is known."""
+    return f"{'of mixed provenance: ' if len(words) > 1 else ''}{'; '.join(words)}"
+
+
 def merged(provenance: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """One provenance of answers of several: what differs is listed."""
     values: dict[str, dict[str, None]] = {}

@@ -7,13 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipelines.features.identity import Described
 from pipelines.settings import Reuse
 from pipelines.sweep.identity import code_key, context_key
 from pipelines.sweep.results import ResultStore, StoredUnit, reuse_key
 from pipelines.sweep.trials import Trial
-from pipelines.sweep.units import WorkUnit
+from pipelines.sweep.units import UnitExample, WorkUnit
 
 NEW_TRIAL, NEW_QUESTIONS = "new trial", "new questions"
 MOST_NAMES = 3  # changes that a reason lists
@@ -36,10 +37,12 @@ def explain(
     reuse: Reuse = "any",
 ) -> list[Missing]:
     """Every one of ``trials`` (with their code) that lacks answers; ``units`` are those to come."""
-    lacking: Counter[str] = Counter()
+    lacking, batches = Counter[str](), dict[str, list[tuple[UnitExample, ...]]]()
     for unit in units:
-        lacking.update({trial.trial_id: len(unit.examples) for trial in unit.trials})
-    known = _known_answers(stored, set(lacking))
+        for trial in unit.trials:
+            lacking[trial.trial_id] += len(unit.examples)
+            batches.setdefault(trial.trial_id, []).append(unit.examples)
+    known = _known_answers(stored, batches, changes.context)
     return [
         Missing(trial, lacking[trial.trial_id], changes.reason(trial, known.get(trial.trial_id, {}), reuse))
         for trial in trials
@@ -59,16 +62,36 @@ def summary(missing: Sequence[Missing]) -> list[str]:
     ]
 
 
-def _known_answers(stored: Sequence[StoredUnit], wanted: set[str]) -> dict[str, dict[tuple[str, str], None]]:
-    """Trial id → the answer ids and contexts it has answers under."""
+class Known(NamedTuple):
+    """Answers that a trial has: under which id and context, and whether to the very questions that it lacks."""
+
+    answer: str
+    context: str
+    same_questions: bool
+
+
+def _known_answers(
+    stored: Sequence[StoredUnit], lacking: Mapping[str, Sequence[tuple[UnitExample, ...]]], present: str
+) -> dict[str, dict[Known, None]]:
+    """Trial id → what it has; ``lacking``: trial id → the examples of units to come, ``present``: the context now."""
     context_of = functools.cache(lambda provenance: json.loads(provenance).get("context", "") if provenance else "")
-    known: dict[str, dict[tuple[str, str], None]] = {}
+    digests: dict[tuple[int, ...], frozenset[str]] = {}  # few sets of batches, of very many trials
+    wanted: dict[str, tuple[int, ...]] = {}
+    for trial_id, batches in lacking.items():
+        wanted[trial_id] = key = tuple(map(id, batches))
+        if key not in digests:
+            digests[key] = frozenset(example.digest for batch in batches for example in batch)
+
+    known: dict[str, dict[Known, None]] = {}
     for unit in stored:
         context = context_of(unit.provenance)
+        # In another context a question has another digest.
+        overlaps = functools.cache(lambda key, held=unit.examples: not digests[key].isdisjoint(held))
         for answer in unit.trials:
             trial_id = answer.partition(".")[0]
             if trial_id in wanted:
-                known.setdefault(trial_id, {})[answer, context] = None
+                same = context == present and overlaps(wanted[trial_id])
+                known.setdefault(trial_id, {})[Known(answer, context, same)] = None
     return known
 
 
@@ -91,14 +114,19 @@ class Changes:
         known_contexts = store.described("context") | {context_key(context): context.parts}
         return cls(known_codes, known_contexts, context_key(context))
 
-    def reason(self, trial: Trial, known: Mapping[tuple[str, str], None], reuse: Reuse) -> str:
-        key = reuse_key(trial.answer_id, reuse)
+    def reason(self, trial: Trial, known: Iterable[Known], reuse: Reuse) -> str:
+        """``known``: what the trial has; answers that it lacks and has otherwise are told from questions that are new."""
+        key, known = reuse_key(trial.answer_id, reuse), list(known)
         if not known:
             return NEW_TRIAL
-        if any(reuse_key(answer, reuse) == key and context == self.context for answer, context in known):
+        otherwise = [one for one in known if one.same_questions and reuse_key(one.answer, reuse) != key]
+        if not otherwise and any(reuse_key(one.answer, reuse) == key and one.context == self.context for one in known):
             return NEW_QUESTIONS
         code = trial.code.partition(".")[0]
-        ways = {self.differences(code, answer.split(".")[1] if "." in answer else "", of) for answer, of in known}
+        ways = {
+            self.differences(code, one.answer.split(".")[1] if "." in one.answer else "", one.context)
+            for one in otherwise or known
+        }
         changed = min(ways, key=lambda names: (len(names), names))
         if not changed:
             return "other versions or device"

@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from bench import BENCHMARKS, ROOT
 from workers_here import work_here
 
+from pipelines.sweep.results import SUFFIX, ResultStore, StoredUnit, unit_name
 from stages.entry import run_stage
 from stages.plan import plan
 from stages.sweep import sweep
+from stages.track import _origins
 
 GRID = [{"name": "methods", "method": ["nuwa", "random"], "budget": 16}]
 MORE = [*GRID, {"name": "cuts", "method": "nuwa", "budget": 16, "stage2_layer": [2, 6]}]
@@ -116,3 +119,39 @@ def test_the_plan_says_what_the_next_sweep_does(project, capsys):
     assert of_the_store(capsys)[0] == f"stored: {answers + missing} of {answers + missing} answers"
     os.utime(weights)
     assert of_the_store(capsys)[0] == f"stored: 0 of {answers + missing} answers"
+
+
+def test_answers_of_other_versions_are_taken_and_told_or_asked_again(project, capsys):
+    """A unit as an earlier torch would have left it, beside all others."""
+    answers = sum(row["trials"] * row["examples"] for row in swept(project))
+    store = ResultStore(project / "cache" / "results")
+    unit = store.done()[0]
+    (tables,) = store.read_all([unit.unit])
+    older = tuple(f"{answer.rpartition('.')[0]}.{'0' * 8}" for answer in unit.trials)
+    origin = json.dumps(unit.origin | {"torch": "2.0"})
+    store.write(StoredUnit(unit_name(older, unit.examples), older, unit.examples, origin), tables)
+    (project / "cache" / "results" / f"{unit.unit}{SUFFIX}").unlink()
+    count = len(unit.trials) * len(unit.examples)
+
+    capsys.readouterr()
+    run_stage(sweep)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("answers of mixed provenance: ")]
+    facts = json.loads((project / "data" / "sweep.json").read_text())
+    words = facts["provenance"]
+    assert told == [f"answers of mixed provenance: {'; '.join(words)}"] and len(words) == 2
+    assert sorted(one.split(",")[0] for one in words) == sorted(["torch 2.0", f"torch {torch.__version__}"])
+    assert _origins(facts) == {"answers": f"of mixed provenance: {'; '.join(words)}"}, "the tag of MLflow"
+
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["sweep"]["reuse"] = "same_versions"
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    assert of_the_store(capsys)[0] == f"stored: {answers - count} of {answers} answers"
+    run_stage(plan)
+    trials = len(unit.trials)
+    assert f"why: other versions or device: {count} answers of {trials} trial{'s' if trials > 1 else ''}" in (
+        capsys.readouterr().out.splitlines()
+    )
+    run_stage(sweep)
+    assert "mixed provenance" not in capsys.readouterr().out
+    (one,) = json.loads((project / "data" / "sweep.json").read_text())["provenance"]
+    assert one.startswith(f"torch {torch.__version__}")
