@@ -25,14 +25,19 @@ class PluginError(UserError, ImportError):
     """A plugin that is not there, or that raises when it is imported."""
 
 
+def plugin_modules(names: Iterable[str] = ()) -> tuple[str, ...]:
+    """The modules of ``names`` and of entry points behind them, each once."""
+    offered = [entry.value.partition(":")[0] for entry in entry_points(group=GROUP)]
+    return tuple(dict.fromkeys([*names, *sorted(offered)]))
+
+
 def load_plugins(names: Iterable[str] = ()) -> tuple[str, ...]:
     """Import plugins, those of entry points after those that are named, each once; returns the modules' names.
 
     The working folder is looked into as well, behind all other places. Raises :class:`PluginError` naming the plugin and
     what is wrong with it.
     """
-    offered = [entry.value.partition(":")[0] for entry in entry_points(group=GROUP)]
-    modules = tuple(dict.fromkeys([*names, *sorted(offered)]))
+    modules = plugin_modules(names)
     here = str(Path.cwd())
     if modules and here not in sys.path:
         sys.path.append(here)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nuwa.layout import VisualLayout
+from nuwa.plugins import plugin_modules
 from nuwa.vlm import Adapter, adapter_class
 from nuwa.vlm.processors import load_processor
 from nuwa.vlm.remembered import folder_memory
@@ -256,7 +257,7 @@ def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = 
     if not Path(settings.model.path).is_dir():
         return [f"stored: {len(stored)} units; which answers are this model's is known once its files are here"]
     known = ModelIdentity.of(settings.model.path, Loading.of(settings.model, cluster), outlook.vlm)
-    with remembered_code():
+    with contextlib.nullcontext() if plugin_modules(settings.plugins) else remembered_code():
         context = answer_context(known, outlook.vlm, settings.features)
         trials = with_code(outlook.trials, outlook.vlm, cluster.device)
     examples = read_examples(outlook.questions.examples, context.digest, outlook.layouts, blocks_of(settings))

@@ -1,8 +1,8 @@
 """What code comes to, remembered on this machine: a plan would walk it for longer than all else it does.
 
 Remembered are digests by file. They hold for the same source files of this project, the same Python and the same versions
-of the libraries whose values code may hold. Code from elsewhere, a plug-in's, is never remembered. Sweeps do not ask here:
-what they store is known by the code that they run.
+of the libraries whose values code may hold. Code from elsewhere is never remembered, and with plug-ins a plan does not ask.
+Nor do sweeps: what they store is known by the code that they run.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def collect(
 
 def _relevant(
     store: ResultStore,
-    own: Set[str],
+    own: frozenset[str],
     known: Mapping[str, str],
     examples: Sequence[UnitExample],
     reuse: Reuse,
