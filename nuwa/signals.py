@@ -137,7 +137,9 @@ class VisionSignals:
 
 def seeded_generator(seed: int, *identity: str) -> np.random.Generator:
     """A generator that depends on ``seed`` and on content only."""
-    return np.random.default_rng([seed, *(byte for part in identity for byte in part.encode() + b"\0")])
+    content = np.frombuffer(b"".join(part.encode() + b"\0" for part in identity), dtype=np.uint8)
+    # One array of words: of a list numpy would make the same words, number by number.
+    return np.random.default_rng([seed, content.astype(np.uint32)])  # type: ignore[arg-type]
 
 
 def random_scores(seed: int, image_ids: tuple[str, ...], tokens: int, device: torch.device) -> Tensor:

@@ -47,7 +47,7 @@ class PartOfKeys:
     def update(self, key: Tensor, value: Tensor, layer: int, *_args: Any, **_kwargs: Any) -> Pair:
         count, columns = self.shape
         if layer not in self.whole.held:
-            keys, values = (one.new_zeros(count, one.shape[1], columns, one.shape[3]) for one in (key, value))
+            keys, values = (_tokens_together(one, count, columns).zero_() for one in (key, value))
             self.whole.held[layer] = (keys, values)
         for buffer, one in zip(self.whole.held[layer], (key, value), strict=True):
             buffer[self.rows, :, : self.width] = one
@@ -68,6 +68,16 @@ class BehindPrefix:
             for shared, own in zip(self.shared[layer], pair, strict=True)
         )
         return keys, values
+
+
+class Given:
+    """Keys and values that were made before: the new ones of tokens that ask again are left out."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_args: Any, **_kwargs: Any) -> Pair:
+        return self.pair
 
 
 class StaticKeys:
@@ -117,9 +127,17 @@ def _taken(held: Tensor, rows: Tensor, columns: Tensor, room: int, prefix: Tenso
     """``held`` ``(rows, heads, columns, head_dim)`` at some rows and columns of each, with ``room`` behind."""
     count, width = columns.shape
     start = 0 if prefix is None else prefix.shape[2]
-    buffer = held.new_empty(count, held.shape[1], start + width + room, held.shape[3])
-    rows, columns = rows.to(held.device), columns.to(held.device)
-    buffer[:, :, start : start + width] = held.transpose(1, 2)[rows[:, None], columns].transpose(1, 2)
+    buffer = _tokens_together(held, count, start + width + room)
+    tokens = held.transpose(1, 2)
+    place = (rows[:, None] * tokens.shape[1] + columns).flatten().to(held.device)
+    # A token's heads are copied in one piece where they lie together.
+    chosen = tokens.flatten(0, 1).flatten(1).index_select(0, place).view(count, width, *tokens.shape[2:])
+    buffer[:, :, start : start + width] = chosen.transpose(1, 2)
     if prefix is not None:
         buffer[:, :, :start] = prefix
     return buffer
+
+
+def _tokens_together(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Room for keys or values ``(rows, heads, columns, head_dim)`` as projections lie: all heads of a token together."""
+    return like.new_empty(rows, columns, like.shape[1], like.shape[3]).transpose(1, 2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from nuwa.decoder.attention import grouped_layers
 from nuwa.decoder.caches import Keys, StaticKeys
 from nuwa.decoder.finite import not_finite_logits
-from nuwa.decoder.sequence import NOBODY, TEXT, Columns, Prefix, Stretch, masks_of, take, true_columns
+from nuwa.decoder.sequence import NOBODY, TEXT, Columns, Prefix, Stretch, masks_of, slots_of, take, true_columns
 from nuwa.vlm.adapter import Adapter, EncodedPrompt
 
 ENOUGH_ENDED = 3 / 4  # rows are laid out again when so few questions of the last time go on
@@ -64,7 +64,7 @@ class Growing:
         rows, ranks = self.rows[active], self.ranks[active]
         old, row = rows.unique(return_inverse=True)
         columns, spans = self._serving(old, row, ranks)
-        slots, slot = _slots(row, len(old))
+        slots, slot = slots_of(row, len(old))
 
         future = torch.tensor(NOBODY).expand(len(old), slots, 2).clone()
         future[row, slot] = torch.stack([ranks, ranks + 1], dim=1)
@@ -159,15 +159,6 @@ class Growing:
         return self.filled == self.spans.shape[1]
 
 
-def _slots(row: Tensor, rows: int) -> tuple[int, Tensor]:
-    """How many slots a row needs, and each question's slot in its row; forks have rows in another order than questions."""
-    counts = torch.bincount(row, minlength=rows)
-    order = row.argsort(stable=True)
-    slot = torch.empty_like(row)
-    slot[order] = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row[order]]
-    return int(counts.max()), slot
-
-
 class Penalty:
     """Makes tokens less likely that a question's sequence holds already.
 
@@ -209,13 +200,15 @@ def generate(
 ) -> list[Answer]:
     """Greedy decoding; a question leaves the batch when it ends or reaches its limit."""
     top = stretches[-1]
+    hidden = top.left
+    if hidden is None:
+        raise ValueError(f"the last stretch stands before layer {top.layer}: pass all layers first")
     untils = [above.first for above in stretches[1:]] + [vlm.layers]
     growing = [Growing(vlm, stretch, until) for stretch, until in zip(stretches, untils, strict=True)]
     penalty = Penalty(vlm, prompts)
     look = TOKENS_A_LOOK.get(vlm.device.type, FEW_LOOKS)
     limits, active = list(max_new_tokens), torch.arange(len(prompts))
     made: list[list[int]] = [[] for _ in limits]
-    hidden = take(top.hidden, top.place[:, 0], top.last)
     unread: list[Tensor] = []
     laid_out = step = 0
 

@@ -7,6 +7,7 @@ common beginning to some, a question's own tokens to one. A token sees the earli
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nuwa.decoder.caches import BehindPrefix, Keys, Pair
+from nuwa.decoder.attention import project
+from nuwa.decoder.caches import BehindPrefix, Given, Keys, Pair
 from nuwa.vlm.adapter import Adapter
 from nuwa.vlm.language import SLIDING
 
@@ -66,6 +68,48 @@ def share_beginnings(texts: Sequence[tuple[int, ...]]) -> SharedText:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """The questions of a batch of images as columns behind whatever stands before them, which counts none here.
+
+    ``ids``, ``spans``, ``depth``: of every image's columns, ``(rows, columns)``; see :class:`SharedText`. ``own``
+    ``(questions, longest)``: each question's columns, padded at the right with -1; ``last``, ``lengths`` ``(questions,)``:
+    the last of them, and how many there are; ``place`` ``(questions, 2)``: its row and rank.
+    """
+
+    ids: Tensor
+    spans: Tensor
+    depth: Tensor
+    own: Tensor
+    last: Tensor
+    lengths: Tensor
+    place: Tensor
+
+    @classmethod
+    @functools.lru_cache(maxsize=8)  # every trunk of a unit asks the same
+    def of(cls, questions: tuple[tuple[tuple[int, ...], ...], ...]) -> Texts:
+        """``questions``: of every image, their tokens behind it."""
+        shared = [share_beginnings(texts) for texts in questions]
+        own = [columns for text in shared for columns in text.columns]
+        longest = max(len(text.ids) for text in shared)
+        ids, depth = (torch.zeros(len(shared), longest, dtype=torch.long) for _ in range(2))
+        spans = torch.tensor(NOBODY).repeat(len(shared), longest, 1)
+
+        for row, text in enumerate(shared):
+            width = len(text.ids)
+            ids[row, :width], depth[row, :width] = torch.tensor(text.ids), torch.tensor(text.depth)
+            spans[row, :width] = torch.tensor(text.spans)
+        return cls(
+            ids,
+            spans,
+            depth,
+            own=padded(own, ids.device),
+            last=torch.tensor([columns[-1] for columns in own]),
+            lengths=torch.tensor([len(columns) for columns in own]),
+            place=torch.tensor([(row, rank) for row, text in enumerate(shared) for rank in text.ranks]),
+        )
+
+
+@dataclass(frozen=True)
 class Columns:
     """Columns of some rows as masks see them: ``spans`` ``(rows, columns, 2)``, ``positions`` ``(axes, rows, columns)``."""
 
@@ -82,6 +126,11 @@ class Columns:
         if order is not None:
             seen = seen & (torch.arange(self.spans.shape[1], device=seen.device) <= order[..., None])
         return seen
+
+    def at(self, columns: Tensor) -> Columns:
+        """Some of each row's columns: ``columns`` ``(rows, chosen)``."""
+        spans = self.spans.gather(1, columns[..., None].expand(-1, -1, 2))
+        return Columns(spans, self.positions.gather(2, columns.expand(len(self.positions), -1, -1)))
 
     def within(self, queries: Columns, window: int) -> Tensor:
         """Whether a column is among the ``window`` positions up to a query's own, ``(rows, queries, columns)``."""
@@ -123,6 +172,7 @@ class Stretch:
     the right with -1. ``last`` ``(questions,)``: column of its last token. ``next_position`` ``(questions,)``: position
     id of its first generated token. ``keys``: what the stretch's layers have written. ``inputs``: hidden states entering
     the layers that a cut's scorer reads. ``prefix``: tokens that stand before every row, where they are no columns of it.
+    ``left`` ``(questions, dim)``: the questions' last tokens as they left the model's last layer, once they have.
     """
 
     hidden: Tensor
@@ -138,11 +188,18 @@ class Stretch:
     keys: Keys
     inputs: dict[int, Tensor]
     prefix: Prefix | None = None
+    left: Tensor | None = None
 
     def standing(self, rows: Tensor | slice, width: int | None = None) -> Columns:
         """All that the first ``width`` columns of some rows may look at, the prefix among it."""
         own = Columns(self.spans[rows, :width], self.positions[:, rows, :width])
         return own if self.prefix is None else self.prefix.before(own)
+
+    def cache(self, rows: slice, width: int, parts: Sequence[Any]) -> Any:
+        """What layers write to when the first ``width`` columns of some rows pass, one of ``parts``."""
+        whole = len(parts) == 1
+        keys = self.keys if whole else self.keys.part(rows, width, (self.hidden.shape[0], self.hidden.shape[1]))
+        return keys if self.prefix is None else BehindPrefix(keys, self.prefix.held)
 
     @property
     def offset(self) -> int:
@@ -194,9 +251,7 @@ def advance(vlm: Adapter, stretch: Stretch, layer: int, pass_tokens: int, watch:
         columns = Columns(stretch.spans[rows, :width], stretch.positions[:, rows, :width])
         masks = masks_of(vlm, columns, stretch.standing(rows, width), hidden.dtype, causal=True)
         rotations = vlm.text.rotations(hidden, columns.positions)
-        keys: Any = stretch.keys if len(parts) == 1 else stretch.keys.part(rows, width, shape)
-        if stretch.prefix is not None:
-            keys = BehindPrefix(keys, stretch.prefix.held)
+        keys = stretch.cache(rows, width, parts)
         for number in numbers:
             if number in entering:
                 entering[number].append(hidden)
@@ -208,6 +263,57 @@ def advance(vlm: Adapter, stretch: Stretch, layer: int, pass_tokens: int, watch:
 
     stretch.inputs |= {number: _whole(held, parts, shape) for number, held in entering.items()}
     stretch.hidden, stretch.layer = _whole(left, parts, shape), layer
+
+
+def leave(vlm: Adapter, stretch: Stretch, pass_tokens: int) -> None:
+    """Pass all layers that are left, and keep what generation starts from as ``stretch.left``.
+
+    Of the last layer the other tokens need keys and values only, which generated tokens look at.
+    """
+    rows, last = stretch.place[:, 0], stretch.last
+    if vlm.flash_attention:  # counts queries from the end of a row's keys, and a row's last token may stand before it
+        advance(vlm, stretch, vlm.layers, pass_tokens)
+        stretch.left = take(stretch.hidden, rows, last)
+        return
+    number = vlm.layers - 1
+    advance(vlm, stretch, number, pass_tokens)
+    layer, kind = vlm.language.layers[number], vlm.text.kinds[number]
+    slots, slot = slots_of(rows, len(stretch.hidden))
+    # A row with fewer questions than others asks for one of its own columns again.
+    asking = torch.zeros(len(stretch.hidden), slots, dtype=last.dtype, device=last.device)
+    asking[rows, slot] = last
+    parts, left = list(_parts(stretch.spans, pass_tokens)), []
+
+    for part, width in parts:
+        hidden, at = stretch.hidden[part, :width], asking[part]
+        columns = Columns(stretch.spans[part, :width], stretch.positions[:, part, :width])
+        queries = columns.at(at)
+        made = project(vlm, number, hidden, columns.positions)
+        pair = stretch.cache(part, width, parts).update(made.key, made.value, number)
+        own = torch.arange(len(at), device=at.device)[:, None]
+        asked = take(hidden, own, at)
+        masks = masks_of(vlm, queries, stretch.standing(part, width), hidden.dtype, causal=False)
+        rotations = vlm.text.rotations(asked, queries.positions)
+        left.append(
+            layer(
+                asked,
+                attention_mask=masks[kind],
+                position_embeddings=rotations[kind],
+                past_key_values=Given(pair),
+            )
+        )
+
+    stretch.layer = vlm.layers
+    stretch.left = take(torch.cat(left) if len(left) > 1 else left[0], rows, slot)
+
+
+def slots_of(row: Tensor, rows: int) -> tuple[int, Tensor]:
+    """How many slots a row needs, and each question's slot in its row; forks have rows in another order than questions."""
+    counts = torch.bincount(row, minlength=rows)
+    order = row.argsort(stable=True)
+    slot = torch.empty_like(row)
+    slot[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+    return int(counts.max()), slot
 
 
 def pass_prefix(vlm: Adapter, ids: Sequence[int], axes: int) -> Prefix:
@@ -253,9 +359,17 @@ def _whole(held: Sequence[Tensor], parts: Sequence[tuple[slice, int]], shape: tu
     return whole
 
 
-def take(values: Tensor, *index: Tensor) -> Tensor:
-    """``values[index]`` where the values are, which may be another device than the index's."""
-    return values[tuple(part.to(values.device) for part in index)]
+def take(values: Tensor, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+    """``values[rows]`` or ``values[rows, columns]`` where the values are, which may be another device than the index's.
+
+    Indices are not negative. What stands in a row and column is copied in one piece: ``values[rows, columns]`` copies
+    number by number on a CPU.
+    """
+    place, held = rows, values
+    if columns is not None:
+        place, held = rows * values.shape[1] + columns, values.flatten(0, 1)
+    chosen = held.index_select(0, place.flatten().to(values.device))
+    return chosen.view(*place.shape, *held.shape[1:])
 
 
 def true_columns(flags: Tensor, count: int | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nuwa.decoder.caches import Keys
@@ -15,14 +16,13 @@ from nuwa.decoder.cuts import cut_stretch, trimmed
 from nuwa.decoder.generation import Answer, generate
 from nuwa.decoder.sequence import (
     EVERYONE,
-    NOBODY,
     TEXT,
     Prefix,
     Stretch,
+    Texts,
     advance,
-    padded,
+    leave,
     pass_prefix,
-    share_beginnings,
     true_columns,
 )
 from nuwa.layout import VisualLayout
@@ -80,37 +80,33 @@ class Trunk:
         device, kept = self.vlm.device, selection.kept
         start, slots = len(self.before), selection.indices.to(device)
         visual = visual_positions(slots, self.strategy, start, self.layout)
-        after = text_start(self.strategy, start, visual, self.layout).tolist()
+        after = text_start(self.strategy, start, visual, self.layout)
+        texts = Texts.of(tuple(tuple(prompt.after for prompt in questions) for questions in prompts))
         prefix, rows = start + kept, len(prompts)
-        texts = [share_beginnings([prompt.after for prompt in questions]) for questions in prompts]
-        columns = prefix + max(len(text.ids) for text in texts)
-        ids = torch.zeros(rows, columns, dtype=torch.long)
-        spans, positions = torch.empty(rows, columns, 2, dtype=torch.long), torch.zeros(rows, columns, dtype=torch.long)
-        spans[:], spans[:, :prefix] = torch.tensor(NOBODY), torch.tensor(EVERYONE)
-        ids[:, :start], positions[:, :start] = torch.tensor(self.before), torch.arange(start)
-        for row, text in enumerate(texts):
-            filled = slice(prefix, prefix + len(text.ids))
-            ids[row, filled], spans[row, filled] = torch.tensor(text.ids), torch.tensor(text.spans)
-            positions[row, filled] = torch.tensor(text.depth) + after[row]
 
-        own = [[prefix + column for column in columns] for text in texts for columns in text.columns]
-        behind = [after[row] + len(columns) for row, text in enumerate(texts) for columns in text.columns]
-        slot = torch.full((rows, columns), TEXT, device=device)
-        slot[:, start:prefix] = slots
-        positions = positions.to(device).repeat(self.layout.axes, 1, 1)
+        ids = F.pad(texts.ids, (prefix, 0))
+        ids[:, :start] = torch.tensor(self.before)
+        before = torch.tensor(EVERYONE).expand(rows, prefix, 2)
+        depth = F.pad(texts.depth, (prefix, 0)).to(device)
+        positions = (depth + after[:, None]).repeat(self.layout.axes, 1, 1)
+        positions[:, :, :start] = torch.arange(start, device=device)
         positions[:, :, start:prefix] = visual
+        slot = torch.full(ids.shape, TEXT, device=device)
+        slot[:, start:prefix] = slots
+
         hidden = self.vlm.language.embed_tokens(ids.to(device))
         self.text_embeddings = hidden
         hidden = torch.cat([hidden[:, :start], self.projected.to(hidden), hidden[:, prefix:]], dim=1)
+        own, place = texts.own.to(device), texts.place.to(device)
         return Stretch(
             hidden=self.vlm.text.enter(hidden),
-            spans=spans.to(device),
+            spans=torch.cat([before, texts.spans], dim=1).to(device),
             positions=positions,
             slot=slot,
-            place=torch.tensor([(row, rank) for row, text in enumerate(texts) for rank in text.ranks], device=device),
-            text=padded(own, device),
-            last=torch.tensor([columns[-1] for columns in own], device=device),
-            next_position=torch.tensor(behind, device=device),
+            place=place,
+            text=torch.where(own >= 0, own + prefix, -1),
+            last=texts.last.to(device) + prefix,
+            next_position=after[place[:, 0]] + texts.lengths.to(device),
             first=0,
             layer=0,
             keys=Keys(),
@@ -132,7 +128,7 @@ class Trunk:
 
     def _whole(self) -> list[Stretch]:
         end = replace(self.stretch, keys=Keys(self.stretch.keys.held))
-        advance(self.vlm, end, self.vlm.layers, self.pass_tokens)
+        leave(self.vlm, end, self.pass_tokens)
         return [end]
 
     def reach(self, cuts: Sequence[Cut]) -> None:
@@ -169,7 +165,7 @@ class Trunk:
             if below is not self.stretch:
                 advance(self.vlm, below, cut.layer, self.pass_tokens, frozenset({cut.layer - 1}))
             stretches.append(cut_stretch(self, below, cut, seed))
-        advance(self.vlm, stretches[-1], self.vlm.layers, self.pass_tokens)
+        leave(self.vlm, stretches[-1], self.pass_tokens)
         for number, cut in enumerate(cuts):
             if cut.trims:
                 stretches[: number + 1] = self._trimmed(stretches[: number + 2])
