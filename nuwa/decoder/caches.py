@@ -127,7 +127,7 @@ def _taken(held: Tensor, rows: Tensor, columns: Tensor, room: int, prefix: Tenso
     """``held`` ``(rows, heads, columns, head_dim)`` at some rows and columns of each, with ``room`` behind."""
     count, width = columns.shape
     start = 0 if prefix is None else prefix.shape[2]
-    buffer = _tokens_together(held, count, start + width + room)
+    buffer = held.new_empty(count, held.shape[1], start + width + room, held.shape[3])
     tokens = held.transpose(1, 2)
     place = (rows[:, None] * tokens.shape[1] + columns).flatten().to(held.device)
     # A token's heads are copied in one piece where they lie together.
