@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from nuwa.library import Options, stream
+from nuwa.library import Failure, Options, stream
 from nuwa.library.refusal import CallError, kind_of, shown
 from nuwa.vlm import load_adapter
 
@@ -105,9 +105,14 @@ class Nuwa(lmms):
         for start in range(0, len(numbers), size):
             window = numbers[start : start + size]
             images, questions = zip(*(self._asked(requests[number].args) for number in window), strict=True)
-            options = {**self.options, "max_new_tokens": most}
+            # What fails comes back alone, so that it can be named; a batch too large for memory is halved on the way.
+            options = {**self.options, "max_new_tokens": most, "on_error": "return"}
             for one in stream(self.vlm.model, self.vlm.processor, list(images), list(questions), **options):
-                yield window[one.image], one.answer.text  # type: ignore[union-attr]  # failures are raised
+                number = window[one.image]
+                if isinstance(one.answer, Failure):
+                    *_, doc, task, _ = requests[number].args
+                    raise CallError(f"task {task}, document {doc}: {one.answer.message}") from one.answer.error
+                yield number, one.answer.text
 
     def _asked(self, arguments: tuple[Any, ...]) -> tuple[Image.Image, Any]:
         """The image and the question of a request."""

@@ -168,17 +168,19 @@ class Call:
         """A batch's answers. What raises is halved, images first, until the question stands alone that has none."""
         try:
             return self._answer(batch)
-        except Exception as error:
+        except Exception as caught:
             if self.options.on_error == "raise":
                 raise
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                return [*self._answered(batch[:middle]), *self._answered(batch[middle:])]
-            (work,) = batch
-            if len(work.questions) > 1:
-                return [one for half in work.halves() for one in self._answered([half])]
-            (only,) = work.questions
-            return [Streamed(only.asked.image, only.asked.question, Failure(error))]
+            error = caught.with_traceback(None)  # which holds the tensors that memory may have run out for
+
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            return [*self._answered(batch[:middle]), *self._answered(batch[middle:])]
+        (work,) = batch
+        if len(work.questions) > 1:
+            return [one for half in work.halves() for one in self._answered([half])]
+        (only,) = work.questions
+        return [Streamed(only.asked.image, only.asked.question, Failure(error))]
 
     @torch.inference_mode()
     def _answer(self, batch: Sequence[Work]) -> list[Streamed]:

@@ -168,6 +168,10 @@ def test_documents_that_cannot_be_asked_are_named(pruned, pictures):
         with pytest.raises(ValueError) as caught:
             pruned.generate_until(requests_of(pruned, [(images, text)]))
         assert str(caught.value) == message
+    unread = [([pictures[0]], "?"), ([Image.new("I", (8, 8))], "?")]
+    with pytest.raises(ValueError) as caught:
+        pruned.generate_until(requests_of(pruned, unread))
+    assert str(caught.value).startswith("task digits, document 1: ") and "no agreed white" in str(caught.value)
     for other in (pruned.loglikelihood, pruned.generate_until_multi_round):
         with pytest.raises(ValueError, match=r"^nuwa .*: choose tasks of output_type generate_until$"):
             other([])
