@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.gpu import families
-from nuwa.vlm import Adapter, LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter
+from nuwa.vlm import Adapter, LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter, Qwen2VLAdapter
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,11 @@ def tiny_next() -> LlavaNextAdapter:
 @pytest.fixture(scope="session")
 def tiny_qwen() -> Qwen2_5VLAdapter:
     return families.tiny_qwen()
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2() -> Qwen2VLAdapter:
+    return families.tiny_qwen2()
 
 
 @pytest.fixture(scope="session")

@@ -26,13 +26,15 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.language import build_processor
-from nuwa.vlm import LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter
+from nuwa.vlm import LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter, Qwen2VLAdapter
 
 WORDS = [
     "what",
@@ -206,8 +208,50 @@ def tiny_qwen() -> Qwen2_5VLAdapter:
     return Qwen2_5VLAdapter(model.requires_grad_(False), QwenProcessor(words))
 
 
+def tiny_qwen2() -> Qwen2VLAdapter:
+    """Dynamic grids, M-RoPE with sections of different widths, grouped heads, an encoder wider than half the text's."""
+    torch.manual_seed(21)
+    words = tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+    identity = words.convert_tokens_to_ids
+
+    config = Qwen2VLConfig(
+        vision_config={
+            "depth": 4,
+            "embed_dim": 32,
+            "hidden_size": 48,
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "patch_size": 4,
+        },
+        text_config={
+            "vocab_size": len(words),
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 1]},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        image_token_id=identity("<|image_pad|>"),
+        video_token_id=identity("<|video_pad|>"),
+        vision_start_token_id=identity("<|vision_start|>"),
+        vision_end_token_id=identity("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+
+    model = Qwen2VLForConditionalGeneration(config)
+    louden(model)
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    return Qwen2VLAdapter(model.requires_grad_(False), QwenProcessor(words))
+
+
 class QwenProcessor:
-    """What ``Qwen2_5_VLProcessor`` does to images; that class itself cannot be made without torchvision."""
+    """What ``Qwen2_5_VLProcessor`` and ``Qwen2VLProcessor`` do to images; that class itself cannot be made without torchvision."""
 
     def __init__(self, words: PreTrainedTokenizerFast) -> None:
         self.tokenizer = words

@@ -54,8 +54,9 @@ class Streamed:
 def generate(model: PreTrainedModel, processor: Any, images: Any = None, questions: Any = None, **options: Any) -> Any:
     """Greedy answers to questions about images under a pruning method.
 
-    ``model``, ``processor``: any ``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration`` or
-    ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode, and its processor; neither is changed.
+    ``model``, ``processor``: any ``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration``,
+    ``Qwen2VLForConditionalGeneration`` or ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode, and its processor;
+    neither is changed.
 
     ``images``: one image or a list; each a path, bytes of a file, a Pillow image (an animation at the frame where it
     stands), or an array or tensor ``(height, width[, channels])`` or ``(channels, height, width)`` of uint8 or of floats

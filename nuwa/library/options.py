@@ -19,7 +19,7 @@ from nuwa.positions import NAMES
 from nuwa.registry import unknown
 
 # The preset that a method's authors released for a model family, where they released one: model_type → its name.
-RELEASED = {"llava_next": "released_next", "qwen2_5_vl": "released_qwen"}
+RELEASED = {"llava_next": "released_next", "qwen2_5_vl": "released_qwen", "qwen2_vl": "released_qwen"}
 ON_ERROR = ("raise", "return")
 
 

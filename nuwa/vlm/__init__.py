@@ -15,6 +15,7 @@ from nuwa.vlm.folder import check_folder
 from nuwa.vlm.llava import LlavaAdapter
 from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.qwen2_5_vl import Qwen2_5VLAdapter
+from nuwa.vlm.qwen2_vl import Qwen2VLAdapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -24,6 +25,7 @@ ADAPTERS: Registry[type[Adapter]] = Registry("model type")
 ADAPTERS.add("llava", LlavaAdapter)
 ADAPTERS.add("llava_next", LlavaNextAdapter)
 ADAPTERS.add("qwen2_5_vl", Qwen2_5VLAdapter)
+ADAPTERS.add("qwen2_vl", Qwen2VLAdapter)
 
 
 def adapter_class(model_type: str) -> type[Adapter]:
@@ -65,6 +67,7 @@ __all__ = [
     "LlavaAdapter",
     "LlavaNextAdapter",
     "PromptError",
+    "Qwen2VLAdapter",
     "Qwen2_5VLAdapter",
     "adapt",
     "adapter_class",

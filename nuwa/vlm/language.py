@@ -47,6 +47,7 @@ for _name, _family in {
     "mistral": TextFamily(windows="all"),
     "qwen2": TextFamily(windows="by_layer"),
     "qwen2_5_vl_text": TextFamily(windows="by_layer", axes=3),
+    "qwen2_vl_text": TextFamily(windows="by_layer", axes=3),
     "qwen3": TextFamily(windows="by_layer"),
     "gemma": TextFamily(),
     "gemma2": TextFamily(windows="by_layer"),

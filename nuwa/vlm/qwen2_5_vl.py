@@ -86,7 +86,7 @@ class Qwen2_5VLAdapter(Adapter):
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image], further: Collection[str] = ()) -> list[EncodedImage]:
         image_processor = self.processor.image_processor
-        cell = self.visual.patch_size * self.merge
+        cell = self.visual.config.patch_size * self.merge
         images = [
             image.resize(size) if (size := _first_resize(image_processor, cell, image.size)) else image
             for image in images
@@ -116,7 +116,7 @@ class Qwen2_5VLAdapter(Adapter):
 
         The released codes name blocks 8 and 16 of 32, both of which do. Raises :class:`UnavailableSignal`.
         """
-        depth, whole = len(self.visual.blocks), self.visual.fullatt_block_indexes
+        depth, whole = len(self.visual.blocks), self._whole_blocks
         middle = min(whole, key=lambda number: (abs(number + 1 - depth / 2), number), default=depth)
         blocks = {"early_attention": min(whole, default=depth), "received_middle": middle}
         wanted = {name: number for name, number in blocks.items() if name in further}
@@ -158,6 +158,11 @@ class Qwen2_5VLAdapter(Adapter):
             signals["received_late"] = signals["cls_attention"]
         return EncodedImage(VisualLayout((View(grid),), axes=3), signals)
 
+    @property
+    def _whole_blocks(self) -> Sequence[int]:
+        """Numbers of the blocks that attend to the whole image, ascending."""
+        return self.visual.fullatt_block_indexes
+
     def _windows(self, grid: PatchGrid) -> tuple[Tensor, list[int]]:
         """The merged tokens in window order, ``(tokens,)``, and how many each window has."""
         side = self.visual.window_size // self.merge // self.visual.patch_size
@@ -181,7 +186,7 @@ class Qwen2_5VLAdapter(Adapter):
         query, key = _rotate(query, cos, sin).transpose(0, 1), _rotate(key, cos, sin).transpose(0, 1)
 
         # Blocks that do not see the whole image see one window at a time.
-        whole = number in self.visual.fullatt_block_indexes
+        whole = number in self._whole_blocks
         lengths = [len(entering)] if whole else [count * patches for count in windows]
         received = [
             _received(*part, attention.scaling)

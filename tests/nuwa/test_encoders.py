@@ -158,10 +158,13 @@ def qwen_oracle(model, processor, image) -> dict[str, np.ndarray]:
         out = visual(inputs["pixel_values"], grid_thw=thw, output_hidden_states=True)
         for listener in listeners:
             listener.remove()
-        index, _ = get_vision_window_index(thw, 2, visual.window_size, visual.patch_size)
-        raster = index.argsort()
-        # Blocks 7 ... 23 of 32 are 1 ... 4 of five; state n + 1 is what block n put out.
-        mean = sum(out.hidden_states[block + 1] for block in (1, 2, 3, 4)) / 4
+        raster = torch.arange(len(out.pooler_output))
+        if hasattr(visual, "window_size"):
+            index, _ = get_vision_window_index(thw, 2, visual.window_size, visual.patch_size)
+            raster = index.argsort()
+        # Blocks 7 ... 23 of 32 are 1 ... 4 of five, and 1 ... 3 of four; state n + 1 is what block n put out.
+        read = range(1, len(visual.blocks))
+        mean = sum(out.hidden_states[block + 1] for block in read) / len(read)
         similarity = visual.merger(mean)[raster]
         query, key, _ = heard["qkv"].view(len(mean), 3, last.num_heads, -1).unbind(1)
         keys = key.flatten(1).view(-1, 4, last.dim).mean(dim=1)[raster]
@@ -194,6 +197,16 @@ def test_signals_are_in_raster_order_and_salience_is_attention_received(tiny_qwe
         if full_blocks[-1] == 4:
             total = found.signals["cls_attention"].sum().item()
             assert total == pytest.approx(1 / 4, rel=1e-5), "every query spends its attention once"
+
+
+def test_qwen2_vls_signals_are_the_stock_towers(tiny_qwen2, photos):
+    for image, found in zip(photos[:4], tiny_qwen2.encode_images(photos[:4]), strict=True):
+        expected = qwen_oracle(tiny_qwen2.model, tiny_qwen2.processor, image)
+        assert {name: signal.shape[1:] for name, signal in found.signals.items()} == {
+            name: signal.shape[1:] for name, signal in expected.items()
+        }
+        for name in NAMES:
+            assert np.allclose(found.signals[name].numpy(), expected[name], atol=2e-5), name
 
 
 def test_grids_of_odd_sides_and_windows_that_do_not_divide_them_are_among_them(tiny_qwen, photos):

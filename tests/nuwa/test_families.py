@@ -10,12 +10,13 @@ import torch
 from oracles.masked_model import MaskedModel, eager_copy
 from oracles.pictures import best_first
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import nuwa
 from nuwa.decoder import Trunk
-from nuwa.generation import ImageBatch, plan, select
+from nuwa.generation import ImageBatch, answer_encoded, plan, select
 from nuwa.methods import specify
-from nuwa.vlm import LlavaAdapter, adapt
+from nuwa.vlm import EncodedImage, LlavaAdapter, adapt
 
 torch.set_num_threads(1)
 MAX_NEW = 8
@@ -234,3 +235,44 @@ def test_a_picture_so_tall_that_only_ends_of_lines_are_left_is_refused_for_that(
         ValueError, match=r"^so tall that no column of its local grid is left without the padding, only"
     ):
         tiny_next.layout_of((4, 240))
+
+
+# --- Qwen2-VL: what it does not share with Qwen2.5-VL
+
+
+def test_qwen2_vl_unpruned_equals_stock_generate(tiny_qwen2, photos):
+    asked = [QUESTIONS["words"][row % 3] for row in range(8)]
+    stock = stock_answers(tiny_qwen2, tiny_qwen2.model, photos, asked)
+    found = nuwa.generate(
+        tiny_qwen2.model, tiny_qwen2.processor, photos, asked, method="unpruned", max_new_tokens=MAX_NEW
+    )
+    assert [answer.tokens for answer in found] == stock and len(set(stock)) > 3
+    (alone,) = stock_answers(tiny_qwen2, tiny_qwen2.model, photos[:1], asked[:1])
+    one = nuwa.generate(
+        tiny_qwen2.model, tiny_qwen2.processor, photos[0], asked[0], method="unpruned", max_new_tokens=MAX_NEW
+    )
+    assert one.tokens == alone
+
+
+@pytest.mark.parametrize("case", ["as released for Qwen2.5-VL", "three cuts, renumbered", "a cut by cosine, spread"])
+def test_qwen2_vl_pruned_equals_blocked_attention(tiny_qwen2, photos, case):
+    method, options = SPECS[case]
+    tokens = tiny_qwen2.layout_of(photos[1].size).tokens
+    spec = specify(method, budget=round(SHARE[method] * tokens), **options)
+    first, second, _ = QUESTIONS["words"]
+    assert_blocked(tiny_qwen2, eager_copy(tiny_qwen2.model), spec, [photos[1]], [[first, second]])
+
+
+def test_qwen2_vl_answers_from_cached_features_as_from_pixels(tiny_qwen2, photos, tmp_path):
+    encoded = tiny_qwen2.encode_images(photos[:3])
+    stored = []
+    for number, image in enumerate(encoded):
+        save_file({name: value.contiguous() for name, value in image.signals.items()}, tmp_path / str(number))
+        stored.append(EncodedImage(tiny_qwen2.layout_of(photos[number].size), load_file(tmp_path / str(number))))
+
+    def answered(images):
+        batch = ImageBatch(encoded=images, names=list("abc"), questions=[QUESTIONS["words"]] * 3)
+        answers = answer_encoded(tiny_qwen2, batch, lambda layout: specify("nuwa", budget=12), MAX_NEW)
+        return [(one.tokens, one.kept, one.kept_last) for of_image in answers for one in of_image]
+
+    assert answered(stored) == answered(encoded)
