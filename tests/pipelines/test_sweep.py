@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ import pytest
 import ray
 import torch
 from bench import BENCHMARKS, PATHS, ROOT, SLOW, same
+from forked import begin
 
 from nuwa.decoder import Trunk
 from nuwa.grid import PatchGrid
@@ -120,6 +122,31 @@ def test_shared_trunks_answer_as_each_trial_alone(bench, undisturbed):
                 trunk.advance(trial.first_cut, frozenset({trial.first_cut - 1}))
             (alone,) = branch(trunk, trial, [example.max_new_tokens])
             assert vlm.decode_text(list(alone.tokens)) == answers[trial.trial_id, example.example_id]
+
+
+def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_path):
+    """SIGKILL once some units are on disk; the rerun does the rest, and nothing differs.
+
+    The driver is a copy of this process, which no test has started Ray in yet: its threads would not be copied.
+    """
+    results = tmp_path / "results"
+    driver = begin(lambda: bench.run(results, cluster))
+    deadline = time.monotonic() + 300
+    try:
+        while len(list(results.glob("*.unit.parquet"))) < 3:
+            assert os.waitpid(driver, os.WNOHANG)[0] == 0, "the driver ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it ended by itself
+            os.kill(driver, signal.SIGKILL)
+            os.waitpid(driver, 0)
+    units = bench.units(results)
+    assert units, "killed half-way means that something is left to do"
+    redone = []
+    outcome = bench.run(results, cluster, done=lambda unit, result: redone.append(unit))
+    assert sorted(redone) == sorted(units)
+    assert same(outcome, undisturbed)
 
 
 def test_ray_workers_equal_one_process_bit_for_bit(bench, undisturbed, cluster, one_ray, tmp_path):
@@ -237,39 +264,6 @@ def test_a_cut_off_unit_is_done_again(few, undisturbed_few, cluster, tmp_path):
     outcome = few.run(tmp_path, cluster, done=lambda unit, result: redone.append(unit))
     assert redone == [victim.name.partition(".")[0]]
     assert same(outcome, undisturbed_few)
-
-
-DRIVER = """
-import pickle, sys
-from pathlib import Path
-from pipelines.settings import ClusterSettings
-bench = pickle.loads(Path(sys.argv[1]).read_bytes())
-bench.run(Path(sys.argv[2]), ClusterSettings(address=None, workers=2, cpus=1, gpus=0), in_process=sys.argv[3] == "here")
-"""
-
-
-def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_path):
-    """SIGKILL once some units are on disk; the rerun does the rest, and nothing differs."""
-    results = tmp_path / "results"
-    (tmp_path / "bench.pickle").write_bytes(pickle.dumps(bench))
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "bench.pickle"), str(results), "here"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": PATHS},
-    )
-    deadline = time.monotonic() + 300
-    while len(list(results.glob("*.unit.parquet"))) < 3:
-        assert driver.poll() is None, "the driver ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    units = bench.units(results)
-    assert units, "killed half-way means that something is left to do"
-    redone = []
-    outcome = bench.run(results, cluster, done=lambda unit, result: redone.append(unit))
-    assert sorted(redone) == sorted(units)
-    assert same(outcome, undisturbed)
 
 
 # Workers cannot import this file, so what it defines travels whole.
