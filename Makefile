@@ -55,7 +55,7 @@ mutation: $(TESTABLE)
 
 # Which share of answers differs from stock generate, between batches, and between cached and fresh features, by dtype
 agreement: $(READY)
-	$(RUN) python -m benchmarks.agreement
+	$(RUN) python -m benchmarks.agreement --write
 
 lint: $(TESTABLE)
 	$(RUN) ruff check .

@@ -7,9 +7,9 @@ on the shape of the batch. In float32 that is never seen here; in half precision
 * ``batch``: pruned answers of images taken one by one against eight at a time;
 * ``cache32``, ``cache16``: answers from features that went through a store of float32 or float16 against those from pixels.
 
-The last line is one JSON object.
+Rows of a full run go to ``benchmarks/data/agreement.json``, which the figures of README and docs/architecture.md are of.
 
-    python -m benchmarks.agreement                  # the testbed's model and tiny random ones of every family
+    python -m benchmarks.agreement --write          # the testbed's model and tiny random ones of every family
     python -m benchmarks.agreement --images 200 --dtypes bfloat16
 """
 
@@ -41,6 +41,7 @@ from pipelines.features.images import read_images
 from pipelines.features.signals import signal_dtype
 
 TESTBED = "models/testbed"
+FIGURES = Path(__file__).parent / "data" / "agreement.json"
 TINY = {"llava": families.tiny_llava, "llava_next": families.tiny_next, "qwen2_5_vl": families.tiny_qwen}
 QUESTIONS = {"refcoco": 1, "pope": 1}
 WORDS = ["what is on the left ?", "where is the red sign near the dog ?", "how many", "is a cat near the blue sign ?"]
@@ -163,9 +164,12 @@ def _differing(some: Answers, others: Answers) -> float:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=40, help="of the testbed; of tiny models at most 32 questions")
+    parser.add_argument(
+        "--images", type=int, default=20, help="of the testbed, two questions each; of tiny models one each"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--models", nargs="+", default=["testbed", *TINY])
+    parser.add_argument("--write", action="store_true", help=f"put the rows into {FIGURES.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -177,6 +181,8 @@ def main() -> None:
             rows.append({"model": subject.name, "dtype": dtype, "answers": len(subject.questions), **measured(subject)})
             shares = ", ".join(f"{key} {100 * rows[-1][key]:.1f} %" for key in ("stock", "batch", "cache32", "cache16"))
             print(f"{subject.name}, {dtype}, {len(subject.questions)} answers: {shares}", flush=True)
+    if options.write:
+        FIGURES.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n")
     print(json.dumps(rows))
 
 
