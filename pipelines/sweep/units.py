@@ -233,11 +233,13 @@ def plan_units(
     trunks = [trunk for positions in work_tree(trials).values() for trunk in positions.values()]
     steps = _steps(trunks, costs, speed, there, (1 << len(examples)) - 1)
     dearest = max((step.seconds for step in steps), default=0.0)
+
     units: dict[str, WorkUnit] = {}
     start = 0
     for batch in _batches(examples, unit_images, unit_seconds, dearest):
         everything = (1 << len(batch)) - 1
         filling = _BatchUnits(batch, unit_seconds, speed)
+
         for step in steps:
             missing = everything & ~(step.present >> start)
             if not missing:
@@ -246,6 +248,7 @@ def plan_units(
                 name = step.trial.trial_id
                 missing, there[name] = everything, there.get(name, 0) & ~(everything << start)
             filling.add(step, missing)
+
         units.update((unit.unit_id, unit) for unit in filling.closed())
         start += len(batch)
 
