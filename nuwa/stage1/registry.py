@@ -121,7 +121,7 @@ METHODS: Registry[Method] = Registry("stage-1 method")
 def register(name: str, config: type, **properties: Any) -> Callable[[Callable], Callable]:
     """Decorator that makes ``select`` known as ``name``; ``properties`` are fields of :class:`Method`.
 
-    The first of its ``presets`` is the default. Whoever calls the function has its budget checked.
+    The first of its ``presets`` is the default. Whoever calls the method's ``select`` has the budget checked.
     """
 
     def add(select: Callable) -> Callable:
@@ -131,7 +131,7 @@ def register(name: str, config: type, **properties: Any) -> Callable[[Callable],
             return select(signals, keep, *rest, **named)
 
         METHODS.add(name, Method(name=name, select=within_budget, config=config, **properties))
-        return within_budget
+        return select  # under its own name a function is itself, as identities of code have it (nuwa.source)
 
     return add
 

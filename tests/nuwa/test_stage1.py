@@ -36,7 +36,7 @@ from nuwa.layout import View, VisualLayout
 from nuwa.methods import specify
 from nuwa.schedule import ByBudget, Decay
 from nuwa.signals import VisionSignals
-from nuwa.stage1 import METHODS, get_method, random, register
+from nuwa.stage1 import METHODS, get_method, register
 from nuwa.stage1.nuwa import PRESETS, Nuwa, aggregation_weights, candidates_needed, rank_in_region, reach
 from nuwa.stage1.pooling import pooled_shape
 from nuwa.stage1.uniform import even_indices
@@ -670,11 +670,11 @@ def test_visionzips_head_mean_joins_another_target_than_full_width_keys():
 
 
 @pytest.mark.parametrize("keep", [0, -1, 17])
-def test_a_budget_that_the_image_cannot_meet_is_refused_however_the_method_is_called(keep):
+def test_a_budget_that_the_image_cannot_meet_is_refused_where_a_method_is_called_directly(keep):
     nothing = {"cls_attention": torch.zeros(1, 16), "keys": torch.zeros(1, 16, 2), "similarity": torch.zeros(1, 16, 2)}
     signals = VisionSignals(grid=PatchGrid(4, 4), features=torch.zeros(1, 16, 2), image_ids=("one",), **nothing)
-    for method in (random.select, get_method("random").select):
-        assert method(signals, 16, random.Random(), 0).indices.tolist() == [list(range(16))]
-        with pytest.raises(ValueError) as caught:
-            method(signals, keep, random.Random(), 0)
-        assert str(caught.value) == f"random cannot keep {keep} of 16 tokens; allowed: 1..16"
+    method = get_method("random")
+    assert method.select(signals, 16, method.configure(), 0).indices.tolist() == [list(range(16))]
+    with pytest.raises(ValueError) as caught:
+        method.select(signals, keep, method.configure(), 0)
+    assert str(caught.value) == f"random cannot keep {keep} of 16 tokens; allowed: 1..16"
