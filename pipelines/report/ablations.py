@@ -28,7 +28,7 @@ from pipelines.report.style import (
 )
 from pipelines.report.tables import Cell, retention_cell, token_columns
 
-MOST_DOTS = 36  # settings; beyond, the table alone is legible
+MOST_DOTS, LONGEST_LABEL = 36, 50  # settings, characters of one; beyond, the table alone is legible
 LARGEST_SQUARED_DISTANCE = 1058  # patches² on the 24×24 grid of table 7
 
 
@@ -91,7 +91,7 @@ def _panels(outcomes: Outcomes, trials: list[TrialRow], parameters: list[str], p
         if len(parameters) == 1 and _is_numeric([trial.setting(parameters[0]) for trial in trials]):
             name = parameters[0]
             panels.append(line(title, points, parameter_name(name), color, _preset_value(trials, name)))
-        elif len(points) <= MOST_DOTS:
+        elif len(points) <= MOST_DOTS and max(len(point.label) for point in points) <= LONGEST_LABEL:
             panels.append(forest(title, points, color))
     return panels
 

@@ -236,7 +236,7 @@ def in_brief(outcomes: Outcomes, family: str, named: Sequence[TrialRow], title: 
         _curve_axes(ax, outcomes)
         _label_ends(ax, ends)
 
-    return Panel(title, draw, width=5.0, height=2.7)
+    return Panel(title, draw, width=4.4, height=2.3)
 
 
 def _first_presets(outcomes: Outcomes) -> dict[str, str]:

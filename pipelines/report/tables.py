@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from nuwa.methods import RECIPES
 from pipelines.report.outcomes import FAMILIES, Estimate, Outcomes, TrialRow
 from pipelines.report.published import PublishedRow
 from pipelines.report.style import (
+    ALIASES,
     POSITIONS,
     benchmark_name,
     benchmark_rank,
@@ -226,20 +228,19 @@ def failure_table(outcomes: Outcomes, scores: pd.DataFrame, metric: str = "parse
 
 @dataclass(frozen=True)
 class SideRow:
-    """``cells``: retention by family and share; in published rows ``interval`` holds the number of tasks."""
+    """``cells``: published and this run's, by family and share; a published one's ``interval`` holds the number of tasks."""
 
     name: str
     position: str
-    cells: list[Cell]
+    cells: list[tuple[Cell, Cell]]
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Published retention and this run's at like token shares: two tables with the same columns, never one."""
+    """Published retention and this run's at like token shares, row by row."""
 
     shares: list[str]
-    published: list[SideRow]
-    ours: list[SideRow]
+    rows: list[SideRow]
     unanchored: list[str]
 
 
@@ -248,8 +249,9 @@ def side_by_side(
 ) -> SideBySide | None:
     """Budgets within one point of a published share of tokens; ``None`` where no budget is.
 
-    ``tokens``: of a run of the very model whose shares these are, what they are shares of; there budgets in tokens are
-    compared, because images of other sizes have other numbers of tokens.
+    A row holds a published series and this run's of the same method and position ids, where there is one; of several presets
+    the first. What nobody published stands in the other tables. ``tokens``: of a run of the very model whose shares these are,
+    what they are shares of; there budgets in tokens are compared, because images of other sizes have other numbers of tokens.
     """
     total = tokens or outcomes.unpruned.image_tokens
     pairs = [
@@ -258,51 +260,65 @@ def side_by_side(
         for budget in outcomes.budgets()
         if abs(budget / total - share) < 0.01
     ]
-
     if not pairs:
         return None
+
+    theirs = _published_side(published, [share for share, _ in pairs])
+    ours = _our_side(outcomes, [budget for _, budget in pairs])
+    nothing = ("", [Cell(DASH)] * (len(FAMILIES) * len(pairs)))
+    rows = [(place, ours.get(place, nothing), cells) for place, cells in theirs.items()]
+    rows.sort(key=lambda row: (method_rank(row[0][0]), position_rank(row[0][1])))
     return SideBySide(
         shares=[f"{100 * share:.0f}" for share, _ in pairs],
-        published=_published_side(published, [share for share, _ in pairs]),
-        ours=_our_side(outcomes, [budget for _, budget in pairs]),
+        rows=[
+            SideRow(
+                name or method_style(place[0]).name,
+                f"{place[1].upper()}{' own' if _is_own(*place) else ''}",
+                list(zip(left, right, strict=True)),
+            )
+            for place, (name, right), left in rows
+        ],
         unanchored=[method_style(method).name for method in sorted(unanchored, key=method_rank)],
     )
 
 
-def _published_side(published: list[PublishedRow], shares: list[float]) -> list[SideRow]:
-    by_place = {(row.method, row.position, row.family, row.share): row for row in published}
-    series = sorted(
-        {(row.method, row.position) for row in published if row.share in shares},
-        key=lambda item: (method_rank(item[0]), item[1]),
-    )
-    rows = []
-    for method, position in series:
-        cells = [by_place.get((method, position, family, share)) for family in FAMILIES for share in shares]
-        rows.append(
-            SideRow(
-                method_style(method).name,
-                position.upper() or "own",
-                [Cell(DASH) if cell is None else Cell(percent(cell.retention), f"({cell.tasks})") for cell in cells],
-            )
-        )
-    return rows
+Place = tuple[str, str]  # method and position strategy
 
 
-def _our_side(outcomes: Outcomes, budgets: list[float]) -> list[SideRow]:
+def _is_own(method: str, position: str) -> bool:
+    return method in RECIPES and RECIPES[method].position == position
+
+
+def _published_side(published: list[PublishedRow], shares: list[float]) -> dict[Place, list[Cell]]:
+    """A method whose ids the source does not name has its authors' own."""
+    known: dict[Place, dict[tuple[str, float], PublishedRow]] = {}
+    for row in published:
+        method = ALIASES.get(row.method, row.method)
+        own = RECIPES[method].position if method in RECIPES else "own"
+        known.setdefault((method, row.position or own), {})[row.family, row.share] = row
+    found = {}
+    for place, rows in known.items():
+        cells = [rows.get((family, share)) for family in FAMILIES for share in shares]
+        if any(cells):
+            found[place] = [
+                Cell(DASH) if one is None else Cell(percent(one.retention), f"({one.tasks})") for one in cells
+            ]
+    return found
+
+
+def _our_side(outcomes: Outcomes, budgets: list[float]) -> dict[Place, tuple[str, list[Cell]]]:
+    """By method and position ids, the name and cells of a method's first preset."""
     by_place = {
         (outcomes.name(trial), trial.position, budget): trial for trial in outcomes.main for budget in trial.budgets
     }
-    series = dict.fromkeys(
-        (outcomes.name(trial), trial.position, method_rank(trial.method), position_rank(trial.position))
-        for trial in outcomes.main
-        if set(trial.budgets) & set(budgets)
-    )
-    rows = []
-    for name, position, *_ in series:
-        trials = [by_place.get((name, position, budget)) for budget in budgets]
+    found: dict[Place, tuple[str, list[Cell]]] = {}
+    for series in outcomes.main:
+        name, place = outcomes.name(series), (series.method, series.position)
+        if not set(series.budgets) & set(budgets) or place in found:
+            continue
+        trials = [by_place.get((name, series.position, budget)) for budget in budgets]
         estimates = [
             None if trial is None else outcomes.retention(trial, family) for family in FAMILIES for trial in trials
         ]
-        cells = [Cell(DASH if estimate is None else percent(estimate.value)) for estimate in estimates]
-        rows.append(SideRow(name, position.upper(), cells))
-    return rows
+        found[place] = (name, [Cell(DASH if one is None else percent(one.value)) for one in estimates])
+    return found

@@ -266,21 +266,26 @@ def test_a_run_of_ablations_only_still_makes_a_page(synthetic, tmp_path):
     assert page.xpath('//p[@class="finding"]')[0].text_content().endswith("and none of any other method.")
 
 
-def test_published_figures_stand_apart(full_report):
+def test_published_figures_stand_beside_this_runs_row_by_row(full_report):
     """Nüwa at 64 tokens by hand: the scores of tables 2, 3 and 5 over the unpruned ones."""
     pairs = [(29.43, 58.30), (28.60, 56.42), (28.22, 59.43), (17.47, 38.88), (21.81, 48.50)]
     by_hand = 100 * sum(score / full for score, full in pairs) / len(pairs)
-    page = read_page(full_report)
-    theirs, ours = (page.xpath(f'//div[@class="{side}"]')[0] for side in ("theirs", "ours"))
-    assert theirs.xpath("./h3")[0].text_content() == "Published, LLaVA-1.5-7B"
-    assert ours.xpath("./h3")[0].text_content() == "This run, models/testbed"
-    nuwa = theirs.xpath('.//tr[th="Nüwa"]')[0]
-    assert cell_texts(nuwa)[1] == f"{by_hand:.1f} (5)" == "47.7 (5)"
-    assert (
-        "Not shown, as their source prints no unpruned row: LearnPruner, VisPruner, DivPrune." in theirs.text_content()
-    )
-    fastv = ours.xpath('.//tr[th="FastV"]')[0]
-    assert cell_texts(fastv) == ["PESP", "–", "41.0", "63.0", "–", "80.0", "90.0"]
+    (section,) = read_page(full_report).xpath('//section[@id="published"]')
+    (table,) = section.xpath(".//table")
+    heads = [head.text_content() for head in table.xpath("./thead/tr[2]/th")]
+    assert heads == ["Method", "Ids", *["published", "this run"] * 6]
+    nuwa = cell_texts(table.xpath('.//tr[th="Nüwa (released)"]')[0])
+    assert nuwa[:3] == ["PESP own", f"{by_hand:.1f} (5)", "47.0"]
+    assert nuwa[1] == "47.7 (5)"
+    assert not table.xpath('.//tr[th="Nüwa (paper)"]')  # the first preset stands beside them
+    (prumerge,) = table.xpath('.//tr[th="PruMerge+"]')  # which the source writes otherwise
+    assert cell_texts(prumerge)[0] == "PERC own"
+    fastv = cell_texts(table.xpath('.//tr[th="FastV"]')[0])
+    assert fastv[2::2] == ["–", "41.0", "63.0", "–", "80.0", "90.0"]
+    assert all(cell.get("class") == "theirs" for cell in table.xpath('.//tr[th="FastV"]')[0].xpath("./td")[1::2])
+    note = section.xpath("./p")[-1].text_content()
+    assert note.startswith("Published: LLaVA-1.5-7B, ") and "This run: models/testbed;" in note
+    assert "Not shown, as their source prints no unpruned row: LearnPruner, VisPruner, DivPrune." in note
 
 
 def test_the_highest_parse_failure_is_stated(full_run, full_report):
