@@ -72,6 +72,7 @@ LABEL_SIZE, LABEL_LINE = 7.0, 0.14  # points; inches from one line to the next
 CURVE_TICKS = 0.15  # of the axis, between neighbouring ticks that have a label
 RACE_TICKS = 0.12  # logarithm of the ratio of neighbouring ticks
 RACE_DODGE = 0.03  # of the cost, between trials that stopped at neighbouring rungs
+MOST_SERIES = 40  # of one panel, all labelled
 DODGE = 0.35  # average tokens between neighbouring series of one budget
 
 
@@ -186,12 +187,17 @@ def _attribute(text: str) -> str:
 
 
 def budget_curves(outcomes: Outcomes, family: str, position: str, title: str) -> Panel:
-    """Retention against realised average tokens under one position strategy: a colour and marker a method."""
+    """Retention against realised average tokens under one position strategy: a colour and marker a method.
+
+    Where there are more series than labels can be read beside, each method's first has one and all others are grey.
+    """
     series: dict[str, list[TrialRow]] = {}
     for trial in outcomes.main:
         if trial.position == position and outcomes.retention(trial, family) is not None:
             series.setdefault(outcomes.name(trial), []).append(trial)
     presets = _first_presets(outcomes)
+    firsts = {trials[0].method: name for name, trials in reversed(series.items())}
+    told = set(series) if len(series) <= MOST_SERIES else set(firsts.values())
 
     def draw(ax: Axes) -> None:
         ends = []
@@ -200,13 +206,16 @@ def budget_curves(outcomes: Outcomes, family: str, position: str, title: str) ->
             shift = DODGE * (index - (len(series) - 1) / 2)
             x = np.array([trial.average_tokens for trial in trials]) + shift
             y = _percent_curve([known for trial in trials if (known := outcomes.retention(trial, family))])
+            if name not in told:
+                ax.plot(x, y[0], color=RULE, linewidth=0.7, zorder=2.5)
+                continue
             method = trials[0].method
             _curve(ax, x, y, method, position, hollow=trials[0].preset != presets[method])
             ends.append((float(x[-1]), float(y[0, -1]), name, method_style(method).color))
         _curve_axes(ax, outcomes)
         _label_ends(ax, ends)
 
-    return Panel(title, draw, width=5.0, height=max(3.8, 1.2 + LABEL_LINE * len(series)))
+    return Panel(title, draw, width=5.0, height=max(3.8, 1.2 + LABEL_LINE * len(told)))
 
 
 def in_brief(outcomes: Outcomes, family: str, named: Sequence[TrialRow], title: str) -> Panel:

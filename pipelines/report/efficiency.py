@@ -137,13 +137,17 @@ def _measured(outcomes: Outcomes, row: dict, named: list[TrialRow]) -> list[Tria
     measured = next(
         (trial.preset for trial in outcomes.main if trial.method == row["method"]), ""
     )  # the first is its own
-    return [
+    alike = [
         trial
         for trial in outcomes.main
         if (trial.method, trial.preset) == (row["method"], measured)
         and abs(trial.average_tokens - row["average_tokens"]) < SAME_TOKENS
         and (trial.own or (outcomes.name(trial), trial.position) in told)
     ]
+    by_position: dict[str, TrialRow] = {}
+    for trial in sorted(alike, key=lambda trial: len(trial.params)):  # the preset as it is was measured
+        by_position.setdefault(trial.position, trial)
+    return list(by_position.values())
 
 
 def _paid_name(outcomes: Outcomes, trial: TrialRow) -> str:

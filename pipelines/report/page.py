@@ -24,7 +24,7 @@ from pipelines.data.datasets import parse_name
 from pipelines.files.atomic import atomic_folder
 from pipelines.report.ablations import Ablation, ablation
 from pipelines.report.browser import questions
-from pipelines.report.charts import Panel, budget_curves, draw_panel, in_brief, panels_png
+from pipelines.report.charts import MOST_SERIES, Panel, budget_curves, draw_panel, in_brief, panels_png
 from pipelines.report.efficiency import efficiency_tables, paid_tables, published_efficiency
 from pipelines.report.finding import finding, named
 from pipelines.report.gallery import gallery
@@ -124,6 +124,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "margin": f"{100 * inputs.margin:g}",
         "few_images": inputs.comparisons["images"].min() < FEW_IMAGES,  # false where nothing was compared
         "curves": _chart("retention", _curves(outcomes)),
+        "most_series": MOST_SERIES,
         "no_curves": "no trial has a retention" if outcomes.main else "the first grid of this run has no pruned trial",
         "ablations": [(item, _ablation_chart(item)) for item in ablations],
         "search": search,

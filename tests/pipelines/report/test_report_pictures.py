@@ -208,7 +208,7 @@ def test_datasets_may_live_in_memory(duel, tmp_path):
     from_files = duel.cases()
     tables = duel.frames()
     inputs = ReportInputs(
-        **{name: tables[name].to_pandas() for name in ("trials", "scores", "comparisons", "examples")},
+        **{name: tables[name].to_pandas() for name in ("trials", "scores", "comparisons", "groups", "examples")},
         **{name: ds.dataset(tables[name]) for name in ("predictions", "kept", "images")},
     )
     assert gallery(inputs, Outcomes(inputs), 16) == from_files
