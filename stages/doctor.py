@@ -269,7 +269,10 @@ def _tracking(settings: Settings, _deep: bool) -> Iterator[Finding]:
     if server.scheme in ("http", "https"):
         port = server.port or (443 if server.scheme == "https" else 80)
         try:
-            socket.create_connection((server.hostname or "", port), timeout=REACH_S).close()
+            with socket.create_connection((server.hostname or "", port), timeout=REACH_S) as line:
+                if server.scheme == "http":  # some take every connection and never say a word
+                    line.sendall(f"GET /health HTTP/1.0\r\nHost: {server.hostname}\r\n\r\n".encode())
+                    line.recv(1)
         except OSError as error:
             yield Finding(
                 "warning",

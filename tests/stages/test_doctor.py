@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from nuwa.benchmarks import get_benchmark
 from pipelines.settings import Settings, load_settings
+from stages import doctor
 from stages.doctor import examine, room_for
 from stages.entry import run_stage
 from stages.plan import plan
@@ -241,6 +242,16 @@ def test_instruction_data_weights_stores_and_tracking(project):
         "`make track` shows them once it does"
     )
     assert len(found) == 4
+
+
+def test_a_tracking_server_that_never_says_a_word(project, monkeypatch):
+    monkeypatch.setattr(doctor, "REACH_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert lines(changed(tracking={"uri": f"http://127.0.0.1:{port}"})) == [
+            f"warning: tracking.uri: 127.0.0.1:{port} does not answer (timed out); results are kept all the same, and `make "
+            "track` shows them once it does"
+        ]
 
 
 def test_a_database_that_is_none(project):
