@@ -33,11 +33,13 @@ def inputs(params: Mapping[str, Any], memo: DigestMemo) -> dict[str, dict[str, s
     prepared, trained = params.get("prepare") or {}, params.get("pruner") or {}
     tables = [str(place) for place in (prepared.get("tables") or {}).values()]
     model = Path(str((params.get("model") or {}).get("path")))
+    graded = (params.get("evaluate") or {}).get("grades")
     lessons = [trained[name] for name in ("data", "images_folder") if trained.get(name) not in (None, "scenes")]
 
     places = {
         "tables": [*tables, *(str(model / name) for name in PROCESSOR)],
         "lessons": [str(place) for place in lessons[:1]],  # a folder of images is too large to read each time
+        "grades": [str(graded)] if graded else [],
         "plugins": [place for name in params.get("plugins") or () for place in _plugin(str(name))],
         "weights": sorted(
             set(_weights(params.get("sweep"))) | set(_weights(params.get("search"))) | _text_tower(params)

@@ -208,6 +208,11 @@ class JsonLines:
 
     def _image(self, name: str, number: int) -> dict[str, Any]:
         place = self.path.parent / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # what lies elsewhere is not seen to change
+            raise RecordError(
+                f"{self.path}: row {number}: column 'image' names {name!r}; images must lie below the table's folder, as "
+                "files or behind a link"
+            )
         if not place.is_file():
             raise RecordError(f"{self.path}: row {number}: column 'image' names {name!r}, and {place} is no file")
         return {"bytes": place.read_bytes(), "path": name}

@@ -416,6 +416,14 @@ LINES = {
     ),
     "no name": (GOOD.replace('"a.png"', "7"), "row 1: column 'image' should be string, found 7; mend or drop the row"),
     "no file": (GOOD.replace("a.png", "b.png"), "row 1: column 'image' names 'b.png', and "),
+    "a file elsewhere": (
+        GOOD.replace("a.png", "../a.png"),
+        "row 1: column 'image' names '../a.png'; images must lie below the table's folder, as files or behind a link",
+    ),
+    "a file anywhere": (
+        GOOD.replace("a.png", "/a.png"),
+        "row 1: column 'image' names '/a.png'; images must lie below the table's folder, as files or behind a link",
+    ),
     "no image": (
         GOOD.replace('"image"', '"picture"'),
         "row 1 of clocks: column 'image' holds no image; mend or drop the row",

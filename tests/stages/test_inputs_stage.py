@@ -70,6 +70,29 @@ def test_weights_of_grids_and_of_searches_are_found_however_deep():
     assert inputs({"pruner": {"data": "scenes"}}, DigestMemo(Path("nowhere")))["lessons"] == {}
 
 
+@pytest.mark.parametrize(
+    ("kind", "section", "key"),
+    [
+        ("weights", "model", "text_tower"),
+        ("lessons", "pruner", "data"),
+        ("grades", "evaluate", "grades"),
+        ("tables", "prepare", "tables"),
+        ("plugins", "plugins", None),
+    ],
+)
+def test_what_is_replaced_under_one_name_is_seen(kind, section, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value = {"pope": "held.py"} if key == "tables" else "held.py" if key else ["held"]
+    params = {"model": {"path": "m"}} | ({section: {key: value}} if key else {section: value})
+    if section == "model":
+        params["model"] |= {"path": "m"}
+    seen = []
+    for content in (b"one", b"two", b"two"):
+        Path("held.py").write_bytes(content)
+        seen.append(inputs(params, DigestMemo(tmp_path / f"memo-{len(seen)}.json"))[kind]["held.py"])
+    assert seen[0] is not None and seen[0] != seen[1] == seen[2]
+
+
 def test_the_stage_is_light_and_its_files_are_what_others_depend_on(tmp_path):
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     done = subprocess.run(
