@@ -91,4 +91,4 @@ def test_the_stage_that_digests_inputs_says_what_is_wrong_in_one_line(tmp_path):
         text=True,
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: params.yaml: no valid YAML: while parsing")
+    assert done.stderr.startswith("error: params.yaml: not YAML: while parsing")
