@@ -44,6 +44,27 @@ def test_only_what_holds_the_placeholder_and_its_group_cannot_be_asked(family):
     }
 
 
+@pytest.mark.parametrize(
+    ("prompt", "held"),
+    [
+        ("<image>", True),
+        ("<image> what is left of <image> ?", True),
+        ("what isa<image>b ?", True),
+        ("what is left ?\n<image>", True),
+        ("what is < image > ?", False),
+        ("what is <IMAGE> ?", False),
+        ("what is &lt;image&gt; ?", False),
+        ("what is <image", False),
+        ("", False),
+    ],
+)
+def test_only_the_placeholder_itself_keeps_a_question_from_being_asked(family, prompt, held):
+    holder = family.processor.tokenizer.convert_ids_to_tokens(family.image_token)
+    asked = prompt.replace("<image>", holder).replace("<image", holder[:-1]).replace("IMAGE", holder[1:-1].upper())
+    found = unaskable(family, table(("gqa:1", asked, None), ("gqa:2", "is it red ?", None)))
+    assert list(found) == (["gqa:1"] if held else [])
+
+
 def test_they_are_refused_by_name_before_any_work(tiny_vlm):
     with pytest.raises(Unaskable) as caught:
         askable(tiny_vlm, table(*QUESTIONS), allowed=False)
