@@ -112,6 +112,7 @@ def paid_tables(
     """
     if profile is None or not (profile["model"] == model).any():
         return [], []
+
     tables: list[PaidTable] = []
     panels: list[Panel] = []
     settings = profile[profile["model"] == model].groupby(["batch", "device", "dtype", "attention", "output_tokens"])
@@ -120,12 +121,14 @@ def paid_tables(
         found = [(trial, row) for row in ordered for trial in _measured(outcomes, row, named)]
         if len(found) < 2:
             continue
+
         batch, device, dtype, attention, output = values
         images = "1 image" if batch == 1 else f"{batch} images"
         title = f"{device}, {dtype}, {attention}: {images} at once, 1 question an image, {output} tokens of answer"
         reference = next((row for trial, row in found if not trial.pruned), None)
         tables.append(PaidTable(title, [_paid_row(outcomes, trial, row, reference) for trial, row in found]))
-        panels = panels or _paid_panels(outcomes, found, batch)
+        panels = panels or _paid_panels(outcomes, found, batch)  # one set of charts: the first setting's
+
     return tables, panels
 
 

@@ -114,6 +114,8 @@ def _widest(
         one = known.get((trial.trial_id, column.kind, column.benchmark, column.name))
         if one is not None and column.kind not in BY_TRIAL and one.n >= FEWEST:
             by_kind.setdefault((column.kind, column.benchmark), []).append((one, column))
+
+    # A kind of one group has no span.
     spans = {
         kind: (min(found, key=lambda one: one[0].value), max(found, key=lambda one: one[0].value))
         for kind, found in by_kind.items()
@@ -121,6 +123,7 @@ def _widest(
     }
     if not spans:
         return ""
+
     (low, worst), (high, best) = max(spans.values(), key=lambda span: span[1][0].value - span[0][0].value)
     title = KINDS[worst.kind].format(benchmark=benchmark_name(worst.benchmark) if worst.benchmark else "")
     return (

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -149,3 +151,14 @@ def undisturbed_few(few, undisturbed, results_of_all) -> Swept:
     outcome = few.run(results_of_all, one, done=lambda unit, report: made.append(unit))
     assert not made
     return outcome
+
+
+@pytest.fixture
+def engine(bench, examples, undisturbed, cluster):
+    """What a race on the bench needs. A random model knows no truth: its answers vote for one, without those of the preset."""
+    short = examples.assign(max_new_tokens=examples["max_new_tokens"].clip(upper=LONGEST))
+    table = choose_questions(short, ["gqa", "pope"], None, 0).examples.assign(benchmark="textvqa")
+    said = undisturbed.predictions.to_pandas().set_index(["trial_id", "example_id"])["prediction"]
+    voters = [trial.trial_id for trial in bench.trials[:1] + bench.trials[3:]]
+    truths = [json.dumps({"answers": [said[one, example] for one in voters]}) for example in table["example_id"]]
+    return SimpleNamespace(bench=bench, table=table.assign(truth=truths), cluster=cluster)

@@ -15,13 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from bench import LONGEST
 from forked import begin
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nuwa import UNPRUNED
-from pipelines.data.datasets import choose_questions
 from pipelines.scores.evidence import evaluate
 from pipelines.scores.front import pareto_front
 from pipelines.search.racing import Measure, check_slices, dominators, race, slices
@@ -305,17 +303,6 @@ def test_a_trial_without_answers_leaves_the_race_and_one_that_must_stay_stays():
 
 
 # Races on the engine's own answers.
-
-
-@pytest.fixture
-def engine(bench, examples, undisturbed, cluster):
-    """What a race on the bench needs. A random model knows no truth: its answers vote for one, without those of the preset."""
-    short = examples.assign(max_new_tokens=examples["max_new_tokens"].clip(upper=LONGEST))
-    table = choose_questions(short, ["gqa", "pope"], None, 0).examples.assign(benchmark="textvqa")
-    said = undisturbed.predictions.to_pandas().set_index(["trial_id", "example_id"])["prediction"]
-    voters = [trial.trial_id for trial in bench.trials[:1] + bench.trials[3:]]
-    truths = [json.dumps({"answers": [said[one, example] for one in voters]}) for example in table["example_id"]]
-    return SimpleNamespace(bench=bench, table=table.assign(truth=truths), cluster=cluster)
 
 
 def run_race(engine, results, done=lambda *_: None):

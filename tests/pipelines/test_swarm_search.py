@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_racing import RESAMPLES, SEED, engine, kill_half_way  # noqa: F401
+from test_racing import RESAMPLES, SEED, kill_half_way
 
 from nuwa.grid import PatchGrid
 from nuwa.stage1 import get_method
@@ -43,7 +43,7 @@ def swarm_of(**changes):
     return SwarmSettings.model_validate(usual | changes)
 
 
-def run_swarm(engine, results, done=lambda *_: None, races=None, seed=0, **changes):  # noqa: F811
+def run_swarm(engine, results, done=lambda *_: None, races=None, seed=0, **changes):
     bench, swarm = engine.bench, swarm_of(**changes)
     reference, rungs = bench.trials[0], slices(engine.table, [0.5, 1.0], 0)
 
@@ -78,7 +78,7 @@ def outcome(tried):
     return [(one.number, one.point, one.trial.trial_id, one.standing, one.finished) for one in tried]
 
 
-def test_a_study_asks_in_batches_from_the_space_and_races_beside_preset_and_best(engine, answered):  # noqa: F811
+def test_a_study_asks_in_batches_from_the_space_and_races_beside_preset_and_best(engine, answered):
     races = []
     tried = run_swarm(engine, answered, races=races)
     assert [len(batch) for batch, _, _ in races] == [4, 4, 2]
@@ -102,7 +102,7 @@ def test_a_study_asks_in_batches_from_the_space_and_races_beside_preset_and_best
     assert values == sorted(values, reverse=True)
 
 
-def test_a_study_is_a_function_of_seed_and_answers_and_asks_nothing_twice(engine, answered, tmp_path):  # noqa: F811
+def test_a_study_is_a_function_of_seed_and_answers_and_asks_nothing_twice(engine, answered, tmp_path):
     first, again, new = run_swarm(engine, answered), run_swarm(engine, tmp_path), []
     assert outcome(first) == outcome(again)
     assert outcome(run_swarm(engine, answered, lambda unit, report: new.append(unit))) == outcome(first)
@@ -111,11 +111,11 @@ def test_a_study_is_a_function_of_seed_and_answers_and_asks_nothing_twice(engine
     assert [one.point for one in other] != [one.point for one in first]
 
 
-def test_a_longer_study_begins_as_the_shorter_one(engine, answered):  # noqa: F811
+def test_a_longer_study_begins_as_the_shorter_one(engine, answered):
     assert outcome(run_swarm(engine, answered, trials=8)) == outcome(run_swarm(engine, answered, trials=12))[:8]
 
 
-def test_a_killed_study_goes_on_to_the_same_outcome_and_asks_only_the_rest(engine, tmp_path):  # noqa: F811
+def test_a_killed_study_goes_on_to_the_same_outcome_and_asks_only_the_rest(engine, tmp_path):
     whole, new = [], []
     undisturbed = run_swarm(engine, tmp_path / "undisturbed", lambda unit, report: whole.append(report.answers))
     results, stored = kill_half_way(engine, tmp_path, run_swarm, 6)
@@ -124,7 +124,7 @@ def test_a_killed_study_goes_on_to_the_same_outcome_and_asks_only_the_rest(engin
     assert sum(new) == sum(whole) - stored
 
 
-def test_later_points_answer_to_what_was_told(engine, answered):  # noqa: F811
+def test_later_points_answer_to_what_was_told(engine, answered):
     """With other truths the first batch is the same and what follows differs: the sampler hears the objective."""
     table = engine.table.assign(truth=engine.table["truth"].tolist()[::-1])
     many = {"trials": 20, "batch": 10}  # beyond the ten points that TPE draws blindly
@@ -147,7 +147,7 @@ def test_the_mean_weighs_families_alike_and_a_family_stands_alone():
     assert objective_of("vqa")(families) == {"vqa": families["vqa"]}
 
 
-def test_the_tables_rows_are_the_preset_and_every_point(engine, answered):  # noqa: F811
+def test_the_tables_rows_are_the_preset_and_every_point(engine, answered):
     races = []
     tried = run_swarm(engine, answered, races=races)
     preset = races[0][1][0]
