@@ -13,7 +13,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import NoneType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypedDict, Unpack
 
 from nuwa.allowed import check_share
 from nuwa.grid import PatchGrid
@@ -457,38 +457,33 @@ def check_encoder(spec: MethodSpec, vlm: Encoder | type[Encoder], text_tower: st
         )
 
 
-def specify(
-    method: str,
-    *,
-    preset: str | None = None,
-    position: str = "pesp",
-    budget: float | None = None,
-    stage2: Mapping[str, Any] | None = None,
-    without_stage2: bool = False,
-    seed: int = 0,
-    parameters: Mapping[str, Any] | None = None,
-) -> MethodSpec:
-    """Resolve names, presets and overrides; ``stage2`` overrides parts of the recipe.
+class Asked(TypedDict, total=False):
+    """How a method is asked for, but for its hyper-parameters; what is left out is the method's own.
 
-    ``position``: a strategy of :mod:`nuwa.positions`, ``gap`` (another name of ``pesp``) or ``own``, the method's own;
-    the specification holds the strategy, so that a name is never a second trial.
+    ``position``: a strategy of :mod:`nuwa.positions` (``pesp`` where it is left out), ``gap`` (another name of ``pesp``)
+    or ``own``, the method's own; what comes of it holds the strategy, so that a name is never a second trial.
 
-    Its keys: ``layer`` (one or several, ascending), ``scorer``, ``ratio`` (the share each cut keeps of what enters it)
-    and ``recycling`` (true or false). ``parameters``: hyper-parameters of stage 1 and of the scorer, by name, and
-    ``coordinates``, of any method with a stage 2: see :class:`Stage2`.
-    Raises ``ValueError`` naming the key, the value and what is allowed.
+    ``stage2`` overrides parts of the recipe. Its keys: ``layer`` (one or several, ascending), ``scorer``, ``ratio`` (the
+    share each cut keeps of what enters it) and ``recycling`` (true or false).
     """
-    check_stage2(stage2 or {})
-    request = Request.of(
-        method,
-        preset=preset,
-        position=position,
-        budget=budget,
-        stage2=stage2,
-        without_stage2=without_stage2,
-        seed=seed,
-    )
-    return request.configured(parameters or {})
+
+    preset: str | None
+    position: str
+    budget: float | None  # average tokens; null: everything
+    stage2: Mapping[str, Any] | None
+    without_stage2: bool
+    seed: int
+
+
+def specify(method: str, *, parameters: Mapping[str, Any] | None = None, **asked: Unpack[Asked]) -> MethodSpec:
+    """Resolve names, presets and overrides, as they are :class:`Asked`.
+
+    ``parameters``: hyper-parameters of stage 1 and of the scorer, by name, and ``coordinates``, of any method with a
+    stage 2: see :class:`Stage2`. Raises ``ValueError`` naming the key, the value and what is allowed, and ``TypeError``
+    for a keyword that there is not.
+    """
+    check_stage2(asked.get("stage2") or {})
+    return Request.of(method, **asked).configured(parameters or {})
 
 
 @dataclass(frozen=True)
@@ -507,32 +502,26 @@ class Request:
     seed: int
 
     @classmethod
-    def of(
-        cls,
-        method: str,
-        *,
-        preset: str | None = None,
-        position: str = "pesp",
-        budget: float | None = None,
-        stage2: Mapping[str, Any] | None = None,
-        without_stage2: bool = False,
-        seed: int = 0,
-    ) -> Request:
-        """Of the arguments of :func:`specify`, which says what they are and what is raised."""
+    def of(cls, method: str, **asked: Unpack[Asked]) -> Request:
+        """As :func:`specify` resolves it, which says what is raised."""
+        for name in asked.keys() - Asked.__annotations__.keys():
+            raise TypeError(unknown("keyword", name, Asked.__annotations__))
         if method not in RECIPES:
             raise ValueError(f"method {method!r} is unknown; allowed: {', '.join(sorted(RECIPES))}")
+
         recipe = RECIPES[method]
-        strategy = resolve(position, recipe.position)
-        preset = preset or get_method(recipe.stage1).default_preset
+        strategy = resolve(asked.get("position", "pesp"), recipe.position)
+        preset = asked.get("preset") or get_method(recipe.stage1).default_preset
         if preset not in recipe.presets:
             raise ValueError(f"{method} has no preset {preset!r}; allowed: {', '.join(recipe.presets)}")
 
+        without_stage2, stage2 = asked.get("without_stage2", False), asked.get("stage2")
         cut = None if without_stage2 else recipe.default_stage2(preset)
         if stage2 and not without_stage2:
             hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in stage2.items()}
             cut = _override(cut or Stage2("attention_last_token", (1 / 2,), Decay(1 / 7)), **hashable)
             get_scorer(cut.scorer)
-        return cls(method, preset, strategy, budget, cut, without_stage2, seed)
+        return cls(method, preset, strategy, asked.get("budget"), cut, without_stage2, asked.get("seed", 0))
 
     def configured(self, parameters: Mapping[str, Any], known: dict[str, Any] | None = None) -> MethodSpec:
         """The specification with these hyper-parameters; raises ``ValueError`` as :func:`specify`.

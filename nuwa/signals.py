@@ -139,7 +139,7 @@ def seeded_generator(seed: int, *identity: str) -> np.random.Generator:
     """A generator that depends on ``seed`` and on content only."""
     content = np.frombuffer(b"".join(part.encode() + b"\0" for part in identity), dtype=np.uint8)
     # One array of words: of a list numpy would make the same words, number by number.
-    return np.random.default_rng([seed, content.astype(np.uint32)])  # type: ignore[arg-type]
+    return np.random.default_rng([seed, content.astype(np.uint32)])  # type: ignore[arg-type]  # numpy does
 
 
 def random_scores(seed: int, image_ids: tuple[str, ...], tokens: int, device: torch.device) -> Tensor:

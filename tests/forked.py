@@ -25,7 +25,7 @@ def forked(action: Callable[[], object], stderr: int | None = None) -> Ended:
     if process == 0:
         os.dup2(pipes[0][1], 1)
         os.dup2(pipes[1][1] if stderr is None else stderr, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115  (open to its end)
         _run_and_leave(action)
     said = []
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

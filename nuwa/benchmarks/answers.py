@@ -7,10 +7,21 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from nuwa.benchmarks.definition import Scores
+from nuwa.benchmarks.definition import Example, Scores
 from nuwa.benchmarks.records import RecordError
 
 SINGLE_WORD = "\nAnswer the question using a single word or phrase."
+
+
+def as_asked(example: Example) -> str:
+    """The published question and nothing else."""
+    return example.question
+
+
+def in_a_word(example: Example) -> str:
+    """The published question and LLaVA-1.5's request for a short answer."""
+    return example.question + SINGLE_WORD
+
 
 VOTES = 10
 VOTES_NEEDED = 3

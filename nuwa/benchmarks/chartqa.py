@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, mean, ratio
 from nuwa.benchmarks.records import IMAGE, columns, content_id, image_bytes, one_of, text
 
 SCHEMA = columns(type=pa.string(), question=pa.string(), answer=pa.string(), image=IMAGE)
@@ -79,10 +78,10 @@ def _score(rule: Callable[[str, str], bool], prediction: str, truth: Truth) -> S
 def metrics(sums: Sums) -> Sums:
     """Accuracy over all questions, over those people wrote, and over those that were made."""
     return {
-        "accuracy": ratio(sums["accuracy"], sums["n"], np.nan),
+        "accuracy": mean(sums, "accuracy"),
         "human": ratio(sums["human right"], sums["human"], 0),
         "augmented": ratio(sums["accuracy"] - sums["human right"], sums["n"] - sums["human"], 0),
-        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
+        "parse_failure": mean(sums, "parse_failure"),
     }
 
 

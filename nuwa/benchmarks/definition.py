@@ -56,7 +56,12 @@ class Example:
 
 def means(sums: Sums) -> Sums:
     """The plain mean of every column."""
-    return {name: ratio(total, sums["n"], np.nan) for name, total in sums.items() if name != "n"}
+    return {name: mean(sums, name) for name in sums if name != "n"}
+
+
+def mean(sums: Sums, name: str) -> np.ndarray:
+    """The plain mean of column ``name``, not a number where there are no rows."""
+    return ratio(sums[name], sums["n"], np.nan)
 
 
 def ratio(part: np.ndarray, whole: np.ndarray, without: float) -> np.ndarray:

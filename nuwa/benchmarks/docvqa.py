@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pyarrow as pa
 
-from nuwa.benchmarks.answers import SINGLE_WORD
-from nuwa.benchmarks.definition import Benchmark, Example, Rules, TableSize
-from nuwa.benchmarks.edit_distance import check_answers, score
-from nuwa.benchmarks.records import IMAGE, TEXTS, columns, image_bytes, text
+from nuwa.benchmarks.definition import TableSize
+from nuwa.benchmarks.edit_distance import document_questions
+from nuwa.benchmarks.records import IMAGE, TEXTS, columns
 
 SCHEMA = columns(
     questionId=pa.string(),
@@ -24,27 +20,12 @@ SCHEMA = columns(
     data_split=pa.string(),
 )
 
-
-def _read(row: dict[str, Any]) -> Iterator[Example]:
-    truth = {"answers": check_answers(row["answers"])}
-    example_id = f"docvqa:{text(row, 'questionId')}"
-    yield Example(example_id, text(row, "question"), truth, "", image_bytes(row["image"], "image"))
-
-
 VARIANTS = (
-    Benchmark(
-        name="docvqa",
-        title="DocVQA",
-        paper="DocVQA: A Dataset for VQA on Document Images",
-        splits={"validation": TableSize(5349, 1286, (1700, 2000), 50)},
-        family="vqa",
-        schema=SCHEMA,
-        max_new_tokens=32,
-        headline="anls",
-        right="anls",
-        read=_read,
-        llava_v1=lambda example: example.question + SINGLE_WORD,
-        score=score,
-        rules={"lmms_eval": Rules("anls", 32), "lmms_eval_0_3": Rules("anls", 32)},
+    document_questions(
+        "docvqa",
+        "DocVQA",
+        "DocVQA: A Dataset for VQA on Document Images",
+        SCHEMA,
+        TableSize(5349, 1286, (1700, 2000), 50),
     ),
 )

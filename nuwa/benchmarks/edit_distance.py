@@ -1,11 +1,17 @@
-"""Average normalised Levenshtein similarity (ANLS) of free answers, as DocVQA and InfoVQA are scored."""
+"""Average normalised Levenshtein similarity (ANLS) of free answers, as DocVQA and InfoVQA are scored, and what the two
+have in common besides: an image, a question, its accepted answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
-from nuwa.benchmarks.definition import Scores, Truth
-from nuwa.benchmarks.records import RecordError
+import pyarrow as pa
+
+from nuwa.benchmarks.answers import in_a_word
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, TableSize, Truth
+from nuwa.benchmarks.records import RecordError, image_bytes, text
 
 LEAST = 0.5  # a similarity below it counts as 0
 
@@ -47,3 +53,29 @@ def check_answers(answers: Sequence[str | None] | None) -> list[str]:
     if not kept:
         raise RecordError("column 'answers' is empty")
     return kept
+
+
+def _read(name: str, row: dict[str, Any]) -> Iterator[Example]:
+    truth = {"answers": check_answers(row["answers"])}
+    example_id = f"{name}:{text(row, 'questionId')}"
+    yield Example(example_id, text(row, "question"), truth, "", image_bytes(row["image"], "image"))
+
+
+def document_questions(name: str, title: str, paper: str, schema: pa.Schema, validation: TableSize) -> Benchmark:
+    """A benchmark of documents under ANLS; ``schema`` has the columns questionId, question, image and answers."""
+    rules = Rules("anls", 32)
+    return Benchmark(
+        name=name,
+        title=title,
+        paper=paper,
+        splits={"validation": validation},
+        family="vqa",
+        schema=schema,
+        max_new_tokens=32,
+        headline="anls",
+        right="anls",
+        read=partial(_read, name),
+        llava_v1=in_a_word,
+        score=score,
+        rules={"lmms_eval": rules, "lmms_eval_0_3": rules},
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nuwa.benchmarks.answers import SINGLE_WORD
+from nuwa.benchmarks.answers import in_a_word
 from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, TableSize, Truth
 from nuwa.benchmarks.records import IMAGE, RecordError, check_columns, columns, image_bytes, text
 from nuwa.benchmarks.rows import ParquetFiles, large
@@ -101,7 +101,7 @@ VARIANTS = (
         max_new_tokens=16,
         headline="accuracy",
         read=_read,
-        llava_v1=lambda example: example.question + SINGLE_WORD,
+        llava_v1=in_a_word,
         score=_score,
         rules={
             "lmms_eval": Rules("exact_match", 16),

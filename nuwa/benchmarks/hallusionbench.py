@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
+from nuwa.benchmarks.answers import as_asked
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, mean, ratio
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
 
 SCHEMA = columns(
@@ -96,10 +97,10 @@ def summands(rows: pd.DataFrame) -> pd.DataFrame:
 def metrics(sums: Sums) -> Sums:
     """``accuracy`` per answer (aAcc), per figure (fAcc) and per question over its figures (qAcc)."""
     return {
-        "accuracy": ratio(sums["accuracy"], sums["n"], np.nan),
+        "accuracy": mean(sums, "accuracy"),
         "figure_accuracy": ratio(sums["figure right"], sums["figure"], np.nan),
         "question_accuracy": ratio(sums["question right"], sums["question"], np.nan),
-        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
+        "parse_failure": mean(sums, "parse_failure"),
     }
 
 
@@ -115,7 +116,7 @@ _BY_RULE = (
         max_new_tokens=128,
         headline="accuracy",
         read=_read,
-        llava_v1=lambda example: example.question,
+        llava_v1=as_asked,
         score=_score,
         metrics=metrics,
         summands=summands,

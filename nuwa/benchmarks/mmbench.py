@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.choices import OPTION_LETTER, Options, choice_scores, find_words, option_lines
-from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, mean, ratio
 from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, optional_text, text
 
 LETTERS = ("A", "B", "C", "D")
@@ -115,9 +115,9 @@ def summands(rows: pd.DataFrame) -> pd.DataFrame:
 def metrics(sums: Sums) -> Sums:
     """``accuracy`` over all rows, ``circular_accuracy`` over questions whose copies are all right."""
     return {
-        "accuracy": ratio(sums["accuracy"], sums["n"], np.nan),
+        "accuracy": mean(sums, "accuracy"),
         "circular_accuracy": ratio(sums["all_right"], sums["question"], np.nan),
-        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
+        "parse_failure": mean(sums, "parse_failure"),
     }
 
 

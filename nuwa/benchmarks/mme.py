@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.answers import SINGLE_WORD
-from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
+from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, mean, ratio
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
 
 SCHEMA = columns(question_id=pa.string(), image=IMAGE, question=pa.string(), answer=pa.string(), category=pa.string())
@@ -97,8 +97,8 @@ def metrics(sums: Sums) -> Sums:
     return {
         **parts,
         "total": parts["perception"] + parts["cognition"],
-        "accuracy": ratio(sums["accuracy"], sums["n"], np.nan),
-        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
+        "accuracy": mean(sums, "accuracy"),
+        "parse_failure": mean(sums, "parse_failure"),
     }
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.choices import OPTION_LETTER, choice_scores, harness_letter, stated_letter
-from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, mean, ratio
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
 
 SCHEMA = columns(
@@ -72,8 +72,8 @@ def metrics(sums: Sums) -> Sums:
     held = sum(((np.asarray(sums[COUNT + field]) > 0).astype(float) for field in fields), np.zeros_like(sums["n"]))
     return {
         "average": ratio(sum(accuracies, np.zeros_like(sums["n"])), held, np.nan),
-        "accuracy": ratio(sums["accuracy"], sums["n"], np.nan),
-        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
+        "accuracy": mean(sums, "accuracy"),
+        "parse_failure": mean(sums, "parse_failure"),
     }
 
 

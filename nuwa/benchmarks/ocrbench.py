@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
+from nuwa.benchmarks.answers import as_asked
+from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, mean, ratio
 from nuwa.benchmarks.edit_distance import check_answers
 from nuwa.benchmarks.records import IMAGE, TEXTS, RecordError, columns, content_id, image_bytes, text
 
@@ -83,10 +83,10 @@ def _score(rule: Any, prediction: str, truth: Truth) -> Scores:
 def metrics(sums: Sums) -> Sums:
     """``accuracy`` over all, ``hits``, and the accuracy of each of the five parts."""
     return {
-        "accuracy": ratio(sums["accuracy"], sums["n"], np.nan),
+        "accuracy": mean(sums, "accuracy"),
         "hits": sums["accuracy"],
         **{part: ratio(sums[f"right {part}"], sums[f"asked {part}"], 0) for part in PARTS},
-        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
+        "parse_failure": mean(sums, "parse_failure"),
     }
 
 
@@ -101,7 +101,7 @@ VARIANTS = (
         max_new_tokens=128,
         headline="accuracy",
         read=_read,
-        llava_v1=lambda example: example.question,
+        llava_v1=as_asked,
         score=partial(_score, holds),
         metrics=metrics,
         rules={

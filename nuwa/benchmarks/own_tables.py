@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from nuwa.benchmarks import edit_distance
-from nuwa.benchmarks.answers import SINGLE_WORD, normalize_answer
+from nuwa.benchmarks.answers import in_a_word, normalize_answer
 from nuwa.benchmarks.boxes import parse_box, score_box
 from nuwa.benchmarks.chartqa import relaxed
 from nuwa.benchmarks.definition import Benchmark, Example, Scores, TableSize, Truth
@@ -118,17 +118,13 @@ def own_benchmark(
         headline=rule.headline,
         right=rule.right,
         read=functools.partial(_read, name, rule.answer),
-        llava_v1=prompt or (_locate if boxes else _briefly),
+        llava_v1=prompt or (_locate if boxes else in_a_word),
         score=rule.score,
     )
 
 
 def _locate(example: Example) -> str:
     return INSTRUCTION + example.question
-
-
-def _briefly(example: Example) -> str:
-    return example.question + SINGLE_WORD
 
 
 def _read(name: str, answer: str, row: dict[str, Any]) -> Iterator[Example]:

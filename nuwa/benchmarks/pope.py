@@ -11,11 +11,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from nuwa.benchmarks.answers import SINGLE_WORD
-from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, ratio
+from nuwa.benchmarks.answers import in_a_word
+from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, mean, ratio
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, one_of, text
 
 SCHEMA = columns(
@@ -55,12 +54,12 @@ def metrics(sums: Sums) -> Sums:
     ``F1 = 2 hits / (said yes + is yes)``, the harmonic mean of precision and recall written as one ratio.
     """
     return {
-        "accuracy": ratio(sums["correct"], sums["n"], np.nan),
+        "accuracy": mean(sums, "correct"),
         "precision": ratio(sums["hit"], sums["said_yes"], 0),
         "recall": ratio(sums["hit"], sums["is_yes"], 0),
         "f1": ratio(2 * sums["hit"], sums["said_yes"] + sums["is_yes"], 0),
-        "yes_ratio": ratio(sums["said_yes"], sums["n"], np.nan),
-        "parse_failure": ratio(sums["parse_failure"], sums["n"], np.nan),
+        "yes_ratio": mean(sums, "said_yes"),
+        "parse_failure": mean(sums, "parse_failure"),
     }
 
 
@@ -90,7 +89,7 @@ def _benchmark(variant: str, parse: Callable[[str], bool | None], rules: Mapping
         max_new_tokens=16,
         headline="f1",
         read=_read,
-        llava_v1=lambda example: example.question + SINGLE_WORD,
+        llava_v1=in_a_word,
         score=score,
         metrics=metrics,
         rules=rules,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from nuwa.benchmarks.answers import NUMBERS
+from nuwa.benchmarks.answers import NUMBERS, as_asked
 from nuwa.benchmarks.choices import choice_scores, harness_letter, stated_letter
 from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, TableSize, Truth
 from nuwa.benchmarks.records import IMAGE, columns, content_id, image_bytes, text
@@ -70,7 +70,7 @@ VARIANTS = (
         max_new_tokens=16,
         headline="accuracy",
         read=_read,
-        llava_v1=lambda example: example.question,
+        llava_v1=as_asked,
         score=partial(_score, partial(stated_letter, letters=LETTERS), _with_digits),
         rules={
             "lmms_eval": Rules(

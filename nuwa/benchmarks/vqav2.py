@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from nuwa.benchmarks.answers import (
-    SINGLE_WORD,
+    as_asked,
     check_votes,
+    in_a_word,
     normalize_answer,
     normalize_punctuation,
     normalize_words,
@@ -74,12 +75,12 @@ VARIANTS = (
         max_new_tokens=16,
         headline="accuracy",
         read=_read,
-        llava_v1=lambda example: example.question + SINGLE_WORD,
+        llava_v1=in_a_word,
         score=_score,
         rules={
             "lmms_eval": Rules("exact_match", 16),
             # the request for a single word never reached the model
-            "lmms_eval_0_3": Rules("exact_match", 16, llava_v1=lambda example: example.question, score=_score_0_3),
+            "lmms_eval_0_3": Rules("exact_match", 16, llava_v1=as_asked, score=_score_0_3),
             "llava": Rules("overall", 128),
         },
     ),

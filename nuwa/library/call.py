@@ -72,6 +72,8 @@ def generate(model: PreTrainedModel, processor: Any, images: Any = None, questio
     :class:`nuwa.schedule.UnreachableBudget` where no schedule of the method has that average.
     """
     call = Call.of(model, processor, images, questions, options)
+
+    # Batches answer image by image; the shape of the result is that of what was given.
     answers = {(one.image, one.question): one.answer for one in call.run()}
     return call.pairing.shaped([answers[asked.image, asked.question] for asked in call.pairing.asked])
 
@@ -94,7 +96,7 @@ def _show_options(function: Callable[..., Any]) -> None:
         inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=item.type)
         for item in fields(Options)
     ]
-    function.__signature__ = signature.replace(parameters=[*positional, *keywords])  # type: ignore[attr-defined]
+    function.__signature__ = signature.replace(parameters=[*positional, *keywords])  # type: ignore[attr-defined]  # for help()
 
 
 _show_options(generate)

@@ -1,4 +1,4 @@
-"""Signals of a CLIP tower, for the LLaVA family."""
+"""Signals of a CLIP tower, and what LLaVA's families make of one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nuwa.vlm.adapter import UnavailableSignal
+from nuwa.vlm.adapter import Adapter, UnavailableSignal
 from nuwa.vlm.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 SIMILARITY_FROM = 2 / 3
 # Of CLIP-L's 24 layers, counted from 1: VScan reads the CLS attention of the 6th, HiPrune attention received at the 9th.
 FURTHER_LAYERS = {"early_attention": 6 / 24, "received_middle": 9 / 24}
-
-
 LLAVA_TURN = "<s>{system}USER: <image>\n{text} ASSISTANT:"  # of the published conversions on Vicuna
 
 
@@ -59,6 +57,41 @@ def clip_sizes(config: Any) -> dict[str, Any]:
     """Sizes an image processor of CLIP makes pictures of, as its keyword arguments."""
     side = config.vision_config.image_size
     return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+
+
+class ClipAdapter(Adapter):
+    """What LLaVA's families have in common: a CLIP tower, a projector of its features, Vicuna's turn."""
+
+    offers_cls = True
+    pairs_text = True
+    turn = LLAVA_TURN
+
+    def __init__(self, model: PreTrainedModel, processor: Any, **framing: Any) -> None:
+        self.check_config(model.config)
+        super().__init__(model, processor, **framing)
+        self.tower = model.model.vision_tower
+        self.projector = model.model.multi_modal_projector
+
+    @property
+    def heads(self) -> int:
+        return self.tower.config.num_attention_heads
+
+    @classmethod
+    def signal_widths(cls, config: Any) -> dict[str, int]:
+        return clip_widths(config)
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        check_clip_config(config, cls.encoder)
+        super().check_config(config)
+
+    @torch.inference_mode()
+    def project(self, features: Tensor) -> Tensor:
+        return self.projector(features.to(self.device, self.language.embed_tokens.weight.dtype))
+
+    @property
+    def encoder_modules(self) -> dict[str, nn.Module]:
+        return {"tower": self.tower}
 
 
 def clip_features(tower: PreTrainedModel, pixels: Tensor, feature_layer: int) -> Tensor:

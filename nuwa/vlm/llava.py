@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.signals import VisionSignals
-from nuwa.vlm.adapter import Adapter, EncodedImage, FromTransformers, view_signals
+from nuwa.vlm.adapter import EncodedImage, FromTransformers, view_signals
 from nuwa.vlm.clip import (
-    LLAVA_TURN,
     SIMILARITY_FROM,
-    check_clip_config,
+    ClipAdapter,
     clip_features,
     clip_signals,
     clip_sizes,
-    clip_widths,
 )
 from nuwa.vlm.shapes import CLIP_L_336, SHAPES, VICUNA_7B, VICUNA_13B
 
@@ -30,28 +28,18 @@ if TYPE_CHECKING:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 
-class LlavaAdapter(Adapter):
+class LlavaAdapter(ClipAdapter):
     model_class = FromTransformers("LlavaForConditionalGeneration")
     encoder = "LLaVA's CLIP tower"
-    offers_cls = True
     resizes = True
     dynamic = False
     pads = True
-    pairs_text = True
-    turn = LLAVA_TURN
     layout: VisualLayout
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: Any, **framing: Any) -> None:
-        self.check_config(model.config)
         super().__init__(model, processor, **framing)
-        self.tower = model.model.vision_tower
-        self.projector = model.model.multi_modal_projector
         self.layout = self.layout_of((0, 0))
         self.grid = self.layout.views[0].grid
-
-    @property
-    def heads(self) -> int:
-        return self.tower.config.num_attention_heads
 
     @classmethod
     def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
@@ -59,19 +47,10 @@ class LlavaAdapter(Adapter):
         return VisualLayout((View(PatchGrid(side, side)),))
 
     @classmethod
-    def signal_widths(cls, config: Any) -> dict[str, int]:
-        return clip_widths(config)
-
-    @classmethod
     def usual_image_processor(cls, config: Any) -> CLIPImageProcessorPil:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         return CLIPImageProcessorPil(**clip_sizes(config))
-
-    @classmethod
-    def check_config(cls, config: Any) -> None:
-        check_clip_config(config, cls.encoder)
-        super().check_config(config)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """Preprocessed ``(batch, 3, height, width)``."""
@@ -119,14 +98,6 @@ class LlavaAdapter(Adapter):
         encoded = self.encode(self.pixels(images), further)
         rows = range(len(images))
         return [EncodedImage(self.layout, {name: value[row] for name, value in encoded.items()}) for row in rows]
-
-    @torch.inference_mode()
-    def project(self, features: Tensor) -> Tensor:
-        return self.projector(features.to(self.device, self.language.embed_tokens.weight.dtype))
-
-    @property
-    def encoder_modules(self) -> dict[str, nn.Module]:
-        return {"tower": self.tower}
 
     @property
     def encoder_settings(self) -> list[Any]:

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
 from nuwa.selection import Selection
-from nuwa.vlm.adapter import WHOLE, Adapter, EncodedImage, Frame, FromTransformers
+from nuwa.vlm.adapter import WHOLE, EncodedImage, Frame, FromTransformers
 from nuwa.vlm.clip import (
-    LLAVA_TURN,
     SIMILARITY_FROM,
-    check_clip_config,
+    ClipAdapter,
     clip_signals,
     clip_sizes,
-    clip_widths,
 )
 from nuwa.vlm.shapes import CLIP_L_336, SHAPES, VICUNA_7B
 
@@ -34,28 +32,18 @@ if TYPE_CHECKING:
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 
-class LlavaNextAdapter(Adapter):
+class LlavaNextAdapter(ClipAdapter):
     model_class = FromTransformers("LlavaNextForConditionalGeneration")
     encoder = "LLaVA-NeXT's CLIP tower"
-    offers_cls = True
-    pairs_text = True
-    turn = LLAVA_TURN
 
     def __init__(self, model: LlavaNextForConditionalGeneration, processor: Any, **framing: Any) -> None:
-        self.check_config(model.config)
         super().__init__(model, processor, **framing)
-        self.tower = model.model.vision_tower
-        self.projector = model.model.multi_modal_projector
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         self.crop_grid = PatchGrid(side, side)
 
     def crops_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of local crops of an image of ``size`` (height, width)."""
         return _crops(self.model.config, self.processor.image_processor, size)
-
-    @property
-    def heads(self) -> int:
-        return self.tower.config.num_attention_heads
 
     @classmethod
     def layout_for(cls, config: Any, image_processor: Any, size: tuple[int, int]) -> VisualLayout:
@@ -72,19 +60,10 @@ class LlavaNextAdapter(Adapter):
         return VisualLayout((base, View(PatchGrid(shown_rows, shown_columns), crops=rows * columns, newline=True)))
 
     @classmethod
-    def signal_widths(cls, config: Any) -> dict[str, int]:
-        return clip_widths(config)
-
-    @classmethod
     def usual_image_processor(cls, config: Any) -> LlavaNextImageProcessorPil:
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
         return LlavaNextImageProcessorPil(**clip_sizes(config), image_grid_pinpoints=config.image_grid_pinpoints)
-
-    @classmethod
-    def check_config(cls, config: Any) -> None:
-        check_clip_config(config, cls.encoder)
-        super().check_config(config)
 
     @classmethod
     def view_frames(cls, config: Any, layout: VisualLayout, size: tuple[int, int]) -> tuple[Frame, ...]:
@@ -129,20 +108,12 @@ class LlavaNextAdapter(Adapter):
         return stitched.reshape(*stitched.shape[:2], *crops.shape[2:])
 
     @torch.inference_mode()
-    def project(self, features: Tensor) -> Tensor:
-        return self.projector(features.to(self.device, self.language.embed_tokens.weight.dtype))
-
-    @torch.inference_mode()
     def embed_visual(self, selection: Selection, layout: VisualLayout) -> Tensor:
         embedded = super().embed_visual(selection, layout)
         at_newline = layout.newlines.to(embedded.device)[selection.indices.to(embedded.device)]
         with _loaded(self.model.model):
             newline = self.model.model.image_newline.to(embedded)
         return torch.where(at_newline[..., None], newline, embedded)
-
-    @property
-    def encoder_modules(self) -> dict[str, nn.Module]:
-        return {"tower": self.tower}
 
     @property
     def encoder_settings(self) -> list[Any]:

@@ -20,7 +20,7 @@ from nuwa.grid import PatchGrid
 from nuwa.image_rules import PUBLISHED
 from nuwa.layout import View, VisualLayout
 from nuwa.vlm.adapter import Adapter, EncodedImage, FromTransformers, UnavailableSignal
-from nuwa.vlm.shapes import SHAPES
+from nuwa.vlm.shapes import QWEN_PATCHES, SHAPES, qwen2_7b
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -255,26 +255,14 @@ def _shape() -> Qwen2_5_VLConfig:
 
     return Qwen2_5_VLConfig(
         # As config.json of the checkpoint has it; what is not named is the default of transformers.
-        text_config={
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 128000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        vision_config={
+        text_config=qwen2_7b(128000),
+        vision_config=QWEN_PATCHES
+        | {
             "depth": 32,
             "hidden_size": 1280,
             "intermediate_size": 3420,
-            "num_heads": 16,
-            "patch_size": 14,
             "out_hidden_size": 3584,
             "window_size": 112,
             "fullatt_block_indexes": [7, 15, 23, 31],
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
         },
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from nuwa.grid import PatchGrid
 from nuwa.vlm.adapter import FromTransformers
 from nuwa.vlm.qwen2_5_vl import SIMILARITY_BLOCKS, Qwen2_5VLAdapter
-from nuwa.vlm.shapes import SHAPES
+from nuwa.vlm.shapes import QWEN_PATCHES, SHAPES, qwen2_7b
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLConfig
@@ -51,24 +51,12 @@ def _shape() -> Qwen2VLConfig:
 
     return Qwen2VLConfig(
         # As config.json of the checkpoint has it; what is not named is the default of transformers.
-        text_config={
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        vision_config={
+        text_config=qwen2_7b(32768),
+        vision_config=QWEN_PATCHES
+        | {
             "depth": 32,
             "embed_dim": 1280,
             "hidden_size": 3584,
             "mlp_ratio": 4,
-            "num_heads": 16,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
         },
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nuwa.registry import Registry
 
@@ -44,6 +44,21 @@ VICUNA_13B = VICUNA_7B | {
     "num_attention_heads": 40,
     "num_key_value_heads": 40,
 }
+QWEN_PATCHES = {"num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
+def qwen2_7b(positions: int) -> dict[str, Any]:
+    """The language model of Qwen2-VL-7B and of Qwen2.5-VL-7B, which differ in how many ``positions`` they name."""
+    return {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
 
 
 def model_shape(path: str) -> PretrainedConfig:

@@ -125,6 +125,7 @@ def _evidence(
 ) -> Evidence:
     """Both sides' trials in one: first A's, then B's, in the order of ``pairs``."""
     columns = []
+    # A pair's trials are known by side and place: both sides may call theirs alike.
     for side, at in ((a, 1), (b, 2)):
         for number, pair in enumerate(pairs):
             texts = side.answers.loc[examples["example_id"], pair[at]]
@@ -133,11 +134,13 @@ def _evidence(
                     f"trial {pair[at]} of {side.name} lacks {int(texts.isna().sum())} of {len(texts)} answers; "
                     "`dvc repro sweep` there computes them"
                 )
+
             columns.append(
                 pd.DataFrame({
                     "trial_id": f"{at}:{number}", "example_id": examples["example_id"], "prediction": texts.to_numpy(),
                 })
             )  # fmt: skip
+
     predictions = pd.concat(columns, ignore_index=True).astype("category")
     names = [f"{at}:{number}" for at in (1, 2) for number in range(len(pairs))]
     return Evidence.of(names, names[0], examples, predictions, resamples=resamples, seed=seed, grades=grades)

@@ -218,7 +218,7 @@ def model_input(rng: np.random.Generator, folder: Path) -> tuple[str, Callable[[
         check_folder(folder / "model", adapter_class, deep=True)
         processor = load_processor(folder / "model")
         with safe_open(ROOT / "models/testbed/model.safetensors", "np") as sound:
-            shapes = {name: tuple(sound.get_slice(name).get_shape()) for name in sound.keys()}  # noqa: SIM118
+            shapes = {name: tuple(sound.get_slice(name).get_shape()) for name in sound.keys()}  # noqa: SIM118 (no mapping)
         with safe_open(folder / "model/model.safetensors", "np") as held:
             for name, shape in shapes.items():
                 tensor = held.get_tensor(name)
@@ -369,7 +369,7 @@ def weights_input(rng: np.random.Generator, folder: Path) -> tuple[str, Callable
     def read() -> bool:
         got = read_lpm(path).lpm.state_dict()
         with safe_open(path, "np") as held:
-            tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+            tensors = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118 (no mapping)
         same = {name: np.array_equal(got[name].numpy(), tensor) for name, tensor in tensors.items()}
         return (
             same.keys() == got.keys() and all(same.values()) and all(np.isfinite(one).all() for one in tensors.values())

@@ -197,7 +197,10 @@ def test_images_are_decoded_once_a_batch_and_then_let_go(bench, cluster, tmp_pat
 
     monkeypatch.setattr(answering, "read_images", counted)
     monkeypatch.setattr(LlavaAdapter, "encode_resized", watched)
-    count = lambda unit, report: held.append(sum(picture() is not None for picture in alive))  # noqa: E731
+
+    def count(unit: object, report: object) -> None:
+        held.append(sum(picture() is not None for picture in alive))
+
     trials = expand(plan, Layouts.fixed(PatchGrid(12, 12)), LAYERS)
     assert not bench.run(tmp_path, cluster, trials=trials, done=count, speed=SLOW / 10).failures
     images = sorted({example.image for example in bench.examples})
