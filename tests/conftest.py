@@ -10,7 +10,16 @@ import pytest
 import torch
 from isolation import _leaves_nothing_behind, _random_numbers_begin_alike  # noqa: F401  (for all tests)
 from running_order import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
-from tiny_families import family, photos, tiny_next, tiny_qwen, tiny_qwen2, tiny_vlm  # noqa: F401  (fixtures for all tests)
+from tiny_families import (  # noqa: F401  (fixtures for all tests)
+    family,
+    newer,
+    photos,
+    tiny_next,
+    tiny_onevision,
+    tiny_qwen,
+    tiny_qwen2,
+    tiny_vlm,
+)
 from wheels import library_wheel  # noqa: F401  (a fixture)
 
 torch.set_num_threads(1)

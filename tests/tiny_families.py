@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.gpu import families
-from nuwa.vlm import Adapter, LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter, Qwen2VLAdapter
+from nuwa.vlm import Adapter, LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, Qwen2_5VLAdapter, Qwen2VLAdapter
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,17 @@ def tiny_qwen() -> Qwen2_5VLAdapter:
 @pytest.fixture(scope="session")
 def tiny_qwen2() -> Qwen2VLAdapter:
     return families.tiny_qwen2()
+
+
+@pytest.fixture(scope="session")
+def tiny_onevision() -> LlavaOnevisionAdapter:
+    return families.tiny_onevision()
+
+
+@pytest.fixture(scope="session", params=["tiny_qwen2", "tiny_onevision"])
+def newer(request) -> Adapter:
+    """Families that share their structure with those of ``family`` and are held to less."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")

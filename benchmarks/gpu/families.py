@@ -23,6 +23,9 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -30,11 +33,12 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.language import build_processor
-from nuwa.vlm import LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter, Qwen2VLAdapter
+from nuwa.vlm import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, Qwen2_5VLAdapter, Qwen2VLAdapter
 
 WORDS = [
     "what",
@@ -162,6 +166,86 @@ def tiny_next() -> LlavaNextAdapter:
         chat_template=TEMPLATE.replace("IMAGE", "<image> "),
     )
     return LlavaNextAdapter(model.requires_grad_(False), processor)
+
+
+class PicturesOnly(LlavaOnevisionProcessor):
+    """The stock processor without its half for videos, which cannot be made without torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        vision_aspect_ratio: str = "anyres_max_9",
+    ) -> None:
+        super().__init__(
+            image_processor,
+            tokenizer,
+            None,
+            num_image_tokens,
+            vision_feature_select_strategy,
+            chat_template,
+            vision_aspect_ratio=vision_aspect_ratio,
+        )
+
+
+def tiny_onevision() -> LlavaOnevisionAdapter:
+    """A 6x6 base crop, anyres grids of up to eight crops, of which those above four crops are pooled; grouped query heads."""
+    torch.manual_seed(31)
+    words = tokenizer("<image>", "<video>")
+    identity = words.convert_tokens_to_ids
+    crop, patch = 24, 4
+    pinpoints = [[24, 24], [24, 48], [48, 24], [48, 48], [24, 96], [48, 96], [96, 48]]
+
+    config = LlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 2,
+            "image_size": crop,
+            "patch_size": patch,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(words),
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        image_token_index=identity("<image>"),
+        video_token_index=identity("<video>"),
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_4",
+    )
+
+    model = LlavaOnevisionForConditionalGeneration(config)
+    louden(model)
+    processor = PicturesOnly(
+        image_processor=LlavaOnevisionImageProcessorPil(
+            size={"height": crop, "width": crop}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer=words,
+        num_image_tokens=(crop // patch) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+        chat_template=TEMPLATE.replace("IMAGE", "<image> "),
+    )
+    return LlavaOnevisionAdapter(model.requires_grad_(False), processor)
 
 
 def tiny_qwen() -> Qwen2_5VLAdapter:

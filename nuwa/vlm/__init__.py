@@ -14,6 +14,7 @@ from nuwa.vlm.checkpoint import CheckpointError
 from nuwa.vlm.folder import check_folder
 from nuwa.vlm.llava import LlavaAdapter
 from nuwa.vlm.llava_next import LlavaNextAdapter
+from nuwa.vlm.llava_onevision import LlavaOnevisionAdapter
 from nuwa.vlm.qwen2_5_vl import Qwen2_5VLAdapter
 from nuwa.vlm.qwen2_vl import Qwen2VLAdapter
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ADAPTERS: Registry[type[Adapter]] = Registry("model type")
 ADAPTERS.add("llava", LlavaAdapter)
 ADAPTERS.add("llava_next", LlavaNextAdapter)
+ADAPTERS.add("llava_onevision", LlavaOnevisionAdapter)
 ADAPTERS.add("qwen2_5_vl", Qwen2_5VLAdapter)
 ADAPTERS.add("qwen2_vl", Qwen2VLAdapter)
 
@@ -66,6 +68,7 @@ __all__ = [
     "ImageRulesError",
     "LlavaAdapter",
     "LlavaNextAdapter",
+    "LlavaOnevisionAdapter",
     "PromptError",
     "Qwen2VLAdapter",
     "Qwen2_5VLAdapter",

@@ -35,6 +35,13 @@ VISION_KEYS = (
     "vision_feature_select_strategy",
     "image_grid_pinpoints",
 )
+# What decides them besides in families whose signals stand behind the projector: tensors and keys, by model_type.
+BEHIND_PROJECTOR = {
+    "llava_onevision": (
+        ("multi_modal_projector.",),
+        ("vision_aspect_ratio", "projector_hidden_act", "multimodal_projector_bias"),
+    )
+}
 # Keys that say where a file comes from or how it was saved; models are loaded in a dtype of our own choosing. In a
 # vocabulary they are words like any other.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
@@ -81,11 +88,13 @@ def canonical_name(name: str) -> str:
 
 def read_checkpoint(folder: Path, memory: Path = MEMORY) -> Checkpoint:
     """The parts of the model in ``folder``; raises :class:`CheckpointError`. ``memory``: where digests are kept."""
-    encoder, language = _weights(folder, memory)
+    tensors = _tensors(folder, memory)
     config = _meaning(folder, "config.json")
     if config is None:
         raise CheckpointError(f"{folder}/config.json: no such file; name a folder that holds a model")
-    seen = {key: config[key] for key in VISION_KEYS if key in config}
+    further, keys = BEHIND_PROJECTOR.get(config.get("model_type"), ((), ()))
+    encoder, language = _weights(tensors, (*ENCODERS, *further))
+    seen = {key: config[key] for key in (*VISION_KEYS, *keys) if key in config}
     encoder["config.json (vision)"] = _digest(seen)
     language["config.json"] = _digest({key: value for key, value in config.items() if key not in seen})
 
@@ -139,15 +148,20 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _weights(folder: Path, memory: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The digest of the encoder's tensors, and that of all others."""
+def _tensors(folder: Path, memory: Path) -> dict[str, str]:
+    """Canonical name → digest, of all files."""
     tensors: dict[str, str] = {}
     for name, digests in _remembered_digests(folder, memory).items():
         for tensor, digest in digests.items():
             if tensors.setdefault(tensor, digest) != digest:
                 raise CheckpointError(f"{folder}/{name}: tensor {tensor} stands in another file too, with other values")
+    return tensors
+
+
+def _weights(tensors: Mapping[str, str], beginnings: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
+    """The digest of the encoder's tensors, whose names have one of these ``beginnings``, and that of all others."""
     whole_files = {name: digest for name, digest in tensors.items() if name.endswith(".bin")}
-    seen = {name: digest for name, digest in tensors.items() if name.startswith(ENCODERS)} | whole_files
+    seen = {name: digest for name, digest in tensors.items() if name.startswith(beginnings)} | whole_files
     rest = {name: digest for name, digest in tensors.items() if name not in seen}
     return {"weights of the encoder": _digest(seen)}, {"weights": _digest(rest)}
 

@@ -57,7 +57,13 @@ class LlavaNextAdapter(ClipAdapter):
             return VisualLayout((base,))
         if not shown_columns:
             raise ValueError("so tall that no column of its local grid is left without the padding, only ends of lines")
-        return VisualLayout((base, View(PatchGrid(shown_rows, shown_columns), crops=rows * columns, newline=True)))
+        local = cls.local_grid(config, PatchGrid(shown_rows, shown_columns))
+        return VisualLayout((base, View(local, crops=rows * columns, newline=True)))
+
+    @classmethod
+    def local_grid(cls, config: Any, stitched: PatchGrid) -> PatchGrid:
+        """The local grid as the language model sees it, of the one that was ``stitched`` and cut from its padding."""
+        return stitched
 
     @classmethod
     def usual_image_processor(cls, config: Any) -> LlavaNextImageProcessorPil:
@@ -82,12 +88,15 @@ class LlavaNextAdapter(ClipAdapter):
         counts = [1 + rows * columns for rows, columns in map(self.crops_of, sizes)]
         # The processor pads every image to the batch's largest number of crops.
         crops = torch.cat([own[:count] for own, count in zip(inputs["pixel_values"], counts, strict=True)])
-        crops = crops.to(self.device, self.tower.dtype)
-        encoded = clip_signals(self.tower, crops, self.model.config.vision_feature_layer, further)
+        encoded = self.encode_crops(crops.to(self.device, self.tower.dtype), further)
         parts = zip(*(value.split(counts) for value in encoded.values()), strict=True)
         return [
             self._image(dict(zip(encoded, part, strict=True)), size) for part, size in zip(parts, sizes, strict=True)
         ]
+
+    def encode_crops(self, crops: Tensor, further: Collection[str]) -> dict[str, Tensor]:
+        """Signals of crops ``(crops, 3, side, side)``, each ``(crops, tokens, ...)``."""
+        return clip_signals(self.tower, crops, self.model.config.vision_feature_layer, further)
 
     def _image(self, crops: dict[str, Tensor], size: tuple[int, int]) -> EncodedImage:
         base = {name: value[0] for name, value in crops.items()}
@@ -104,8 +113,12 @@ class LlavaNextAdapter(ClipAdapter):
         rows, columns = self.crops_of(size)
         side = self.crop_grid.height
         grid = crops.view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
-        stitched = _unpadded(grid, size).permute(1, 2, 0)
+        stitched = self.resample(_unpadded(grid, size)).permute(1, 2, 0)
         return stitched.reshape(*stitched.shape[:2], *crops.shape[2:])
+
+    def resample(self, stitched: Tensor) -> Tensor:
+        """``(dim, height, width)`` of a stitched grid → the same on its :meth:`local_grid`."""
+        return stitched
 
     @torch.inference_mode()
     def embed_visual(self, selection: Selection, layout: VisualLayout) -> Tensor:

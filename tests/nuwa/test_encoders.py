@@ -22,6 +22,7 @@ from nuwa.vlm import EncodedImage, view_signals
 from nuwa.vlm.adapter import UnavailableSignal
 
 NAMES = ("features", "cls_attention", "keys", "similarity")
+FURTHER = ("early_attention", "received_middle", "received_late")
 
 
 def views(image: EncodedImage) -> list[dict[str, torch.Tensor]]:
@@ -209,6 +210,49 @@ def test_qwen2_vls_signals_are_the_stock_towers(tiny_qwen2, photos):
             assert np.allclose(found.signals[name].numpy(), expected[name], atol=2e-5), name
 
 
+# --- LLaVA-OneVision
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_onevisions_signals_are_pooled_as_the_stock_model_pools_its_features(tiny_onevision, photos, number):
+    """Its own function packs what a slow reading of the stock tower says; the second photo's grid is too small to pool."""
+    vlm, image = tiny_onevision, photos[number]
+    inputs = vlm.processor.image_processor([image], return_tensors="pt")
+    rows, columns = vlm.crops_of(image.size[::-1])
+    crops, tower = inputs["pixel_values"][0][: 1 + rows * columns], eager_copy(vlm.model).model.vision_tower
+    keys = []
+    listener = tower.encoder.layers[-1].self_attn.k_proj.register_forward_hook(lambda _m, _i, out: keys.append(out))
+    with torch.inference_mode():
+        out = tower(crops, output_hidden_states=True, output_attentions=True)
+        listener.remove()
+        late = out.hidden_states[3:]  # 3 ... 5 of five layers
+        received = [attention.mean(dim=(1, 2))[..., None] for attention in out.attentions]
+        raw = {
+            "features": vlm.model.model.multi_modal_projector(out.hidden_states[-1]),
+            "cls_attention": received[-1],
+            "keys": keys[0],
+            "similarity": sum(late) / len(late),
+            "early_attention": received[0],  # a quarter of five layers is the first
+            "received_middle": received[1],
+            "received_late": received[-1],
+        }
+
+        packed = {
+            name: vlm.model.model.pack_image_features(
+                [signal], inputs["image_sizes"], vision_aspect_ratio=vlm.model.config.vision_aspect_ratio
+            )[0][0]
+            for name, signal in raw.items()
+        }
+    (found,) = vlm.encode_images([image], FURTHER)
+    assert found.layout == vlm.layout_of(image.size)
+    assert (found.layout.views[1].grid.tokens == 36 * rows * columns) == (number == 2)
+    assert set(found.signals) == set(packed)
+    for name, expected in packed.items():
+        signal = found.signals[name].reshape(expected.shape)
+        assert torch.allclose(signal, expected, atol=1e-5), name
+    assert found.signals["cls_attention"][:36].sum() == pytest.approx(1, rel=1e-5)
+
+
 def test_grids_of_odd_sides_and_windows_that_do_not_divide_them_are_among_them(tiny_qwen, photos):
     grids = [found.layout.views[0].grid for found in tiny_qwen.encode_images(photos)]
     assert any(grid.height % 2 and grid.width % 2 for grid in grids)
@@ -273,8 +317,6 @@ def test_adapters_say_into_how_many_heads_keys_are_split(tiny_vlm, tiny_next, ti
 
 
 # --- signals of further layers, given only where they are asked for
-
-FURTHER = ("early_attention", "received_middle", "received_late")
 
 
 def summed(attention: torch.Tensor) -> list[float]:

@@ -133,7 +133,8 @@ def stock_embeddings(model, selection, row, newline_like) -> torch.Tensor:
     features = selection.features[row]
     if hasattr(model.model, "visual"):
         return features  # behind Qwen's merger
-    embedded = model.model.multi_modal_projector(features)
+    pooled = model.config.model_type == "llava_onevision"  # behind the projector
+    embedded = features.clone() if pooled else model.model.multi_modal_projector(features)
     if hasattr(model.model, "image_newline"):
         newline = (newline_like == model.model.image_newline).all(dim=-1)
         embedded[newline[selection.indices[row]]] = model.model.image_newline
@@ -237,42 +238,45 @@ def test_a_picture_so_tall_that_only_ends_of_lines_are_left_is_refused_for_that(
         tiny_next.layout_of((4, 240))
 
 
-# --- Qwen2-VL: what it does not share with Qwen2.5-VL
+# --- families that share their structure with one of the three
 
 
-def test_qwen2_vl_unpruned_equals_stock_generate(tiny_qwen2, photos):
+def test_a_newer_family_unpruned_equals_stock_generate(newer, photos):
     asked = [QUESTIONS["words"][row % 3] for row in range(8)]
-    stock = stock_answers(tiny_qwen2, tiny_qwen2.model, photos, asked)
-    found = nuwa.generate(
-        tiny_qwen2.model, tiny_qwen2.processor, photos, asked, method="unpruned", max_new_tokens=MAX_NEW
-    )
+    stock = stock_answers(newer, newer.model, photos, asked)
+    found = nuwa.generate(newer.model, newer.processor, photos, asked, method="unpruned", max_new_tokens=MAX_NEW)
     assert [answer.tokens for answer in found] == stock and len(set(stock)) > 3
-    (alone,) = stock_answers(tiny_qwen2, tiny_qwen2.model, photos[:1], asked[:1])
+    (alone,) = stock_answers(newer, newer.model, photos[:1], asked[:1])
     one = nuwa.generate(
-        tiny_qwen2.model, tiny_qwen2.processor, photos[0], asked[0], method="unpruned", max_new_tokens=MAX_NEW
+        newer.model, newer.processor, photos[0], asked[0], method="unpruned", max_new_tokens=MAX_NEW
     )
     assert one.tokens == alone
 
 
+@pytest.fixture(scope="module")
+def newer_twin(newer):
+    return eager_copy(newer.model)
+
+
 @pytest.mark.parametrize("case", ["as released for Qwen2.5-VL", "three cuts, renumbered", "a cut by cosine, spread"])
-def test_qwen2_vl_pruned_equals_blocked_attention(tiny_qwen2, photos, case):
+def test_a_newer_family_pruned_equals_blocked_attention(newer, newer_twin, photos, case):
     method, options = SPECS[case]
-    tokens = tiny_qwen2.layout_of(photos[1].size).tokens
+    tokens = newer.layout_of(photos[1].size).tokens
     spec = specify(method, budget=round(SHARE[method] * tokens), **options)
     first, second, _ = QUESTIONS["words"]
-    assert_blocked(tiny_qwen2, eager_copy(tiny_qwen2.model), spec, [photos[1]], [[first, second]])
+    assert_blocked(newer, newer_twin, spec, [photos[1]], [[first, second]])
 
 
-def test_qwen2_vl_answers_from_cached_features_as_from_pixels(tiny_qwen2, photos, tmp_path):
-    encoded = tiny_qwen2.encode_images(photos[:3])
+def test_a_newer_family_answers_from_cached_features_as_from_pixels(newer, photos, tmp_path):
+    encoded = newer.encode_images(photos[:3])
     stored = []
     for number, image in enumerate(encoded):
         save_file({name: value.contiguous() for name, value in image.signals.items()}, tmp_path / str(number))
-        stored.append(EncodedImage(tiny_qwen2.layout_of(photos[number].size), load_file(tmp_path / str(number))))
+        stored.append(EncodedImage(newer.layout_of(photos[number].size), load_file(tmp_path / str(number))))
 
     def answered(images):
         batch = ImageBatch(encoded=images, names=list("abc"), questions=[QUESTIONS["words"]] * 3)
-        answers = answer_encoded(tiny_qwen2, batch, lambda layout: specify("nuwa", budget=12), MAX_NEW)
+        answers = answer_encoded(newer, batch, lambda layout: specify("nuwa", budget=layout.tokens // 3), MAX_NEW)
         return [(one.tokens, one.kept, one.kept_last) for of_image in answers for one in of_image]
 
     assert answered(stored) == answered(encoded)

@@ -20,13 +20,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers import LlavaOnevisionConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2VLConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import import_utils
 from workers_here import work_here
 
 import nuwa
-from benchmarks.gpu.families import QwenProcessor
+from benchmarks.gpu.families import PicturesOnly, QwenProcessor
 from nuwa.benchmarks import get_benchmark
 from nuwa.vlm import Adapter
 from pipelines.settings import Settings, load_settings
@@ -58,6 +58,17 @@ PRESETS = {"tiny_next": "released_next", "tiny_qwen": "released_qwen"}
 BOXES = {"tiny_next": "refcoco/val", "tiny_qwen": "refcoco/val:pixels"}
 
 
+def grids_of(model: str) -> list[dict[str, object]]:
+    largest = SHARES[-1]
+    return [
+        {"name": "methods", "method": "nuwa", "preset": PRESETS[model]},
+        {"name": "methods", "method": "uniform", "position": "perc"},
+        {"name": "methods", "method": "fastv", "budget": largest},
+        {"name": "scorer", "method": "nuwa", "budget": largest},
+        {"name": "scorer", "method": "nuwa", "budget": largest, "stage2_scorer": "cosine_mean_text"},
+    ]
+
+
 class SavedQwenProcessor(QwenProcessor):
     """The tests' stand-in for ``Qwen2_5_VLProcessor``, from a folder."""
 
@@ -79,10 +90,10 @@ def png(image: Image.Image) -> dict[str, object]:
 
 
 def write_tables(answers: list[str]) -> None:
-    """Published tables: two questions of TextVQA an image, with ``answers``, and one expression of
+    """Published tables: questions of TextVQA, two an image, as many as there are ``answers``, and one expression of
     RefCOCO about the wide and the tall one."""
     images = [png(photo) for photo in photos()]
-    asked = [(image, question) for image in images for question in QUESTIONS]
+    asked = [(image, question) for image in images for question in QUESTIONS][: len(answers)]
     tables = {
         "textvqa": [
             {"question_id": number, "question": question, "image": image, "answers": [answers[number]] * 10}
@@ -99,31 +110,32 @@ def write_tables(answers: list[str]) -> None:
         pq.write_table(table, Path("tables", name, "val.parquet"))
 
 
-def write_params(model: str) -> None:
+def write_params(model: str, tables: dict[str, str], grids: list[dict[str, object]]) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    boxes, largest = BOXES[model], SHARES[-1]
+    largest = SHARES[-1]
     params["model"] |= {"path": f"models/{model}", "prompt_style": "llava_v1"}
-    params["prepare"]["tables"] = {boxes: "tables/refcoco", "textvqa/val": "tables/textvqa"}
+    params["prepare"]["tables"] = tables
     params["features"]["shard_images"] = 2
     params["sweep"] |= {
-        "benchmarks": [boxes, "textvqa/val"],
+        "benchmarks": [*tables],
         "images": None,
         "unit_images": 2,
         "budget_unit": "share",
         "budgets": SHARES,
-        "grids": [
-            {"name": "methods", "method": "nuwa", "preset": PRESETS[model]},
-            {"name": "methods", "method": "uniform", "position": "perc"},
-            {"name": "methods", "method": "fastv", "budget": largest},
-            {"name": "scorer", "method": "nuwa", "budget": largest},
-            {"name": "scorer", "method": "nuwa", "budget": largest, "stage2_scorer": "cosine_mean_text"},
-        ],
+        "grids": grids,
     }
     params["search"]["swarm"] = None
     params["evaluate"]["resamples"] = 100
     params["report"]["headline_budget"] = largest
     params["tracking"] = {"uri": f"sqlite:///{model}.db", "experiment": "tiny"}
     Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+PROCESSORS = {
+    Qwen2_5_VLConfig: SavedQwenProcessor,
+    Qwen2VLConfig: SavedQwenProcessor,
+    LlavaOnevisionConfig: PicturesOnly,
+}
 
 
 def save(vlm: Adapter, folder: Path) -> None:
@@ -178,7 +190,8 @@ def run(request, tmp_path_factory):
         work_here(patch)  # the processor is patched in this process only
         save(vlm, Path("models", request.param))
         write_tables(["unknown"] * len(SIZES) * len(QUESTIONS))
-        write_params(request.param)
+        tables = {BOXES[request.param]: "tables/refcoco", "textvqa/val": "tables/textvqa"}
+        write_params(request.param, tables, grids_of(request.param))
         settings = load_settings()
         prepare(settings)
         content = pd.read_parquet("data/images.parquet").set_index("image")["bytes"]
@@ -334,6 +347,46 @@ def test_a_second_run_computes_nothing_and_changes_nothing(run, capsys):
     assert f"{answers}/{answers} answers, {answers} of them cached" in said
     assert {path: path.read_bytes() for path in tables} == before
     assert store() == held and len(held) > 4
+
+
+def test_a_newer_family_goes_through_all_stages(newer, tmp_path, monkeypatch):
+    """Unpruned the pipeline answers as stock ``generate``, pruned as the library call from pixels."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for config, processor in PROCESSORS.items():
+        monkeypatch.setitem(PROCESSOR_MAPPING._extra_content, config, processor)
+    work_here(monkeypatch)
+    name = newer.model.config.model_type  # a process keeps models by the paths they were loaded from
+    save(newer, Path("models", name))
+    write_tables(["unknown"] * 4)
+    write_params(name, {"textvqa/val": "tables/textvqa"}, [{"name": "methods", "method": "nuwa", "preset": "paper"}])
+    settings = load_settings()
+    for stage in (prepare, features, sweep, evaluate, report):
+        stage(settings)
+
+    examples = pd.read_parquet("data/examples.parquet")
+    content = pd.read_parquet("data/images.parquet").set_index("image")["bytes"]
+    trials = pd.read_parquet(TRIALS).sort_values("average_tokens")
+    answers = pd.read_parquet(PREDICTIONS).set_index(["trial_id", "example_id"])["prediction"]
+    (unpruned,) = trials.loc[trials["method"] == "unpruned", "trial_id"]
+    smallest = trials["trial_id"].iloc[0]
+    differing = 0
+    for row in examples.itertuples():
+        image = Image.open(io.BytesIO(content[row.image])).convert("RGB")
+        whole = answers[unpruned, row.example_id]
+        assert whole == stock_answer(newer, image, row.prompt, row.max_new_tokens)
+        pruned = nuwa.generate(
+            newer.model,
+            newer.processor,
+            image,
+            row.prompt,
+            retention=SHARES[0],
+            preset="paper",
+            max_new_tokens=row.max_new_tokens,
+        )
+        assert answers[smallest, row.example_id] == pruned.text
+        differing += pruned.text != whole
+    assert differing and Path(REPORT, "index.html").is_file()
 
 
 def test_without_torchvision_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):

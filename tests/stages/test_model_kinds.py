@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import LlavaNextConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import LlavaNextConfig, LlavaOnevisionConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
 from pipelines.settings import SettingsError, load_settings, parse_settings
 from stages.entry import planned_trials
@@ -26,7 +26,10 @@ def settings_for(folder: Path, model: Path, grids: list[dict], **sections):
     return load_settings(folder / "params.yaml")
 
 
-@pytest.mark.parametrize(("config", "tokens"), [(LlavaNextConfig, 2340), (Qwen2_5_VLConfig, 391), (Qwen2VLConfig, 391)])
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [(LlavaNextConfig, 2340), (LlavaOnevisionConfig, 2929), (Qwen2_5_VLConfig, 391), (Qwen2VLConfig, 391)],
+)
 def test_dynamic_layouts_are_planned_for_a_usual_photo(config, tokens, tmp_path):
     config().save_pretrained(tmp_path / "model")
     trials = planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": ["nuwa", "random"]}]))
@@ -94,7 +97,7 @@ def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):
     (tmp_path / "model/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(SettingsError) as caught:
         planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": "nuwa"}]))
-    assert "model type 'bert' is unknown; allowed: llava, llava_next, qwen2_5_vl, qwen2_vl" in str(caught.value)
+    assert "model type 'bert' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl" in str(caught.value)
 
 
 def test_the_projects_own_model_is_planned():
