@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nuwa.grid import PatchGrid
 from nuwa.vlm.adapter import FromTransformers, UnavailableSignal
 from nuwa.vlm.checkpoint import CheckpointError
-from nuwa.vlm.clip import FURTHER_LAYERS, SIMILARITY_FROM
+from nuwa.vlm.clip import FURTHER_LAYERS, SIMILARITY_FROM, ClipAdapter
 from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.received import received
 from nuwa.vlm.shapes import SHAPES
@@ -71,7 +71,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
                 f"config.vision_aspect_ratio = {config.vision_aspect_ratio!r}: only anyres_max_<crops> is supported, as "
                 "anyres_max_9"
             )
-        super(LlavaNextAdapter, cls).check_config(config)  # not those of a CLIP tower
+        super(ClipAdapter, cls).check_config(config)  # not those of a CLIP tower
 
     @classmethod
     def local_grid(cls, config: Any, stitched: PatchGrid) -> PatchGrid:

@@ -190,6 +190,17 @@ def test_every_single_tensor_counts(copy, tmp_path):
         before = after
 
 
+def test_a_projector_before_the_features_is_the_encoders(tiny_onevision, tmp_path):
+    """LLaVA-OneVision's features stand behind it, so features of another are others."""
+    folder = tmp_path / "model"
+    tiny_onevision.model.save_pretrained(folder)
+    tiny_onevision.processor.save_pretrained(folder)
+    before = parts(folder, tmp_path)
+    reweigh(folder, "multi_modal_projector.linear_1.weight", lambda tensor: tensor + 1)
+    edit(folder / "config.json", lambda config: config.update(vision_aspect_ratio="anyres_max_9"))
+    assert changed(before, parts(folder, tmp_path)) == ({"weights of the encoder", "config.json (vision)"}, set())
+
+
 def test_a_tensor_of_other_precision_or_shape_is_another(copy, tmp_path):
     before = parts(copy, tmp_path)
     name = "multi_modal_projector.linear_1.bias"

@@ -247,9 +247,7 @@ def test_a_newer_family_unpruned_equals_stock_generate(newer, photos):
     found = nuwa.generate(newer.model, newer.processor, photos, asked, method="unpruned", max_new_tokens=MAX_NEW)
     assert [answer.tokens for answer in found] == stock and len(set(stock)) > 3
     (alone,) = stock_answers(newer, newer.model, photos[:1], asked[:1])
-    one = nuwa.generate(
-        newer.model, newer.processor, photos[0], asked[0], method="unpruned", max_new_tokens=MAX_NEW
-    )
+    one = nuwa.generate(newer.model, newer.processor, photos[0], asked[0], method="unpruned", max_new_tokens=MAX_NEW)
     assert one.tokens == alone
 
 

@@ -196,7 +196,10 @@ def test_an_unsupported_model_type_is_named(tiny_next, monkeypatch):
     monkeypatch.setattr(type(tiny_next.model.config), "model_type", "blip")
     with pytest.raises(ValueError) as caught:
         adapt(tiny_next.model, tiny_next.processor)
-    assert str(caught.value) == "model type 'blip' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl"
+    assert (
+        str(caught.value)
+        == "model type 'blip' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl"
+    )
 
 
 def test_sliding_windows_with_several_position_ids_are_refused(tiny_qwen, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from transformers import LlavaNextConfig, LlavaOnevisionConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
+from nuwa.vlm import CheckpointError, adapter_class
 from pipelines.settings import SettingsError, load_settings, parse_settings
 from stages.entry import planned_trials
 
@@ -56,6 +57,34 @@ def test_methods_that_the_encoder_cannot_serve_are_refused(method, reason, tmp_p
     assert str(caught.value).startswith(f"grid g: method '{method}' {reason}")
 
 
+def test_attention_of_a_cls_token_that_siglip_lacks_is_refused(tmp_path):
+    LlavaOnevisionConfig().save_pretrained(tmp_path / "model")
+    with pytest.raises(SettingsError) as caught:
+        planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": "visionzip"}]))
+    assert str(caught.value).startswith(
+        "grid g: method 'visionzip' needs the attention of a CLS token, and LLaVA-OneVision's SigLIP tower has none; "
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vision_aspect_ratio", "pad", "config.vision_aspect_ratio = 'pad': only anyres_max_<crops> is supported, as anyres_max_9"),
+        ("vision_feature_layer", 30, "config.vision_feature_layer = 30: the tower has 26 layers; allowed: 1 to 26 and -26 to -1"),
+        (
+            "vision_feature_select_strategy",
+            "default",
+            "config.vision_feature_select_strategy = 'default' with vision_feature_layer -1: only one layer and 'full' are supported",
+        ),
+    ],
+)  # fmt: skip
+def test_a_llava_onevision_of_other_mathematics_is_refused(key, value, message):
+    config = LlavaOnevisionConfig(**{key: value})
+    with pytest.raises(CheckpointError) as caught:
+        adapter_class("llava_onevision").check_config(config)
+    assert str(caught.value) == message
+
+
 def test_a_method_that_reads_what_is_not_kept_is_refused(tmp_path):
     LlavaNextConfig().save_pretrained(tmp_path / "model")
     grids, keep = [{"name": "g", "method": ["random", "nuwa"]}], {"keep": ["cls_attention", "features"]}
@@ -97,7 +126,9 @@ def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):
     (tmp_path / "model/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(SettingsError) as caught:
         planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": "nuwa"}]))
-    assert "model type 'bert' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl" in str(caught.value)
+    assert "model type 'bert' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl" in str(
+        caught.value
+    )
 
 
 def test_the_projects_own_model_is_planned():
