@@ -142,8 +142,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         attention, normed = layer.self_attn, layer.layer_norm1(states[number - 1])
         query, key = attention.q_proj(normed), attention.k_proj(normed)
         split = (*key.shape[:2], attention.num_heads, attention.head_dim)
-        heads = (one.view(split).transpose(1, 2) for one in (query, key))
-        return received(*heads, attention.scale), key
+        return received(query.view(split).transpose(1, 2), key.view(split).transpose(1, 2), attention.scale), key
 
     @torch.inference_mode()
     def project(self, features: Tensor) -> Tensor:
