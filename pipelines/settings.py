@@ -424,6 +424,8 @@ class EvaluateSettings(Section):
     """What every other main trial of a budget is compared with, pair by pair (:mod:`pipelines.scores.comparisons`)."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Of retention: a trial this near the unpruned model, surely, is called equivalent to it."""
+    processes: Positive = 1
+    """That score blocks of trials at once; no number depends on it."""
 
 
 class ProfileSettings(Section):

@@ -47,6 +47,7 @@ PROFILE = DATA / "profile.csv"
 SEARCH = DATA / "search"
 REPORT = Path("report")
 COLLECTING = CACHE / "collecting"  # rows on their way into the tables
+SCORING = CACHE / "scoring"  # what blocks of trials are compared with
 TIMINGS = CACHE / "timings.parquet"
 PROGRESS = CACHE / "progress.json"
 UNITS_LOG = CACHE / "units.jsonl"  # one line a finished unit

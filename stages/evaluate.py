@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -13,10 +14,9 @@ from nuwa.budget import budget_tokens
 from pipelines.data.datasets import choose_questions
 from pipelines.data.left_out import left_out, without
 from pipelines.files.atomic import atomic_path
-from pipelines.scores.comparisons import compare, pairs_of
-from pipelines.scores.evidence import LIMIT_REACHED, gather, score_table
+from pipelines.scores.blocks import Work, score_sweep
+from pipelines.scores.comparisons import pairs_of
 from pipelines.scores.grades import read_grades
-from pipelines.scores.groups import group_table
 from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
 from pipelines.settings import Settings
 from stages.entry import (
@@ -28,6 +28,7 @@ from stages.entry import (
     PLOTS,
     PREDICTIONS,
     SCORES,
+    SCORING,
     SWEEP,
     TRIALS,
     run_stage,
@@ -39,17 +40,10 @@ def score_tables(
     trials: Path, examples: pd.DataFrame, predictions: Path, resamples: int, seed: int, grades: Path | None = None
 ) -> pd.DataFrame:
     """The table of scores from files of trials and predictions."""
-    answers = read_answers(predictions)
     given = read_grades(grades) if grades else None
-    return score_table(gather(pd.read_parquet(trials), examples, answers, resamples, seed, given), examples, answers)
-
-
-def read_answers(predictions: Path) -> pd.DataFrame:
-    """Of a table of predictions what scoring needs."""
-    columns = ["trial_id", "example_id", "prediction"]
-    further = [LIMIT_REACHED] if LIMIT_REACHED in pq.read_schema(predictions).names else []
-    table = pq.read_table(predictions, columns=[*columns, *further], read_dictionary=columns)
-    return table.unify_dictionaries().to_pandas()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(pd.read_parquet(trials), examples, predictions, resamples, seed, given)
+        return score_sweep(work, Path(folder, "scoring")).scores
 
 
 def write_table(table: pd.DataFrame, target: Path) -> None:
@@ -62,15 +56,26 @@ def evaluate(settings: Settings) -> None:
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     answered, recipe = without(questions.examples, left_out(SWEEP)), settings.evaluate
     grades = read_grades(Path(recipe.grades)) if recipe.grades else None
-    trials, answers = pd.read_parquet(TRIALS), read_answers(PREDICTIONS)
-    evidence = gather(trials, answered, answers, recipe.resamples, recipe.seed, grades)
-    scores = score_table(evidence, answered, answers)
-    write_table(scores, SCORES)
-    pairs = pairs_of(trials, recipe.against)
-    write_table(compare(evidence, pairs, recipe.margin), COMPARISONS)
-
+    trials = pd.read_parquet(TRIALS)
     headline = budget_tokens(settings.report.headline_budget, plan.budget_unit, int(trials["image_tokens"].iloc[0]))
-    write_table(group_table(evidence, answered, trials, headline, answers), GROUPS)
+    work = Work(
+        trials,
+        answered,
+        PREDICTIONS,
+        recipe.resamples,
+        recipe.seed,
+        grades,
+        pairs_of(trials, recipe.against),
+        recipe.margin,
+        headline,
+        settings.plugins,
+    )
+    tables = score_sweep(work, SCORING, recipe.processes)
+    scores = tables.scores
+    write_table(scores, SCORES)
+    write_table(tables.comparisons, COMPARISONS)
+    write_table(tables.groups, GROUPS)
+
     with atomic_path(METRICS) as path:
         path.write_text(json.dumps(headline_metrics(trials, scores, headline), indent=1) + "\n")
     with atomic_path(HEADLINE) as path:

@@ -12,7 +12,7 @@ compared with what follows from the trials, at every budget of the main grid, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,36 +121,58 @@ def _controls(there: pd.DataFrame, trials: pd.DataFrame) -> Iterator[tuple[str, 
         yield from ((learned["trial_id"], control) for control in alike["trial_id"][:1])
 
 
+Retentions = Mapping[tuple[str, str], Sampled]  # family and benchmark, or MEAN → of some trials
+
+
 def compare(evidence: Evidence, pairs: Sequence[Pair], margin: float) -> pd.DataFrame:
     """A row for each pair, and benchmark or family's mean: see docs/results.md for the columns.
 
     ``margin``: of retention, within which a trial counts as equivalent to the unpruned model.
     """
     numbers = {trial: number for number, trial in enumerate(evidence.trial_ids)}
-    references = {one: _retentions(evidence, np.array([numbers[one]])) for one in {pair.reference for pair in pairs}}
-    trials = sorted({numbers[pair.trial] for pair in pairs})
-    rows: list[dict[str, Any]] = []
 
+    def of(trials: list[str]) -> Retentions:
+        chosen = np.array([numbers[trial] for trial in trials])
+        return with_means(evidence, evidence.retentions(chosen))
+
+    references = {one: of([one]) for one in {pair.reference for pair in pairs}}
+    trials = sorted({pair.trial for pair in pairs}, key=numbers.__getitem__)
+    rows: list[dict[str, Any]] = []
     for start in range(0, len(trials), evidence.block_size):
-        block = np.array(trials[start : start + evidence.block_size])
-        retentions = _retentions(evidence, block)
-        place = {number: row for row, number in enumerate(block.tolist())}
-        here = [pair for pair in pairs if numbers[pair.trial] in place]
-        for reference in dict.fromkeys(pair.reference for pair in here):
-            held = [pair for pair in here if pair.reference == reference]
-            chosen = np.array([place[numbers[pair.trial]] for pair in held])
-            for (family, benchmark), retention in retentions.items():
-                difference = retention.of(chosen).minus(references[reference][family, benchmark])
-                rows += _rows(held, family, benchmark, difference, margin)
+        block = trials[start : start + evidence.block_size]
+        rows += pair_rows(block, of(block), pairs, references.__getitem__, margin)
     return with_verdicts(pd.DataFrame(rows, columns=MEASURED))
 
 
-def _retentions(evidence: Evidence, trials: np.ndarray) -> dict[tuple[str, str], Sampled]:
-    """Retention of some trials by family and benchmark, each family's mean among them."""
-    by_benchmark = evidence.retentions(trials)
+def with_means(evidence: Evidence, by_benchmark: Mapping[str, Sampled]) -> Retentions:
+    """Retentions of some trials, and each family's mean of them."""
     family_of = {part.name: part.benchmark.family for part in evidence.scored}
     means = {(family, MEAN): mean for family, mean in evidence.family_means(by_benchmark).items()}
     return {(family_of[name], name): retention for name, retention in by_benchmark.items()} | means
+
+
+def pair_rows(
+    trials: Sequence[str],
+    retentions: Retentions,
+    pairs: Sequence[Pair],
+    reference: Callable[[str], Retentions],
+    margin: float,
+) -> list[dict[str, Any]]:
+    """Rows of those ``pairs`` whose trial is among ``trials``, which ``retentions`` are of; see :data:`MEASURED`.
+
+    ``reference``: trial id → that one's retentions.
+    """
+    place = {trial: row for row, trial in enumerate(trials)}
+    here = [pair for pair in pairs if pair.trial in place]
+    rows: list[dict[str, Any]] = []
+
+    for name in dict.fromkeys(pair.reference for pair in here):
+        held = [pair for pair in here if pair.reference == name]
+        chosen, whole = np.array([place[pair.trial] for pair in held]), reference(name)
+        for (family, benchmark), retention in retentions.items():
+            difference = retention.of(chosen).minus(whole[family, benchmark])
+            rows += _rows(held, family, benchmark, difference, margin)
+    return rows
 
 
 def _rows(
@@ -183,6 +205,7 @@ def with_verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
     Family means are corrected together, and benchmarks together.
     """
+    table = table.astype({name: COLUMNS[name] for name in MEASURED})
     table = table.sort_values(["question", "budget", "trial_id", "reference", "family", "benchmark"], ignore_index=True)
     together = [table["question"], table["budget"], table["benchmark"] == MEAN]
     for name in ("p", "p_margin"):

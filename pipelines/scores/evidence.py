@@ -28,6 +28,8 @@ from pipelines.scores.sampled import Sampled
 LIMIT_REACHED = "limit_reached"  # column of predictions, metric of scores
 BLOCK_BYTES = 64 * 1024**2  # what the resamples of one block of trials may take
 IMAGE_BLOCK = 4096  # images whose draws are multiplied at once
+KNOWN_BYTES = 32 * 1024**2  # of a benchmark's scored answers that are remembered beyond a block of trials
+SCORED_BYTES = 400  # about what one takes beside its text
 COLUMNS = {
     "trial_id": "str",
     "benchmark": "str",
@@ -112,7 +114,8 @@ class ScoredBenchmark:
 
     def metrics(self, trials: slice | np.ndarray) -> dict[str, Sampled]:
         """Every metric of some trials, given by their numbers."""
-        values, columns = self.values[self.taken[:, trials].T], self.columns
+        # Laid out by trial whatever the trials are, so that no sum depends on which others are asked for.
+        values, columns = np.ascontiguousarray(self.values[self.taken[:, trials].T]), self.columns
         if self.benchmark.summands is not None:
             further = self.benchmark.summands(self._table(values))
             values = np.concatenate([values, further.to_numpy(np.float64).reshape(*values.shape[:2], -1)], axis=2)
@@ -153,67 +156,99 @@ class ScoredBenchmark:
         return table
 
 
-def score_benchmark(
-    benchmark: Benchmark,
-    name: str,
-    examples: pd.DataFrame,
-    answers: np.ndarray,
-    texts: np.ndarray,
-    resamples: Resamples,
-    grades: Grades | None = None,
-) -> ScoredBenchmark:
-    """Score each distinct answer once. ``answers`` ``(examples, trials)``: place of each answer in ``texts``.
+class BenchmarkScorer:
+    """Scores answers to the questions of one benchmark.
 
-    Raises :class:`pipelines.scores.grades.GradesError` where answers need grades and ``grades`` has none of them.
+    A distinct answer is scored once in a block of trials, and not again in the next ones while it is remembered.
     """
-    keys = answers.astype(np.int64) + np.arange(len(examples))[:, None] * len(texts)
-    distinct, taken = np.unique(keys, return_inverse=True)
-    truths = [json.loads(truth) for truth in examples["truth"]]
-    pairs = [divmod(key, len(texts)) for key in distinct.tolist()]
-    given = _grades_of(benchmark, name, examples, pairs, texts, truths, grades or {})
-    columns: tuple[str, ...] = ()
-    values = np.empty((len(distinct), 0))
 
-    for row, (example, text) in enumerate(pairs):
-        truth = truths[example] | {"grade": given[example, text]} if (example, text) in given else truths[example]
-        scores = benchmark.score(texts[text], truth)
-        if row == 0:
-            columns = tuple(scores)
-            values = np.empty((len(distinct), len(columns)))
-        values[row] = [scores[column] for column in columns]
-    labels = pd.DataFrame(
-        {
-            "category": examples["category"].tolist(),
-            "group": [str(truth.get("group", f"row {number}")) for number, truth in enumerate(truths)],
-        }
-    )
-    place = {image: row for row, image in enumerate(resamples.images)}
-    image_rows = np.array([place[image] for image in examples["image"]])
-    shaped = taken.reshape(answers.shape).astype(np.int32)
-    return ScoredBenchmark(benchmark, name, columns, values, shaped, labels, image_rows, resamples)
+    def __init__(self, name: str, examples: pd.DataFrame, resamples: Resamples, grades: Grades) -> None:
+        self.benchmark, self.name, self.resamples, self.grades = parse_name(name), name, resamples, grades
+        self.ids = examples["example_id"].tolist()
+        self.truths = [json.loads(truth) for truth in examples["truth"]]
+        groups = [str(truth.get("group", f"row {number}")) for number, truth in enumerate(self.truths)]
+        self.labels = pd.DataFrame({"category": examples["category"].tolist(), "group": groups})
+        place = {image: row for row, image in enumerate(resamples.images)}
+        self.image_rows = np.array([place[image] for image in examples["image"]])
+        self.columns: tuple[str, ...] = ()
+        self.known: dict[tuple[int, str], tuple[float, ...]] = {}
+        self.known_bytes = 0
 
+    def score(self, answers: np.ndarray, texts: np.ndarray) -> ScoredBenchmark:
+        """``answers`` ``(examples, trials)``: place of each answer in ``texts``.
 
-def _grades_of(
-    benchmark: Benchmark,
-    name: str,
-    examples: pd.DataFrame,
-    pairs: list[tuple[int, int]],
-    texts: np.ndarray,
-    truths: list[dict],
-    grades: Grades,
-) -> dict[tuple[int, int], float]:
-    """The grade of every pair of example and text that needs one."""
-    if benchmark.graded is None:
-        return {}
+        Raises :class:`pipelines.scores.grades.GradesError` where answers need grades and there are none of them.
+        """
+        keys = answers.astype(np.int64) + np.arange(len(self.ids))[:, None] * len(texts)
+        distinct, taken = np.unique(keys, return_inverse=True)
+        pairs = [(example, texts[text]) for example, text in (divmod(key, len(texts)) for key in distinct.tolist())]
+        self._check_grades(pairs)
+        found = [self._scored(*pair) for pair in pairs]
 
-    ids = examples["example_id"].tolist()
-    wanted = [(example, text) for example, text in pairs if benchmark.graded(texts[text], truths[example])]
-    lacking = [ids[example] for example, text in wanted if (ids[example], texts[text]) not in grades]
-    if lacking:
-        raise GradesError(
-            f"evaluate.grades: {name} lacks {len(lacking):,} of {len(wanted):,} grades, first of {lacking[0]}; {REMEDY}"
+        # Answers that few trials give would fill any memory: past a bound only those of the last block are remembered.
+        if self.known_bytes > KNOWN_BYTES:
+            self.known = dict(zip(pairs, found, strict=True))
+            self.known_bytes = sum(SCORED_BYTES + len(text) for _, text in pairs)
+        values = np.array(found, float).reshape(len(found), len(self.columns))
+        shaped = taken.reshape(answers.shape).astype(np.int32)
+        return ScoredBenchmark(
+            self.benchmark, self.name, self.columns, values, shaped, self.labels, self.image_rows, self.resamples
         )
-    return {(example, text): grades[ids[example], texts[text]] for example, text in wanted}
+
+    def _scored(self, example: int, text: str) -> tuple[float, ...]:
+        known = self.known.get((example, text))
+        if known is not None:
+            return known
+        truth = self.truths[example]
+        if self._needs_grade(example, text):
+            truth = truth | {"grade": self.grades[self.ids[example], text]}
+        scores = self.benchmark.score(text, truth)
+        self.columns = self.columns or tuple(scores)
+        known = self.known[example, text] = tuple(scores[column] for column in self.columns)
+        self.known_bytes += SCORED_BYTES + len(text)
+        return known
+
+    def _needs_grade(self, example: int, text: str) -> bool:
+        return self.benchmark.graded is not None and self.benchmark.graded(text, self.truths[example])
+
+    def _check_grades(self, pairs: list[tuple[int, str]]) -> None:
+        """Raises :class:`GradesError` where one of ``pairs`` of example and text needs a grade and has none."""
+        if self.benchmark.graded is None:
+            return
+        wanted = [(self.ids[example], text) for example, text in pairs if self._needs_grade(example, text)]
+        lacking = [example_id for example_id, text in wanted if (example_id, text) not in self.grades]
+        if lacking:
+            raise GradesError(
+                f"evaluate.grades: {self.name} lacks {len(lacking):,} of {len(wanted):,} grades, first of {lacking[0]}; "
+                f"{REMEDY}"
+            )
+
+
+class Scoring:
+    """The questions of a sweep and what answers to them are scored with: the same for every block of its trials."""
+
+    def __init__(self, examples: pd.DataFrame, resamples: Resamples, grades: Grades | None = None) -> None:
+        self.examples, self.resamples = examples.reset_index(drop=True), resamples
+        self.scorers = [
+            (of_it.index.to_numpy(), BenchmarkScorer(str(name), of_it, resamples, grades or {}))
+            for name, of_it in self.examples.groupby("benchmark", sort=True)
+        ]
+
+    def score(self, trial_ids: list[str], predictions: pd.DataFrame) -> list[ScoredBenchmark]:
+        """Some trials' ``predictions``, among which others' rows do no harm; see :func:`evaluate` for what is raised."""
+        answers, texts = _answer_matrix(trial_ids, self.examples, predictions)
+        return [scorer.score(answers[rows], texts) for rows, scorer in self.scorers]
+
+
+def headlines(scored: list[ScoredBenchmark], trial: int) -> dict[str, Sampled]:
+    """Benchmark → headline of the trial of that number; raises :class:`Unscorable` where there is none."""
+    whole = {}
+    for part in scored:
+        metrics, headline = part.metrics(slice(trial, trial + 1)), part.benchmark.headline
+        if headline not in metrics:
+            raise Unscorable(f"{part.name} has no {headline!r} without a judge; leave it out of sweep.benchmarks")
+        whole[part.name] = metrics[headline]
+    return whole
 
 
 @dataclass(frozen=True)
@@ -237,23 +272,9 @@ class Evidence:
         grades: Grades | None = None,
     ) -> Evidence:
         """Score ``predictions``; ``reference``: the unpruned trial. See :func:`evaluate` for what is raised."""
-        examples = examples.reset_index(drop=True)
-        answers, texts = _answer_matrix(trial_ids, examples, predictions)
-        draws_of = Resamples.draw(sorted(set(examples["image"])), resamples, seed)
-        scored = [
-            score_benchmark(parse_name(name), name, of_benchmark, answers[of_benchmark.index], texts, draws_of, grades)
-            for name, of_benchmark in examples.groupby("benchmark", sort=True)
-        ]
-        row = trial_ids.index(reference)
-        whole = {}
-
-        for part in scored:
-            metrics = part.metrics(slice(row, row + 1))
-            headline = part.benchmark.headline
-            if headline not in metrics:
-                raise Unscorable(f"{part.name} has no {headline!r} without a judge; leave it out of sweep.benchmarks")
-            whole[part.name] = metrics[headline]
-        return cls(trial_ids, scored, whole)
+        draws = Resamples.draw(sorted(set(examples["image"])), resamples, seed)
+        scored = Scoring(examples, draws, grades).score(trial_ids, predictions)
+        return cls(trial_ids, scored, headlines(scored, trial_ids.index(reference)))
 
     def blocks(self) -> Iterator[slice]:
         """The trials in blocks whose resamples fit into ``BLOCK_BYTES``."""
@@ -326,16 +347,25 @@ def gather(
 
 def score_table(evidence: Evidence, examples: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
     """The table of :func:`evaluate`, from evidence of these examples and predictions."""
-    tables = [table for block in evidence.blocks() for table in _score_block(evidence, block)]
-    tables += _limit_rows(evidence.trial_ids, examples, predictions)
+    tables = [table for block in evidence.blocks() for table in score_block(evidence, block)[0]]
+    if LIMIT_REACHED in predictions and not predictions[LIMIT_REACHED].isna().any():
+        tables += limit_rows(evidence.trial_ids, examples, predictions)
+    return in_order(tables)
+
+
+def in_order(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of scores as the one table that they make, whatever blocks they come from."""
     scores = pd.concat(tables, ignore_index=True).sort_values(
         ["trial_id", "benchmark", "family", "metric"], ignore_index=True
     )
     return scores.astype(COLUMNS)[list(COLUMNS)]
 
 
-def _score_block(evidence: Evidence, block: slice) -> list[pd.DataFrame]:
-    """Rows of the trials of ``block``: every metric of every benchmark, then each family's mean retention."""
+def score_block(evidence: Evidence, block: slice) -> tuple[list[pd.DataFrame], dict[str, Sampled]]:
+    """Rows of the trials of ``block``: every metric of every benchmark, then each family's mean retention.
+
+    And their retentions by benchmark.
+    """
     trials, tables = evidence.trial_ids[block], []
     retentions: dict[str, Sampled] = {}
     questions: dict[str, int] = {}
@@ -364,14 +394,12 @@ def _score_block(evidence: Evidence, block: slice) -> list[pd.DataFrame]:
             tables.append(pd.DataFrame(rows))
     for family, mean in evidence.family_means(retentions).items():
         tables.append(_family_rows(trials, family, questions[family], mean))
-    return tables
+    return tables, retentions
 
 
-def _limit_rows(trials: list[str], examples: pd.DataFrame, predictions: pd.DataFrame) -> list[pd.DataFrame]:
-    """The share of answers that ran into their limit, by trial and benchmark, where it is known of all: a harness allows
+def limit_rows(trials: list[str], examples: pd.DataFrame, predictions: pd.DataFrame) -> list[pd.DataFrame]:
+    """The share of answers that ran into their limit, by trial and benchmark; it must be known of all: a harness allows
     more than a model needs, so what runs into it is a model that talks on."""
-    if LIMIT_REACHED not in predictions or predictions[LIMIT_REACHED].isna().any():
-        return []
     known = predictions.set_index("example_id")[[LIMIT_REACHED, "trial_id"]]
     known.index = known.index.astype(str)
     joined = known.join(examples.set_index("example_id")[["benchmark", "family"]], how="inner")

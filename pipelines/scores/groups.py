@@ -21,7 +21,7 @@ images as all others.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ import pandas as pd
 
 from nuwa import UNPRUNED
 from nuwa.methods import RECIPES
-from pipelines.scores.evidence import LIMIT_REACHED, Evidence, Resamples
+from pipelines.scores.evidence import LIMIT_REACHED, Evidence, Resamples, ScoredBenchmark
 from pipelines.scores.sampled import Sampled
 from pipelines.scores.summary import main_trials
 
@@ -64,20 +64,21 @@ COLUMNS = {
     "n": "int32",
     "images": "int32",
 }
+ORDER = ["at_family", "at_group", "place", "at_trial"]  # of its rows
+ROW = [*dict.fromkeys((*COLUMNS, *ORDER))]
+LIMITS = ["ended before", "ran into it"]
+LIMIT_PLACE = 10**6  # among the groups: behind every benchmark's categories
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Questions of one family and the answers of some trials.
+    """The answers of some trials to the questions of one family.
 
-    ``right`` ``(questions, trials)``; ``limited``: of the same shape, null where it is not known; ``image_rows``
-    ``(questions,)``: numbers of their images among the resampled ones.
+    ``right`` ``(questions, trials)``; ``image_rows`` ``(questions,)``: numbers of their images among the resampled ones.
     """
 
     family: str
-    questions: pd.DataFrame
     right: np.ndarray
-    limited: np.ndarray | None
     image_rows: np.ndarray
 
 
@@ -88,81 +89,122 @@ def group_table(
 
     ``examples``, ``predictions``: those that ``evidence`` is of.
     """
+    groups = Groups(evidence, examples, trials, budget)
+    known = predictions[predictions["trial_id"].isin(groups.shown["trial_id"])]
+    # Of a few alone it says nothing, and where none ran into a limit there is nothing to tell apart.
+    told = LIMIT_REACHED in known and known[LIMIT_REACHED].notna().all() and known[LIMIT_REACHED].any()
+    return in_order([groups.rows(evidence, known if told else None)])
+
+
+def in_order(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of :meth:`Groups.rows` as the one table that they make, whatever blocks of trials they come from."""
+    rows = pd.concat([pd.DataFrame(columns=ROW), *(table for table in tables if len(table))])
+    return rows.sort_values(ORDER, ignore_index=True).astype(COLUMNS)[list(COLUMNS)]
+
+
+def shown_trials(trials: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The main trials at ``budget``, and the unpruned one."""
     main = main_trials(trials)
     there = np.array([budget in budgets for budgets in main["budgets"]])
-    shown = main[there | (main["method"] == UNPRUNED)]
-    numbers = [evidence.trial_ids.index(trial) for trial in shown["trial_id"]]
-    rows: list[dict[str, Any]] = []
-
-    for asked in _asked(evidence, examples, shown["trial_id"].tolist(), np.array(numbers), predictions):
-        groups = [*_groups(asked), *_downsampling(asked, shown)]
-        for benchmark, kind, names, masks in groups:
-            rows += _rows(asked, evidence.scored[0].resamples, shown, (budget, benchmark, kind), names, masks)
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    return main[there | (main["method"] == UNPRUNED)]
 
 
-def _asked(
-    evidence: Evidence, examples: pd.DataFrame, ids: list[str], numbers: np.ndarray, predictions: pd.DataFrame
-) -> Iterator[Asked]:
-    """By family, the benchmarks whose answers a rule judges one below the other."""
-    by_benchmark = dict(iter(examples.reset_index(drop=True).groupby("benchmark", sort=True)))
-    limits = _limits(predictions, ids)
-    for family in dict.fromkeys(part.benchmark.family for part in evidence.scored):
-        parts = [
-            part for part in evidence.scored if part.benchmark.family == family and part.benchmark.right in part.columns
-        ]
-        if not parts:
-            continue
-        questions = pd.concat([by_benchmark[part.name] for part in parts], ignore_index=True)
-        right = [
-            part.values[:, part.columns.index(part.benchmark.right)][part.taken[:, numbers]] >= 0.5 for part in parts
-        ]
-        limited = None if limits is None else limits.reindex(questions["example_id"]).to_numpy(bool)
-        rows = np.concatenate([part.image_rows for part in parts])
-        yield Asked(family, questions, np.concatenate(right), limited, rows)
+def grouping_trials(trials: pd.DataFrame, budget: float) -> list[str]:
+    """The trials whose answers decide groups: the unpruned one, and where it ran, downsampling as it is meant."""
+    shown = shown_trials(trials, budget)
+    own = (shown["method"] == DOWNSAMPLE) & (shown["position"] == RECIPES[DOWNSAMPLE].position)
+    return [*shown.loc[shown["method"] == UNPRUNED, "trial_id"], *shown.loc[own, "trial_id"][:1]]
 
 
-def _limits(predictions: pd.DataFrame, ids: list[str]) -> pd.DataFrame | None:
-    """Which answers ran into their limit, a row an example; null where that is not known of all, or none did."""
-    if LIMIT_REACHED not in predictions:
-        return None
-    known = predictions[predictions["trial_id"].isin(ids)]
-    if known[LIMIT_REACHED].isna().any() or not known[LIMIT_REACHED].any():
-        return None
+class Groups:
+    """Questions by family and group; answers to them come a block of trials at a time.
+
+    ``evidence``: of those trials at least whose answers decide groups (:func:`grouping_trials`).
+    """
+
+    def __init__(self, evidence: Evidence, examples: pd.DataFrame, trials: pd.DataFrame, budget: float) -> None:
+        self.shown, self.budget = shown_trials(trials, budget).reset_index(drop=True), budget
+        by_benchmark = dict(iter(examples.reset_index(drop=True).groupby("benchmark", sort=True)))
+        deciding = [evidence.trial_ids.index(trial) for trial in grouping_trials(trials, budget)]
+        self.families: list[tuple[str, pd.DataFrame, list[Group]]] = []
+
+        for family in dict.fromkeys(part.benchmark.family for part in evidence.scored):
+            if parts := _judged(evidence, family):
+                questions = pd.concat([by_benchmark[part.name] for part in parts], ignore_index=True)
+                groups = [*_groups(questions), *_downsampling(_right(parts, deciding))]
+                self.families.append((family, questions, groups))
+
+    def rows(self, evidence: Evidence, limits: pd.DataFrame | None) -> pd.DataFrame:
+        """Of the shown trials among those of ``evidence``; ``limits``: predictions that hold theirs, where they are known.
+
+        Columns beside the table's own tell where its rows belong.
+        """
+        here = self.shown["trial_id"].isin(evidence.trial_ids)
+        shown = self.shown[here]
+        ids = shown["trial_id"].tolist()
+        numbers = [evidence.trial_ids.index(trial) for trial in ids]
+        reached = _limits(limits, ids) if limits is not None and ids else None
+        rows: list[dict[str, Any]] = []
+
+        for place, (family, questions, groups) in enumerate(self.families if ids else []):
+            parts = _judged(evidence, family)
+            image_rows = np.concatenate([part.image_rows for part in parts])
+            asked = Asked(family, _right(parts, numbers), image_rows)
+            if reached is not None:
+                limited = reached.reindex(questions["example_id"]).to_numpy(bool)
+                groups = [*groups, (LIMIT_PLACE, "", "limit", LIMITS, np.stack([~limited, limited]))]
+            for at, benchmark, kind, names, masks in groups:
+                about: dict[str, Any] = {"at_family": place, "at_group": at, "budget": self.budget}
+                about |= {"benchmark": benchmark, "kind": kind}
+                rows += _rows(asked, evidence.scored[0].resamples, shown, about, names, masks)
+        return pd.DataFrame(rows, columns=ROW)
+
+
+def _judged(evidence: Evidence, family: str) -> list[ScoredBenchmark]:
+    """The benchmarks of a family whose answers a rule judges."""
+    return [
+        part for part in evidence.scored if part.benchmark.family == family and part.benchmark.right in part.columns
+    ]
+
+
+def _right(parts: Sequence[ScoredBenchmark], numbers: list[int]) -> np.ndarray:
+    """``(questions, trials)`` of some trials, the benchmarks one below the other."""
+    columns = [part.values[:, part.columns.index(part.benchmark.right)][part.taken[:, numbers]] for part in parts]
+    return np.concatenate(columns) >= 0.5
+
+
+def _limits(predictions: pd.DataFrame, ids: list[str]) -> pd.DataFrame:
+    """Which answers ran into their limit, a row an example."""
+    known = predictions.loc[predictions["trial_id"].isin(ids), ["example_id", "trial_id", LIMIT_REACHED]]
     known = known.astype({"trial_id": str, "example_id": str})
     return known.pivot(index="example_id", columns="trial_id", values=LIMIT_REACHED)[ids]
 
 
-Group = tuple[str, str, list[str], np.ndarray]  # benchmark or nothing, kind, names, masks (groups, questions[, trials])
+# Its place among the groups, benchmark or nothing, kind, names, masks (groups, questions[, trials]).
+Group = tuple[int, str, str, list[str], np.ndarray]
 
 
-def _groups(asked: Asked) -> Iterator[Group]:
-    """What follows from questions alone, and the limit; kinds of one group say nothing and are left out."""
-    truths = [json.loads(truth) for truth in asked.questions["truth"]]
-    codings = {
-        "size": _sizes(truths),
-        "place": _places(truths),
-        "expression": _expressions(asked.questions["question"], truths),
-        "question": _beginnings(asked.questions["question"], truths),
-        "answer": _lengths(truths),
-    }
-    for kind, (codes, names) in codings.items():
-        yield from _several("", kind, names, codes)
-    for benchmark, of_it in asked.questions.groupby("benchmark", sort=True):
+def _groups(questions: pd.DataFrame) -> Iterator[Group]:
+    """What follows from questions alone; kinds of one group say nothing and are left out."""
+    truths = [json.loads(truth) for truth in questions["truth"]]
+    codings = [
+        ("", "size", *_sizes(truths)),
+        ("", "place", *_places(truths)),
+        ("", "expression", *_expressions(questions["question"], truths)),
+        ("", "question", *_beginnings(questions["question"], truths)),
+        ("", "answer", *_lengths(truths)),
+    ]
+    for benchmark, of_it in questions.groupby("benchmark", sort=True):
         names = sorted(set(of_it["category"]) - {""})
         place = {name: code for code, name in enumerate(names)}
-        here = (asked.questions["benchmark"] == benchmark).to_numpy()
-        codes = np.array([place.get(name, -1) for name in asked.questions["category"]])
-        yield from _several(str(benchmark), "category", names, np.where(here, codes, -1))
-    if asked.limited is not None:
-        yield "", "limit", ["ended before", "ran into it"], np.stack([~asked.limited, asked.limited])
+        here = (questions["benchmark"] == benchmark).to_numpy()
+        codes = np.array([place.get(name, -1) for name in questions["category"]])
+        codings.append((str(benchmark), "category", np.where(here, codes, -1), names))
 
-
-def _several(benchmark: str, kind: str, names: list[str], codes: np.ndarray) -> Iterator[Group]:
-    """``codes``: each question's group, below zero for none."""
-    used = [code for code in range(len(names)) if (codes == code).any()]
-    if len(used) > 1:
-        yield benchmark, kind, [names[code] for code in used], np.stack([codes == code for code in used])
+    for at, (benchmark, kind, codes, names) in enumerate(codings):
+        used = [code for code in range(len(names)) if (codes == code).any()]
+        if len(used) > 1:
+            yield at, benchmark, kind, [names[code] for code in used], np.stack([codes == code for code in used])
 
 
 def _boxes(truths: list[dict]) -> np.ndarray:
@@ -228,34 +270,32 @@ def _lengths(truths: list[dict]) -> tuple[np.ndarray, list[str]]:
     return np.minimum(counts, 3) - 1, ["one word", "two words", "three or more"]
 
 
-def _downsampling(asked: Asked, shown: pd.DataFrame) -> Iterator[Group]:
-    """Hard and easy questions, where downsampling ran at this budget as it is meant."""
-    own = (shown["method"] == DOWNSAMPLE) & (shown["position"] == RECIPES[DOWNSAMPLE].position)
-    if not own.any():
+def _downsampling(right: np.ndarray) -> Iterator[Group]:
+    """Hard and easy questions. ``right`` ``(questions, 1 or 2)``: unpruned, and where it ran, after downsampling."""
+    if right.shape[1] < 2:
         return
-    whole = asked.right[:, np.flatnonzero(shown["method"] == UNPRUNED)[0]]
-    small = asked.right[:, np.flatnonzero(own)[0]]
+    whole, small = right.T
     masks = np.stack([whole & ~small, whole & small])
     if masks.any(axis=1).all():
-        yield "", "downsampling", [HARD, EASY], masks
+        yield LIMIT_PLACE + 1, "", "downsampling", [HARD, EASY], masks
 
 
 def _rows(
     asked: Asked,
     resamples: Resamples,
     shown: pd.DataFrame,
-    about: tuple[float, str, str],
+    about: Mapping[str, Any],
     names: list[str],
     masks: np.ndarray,
 ) -> Iterator[dict[str, Any]]:
-    budget, benchmark, kind = about
+    """``about``: what the rows have in common; ``shown``: the trials, by their places among all that are shown."""
     for place, (name, mask) in enumerate(zip(names, masks, strict=True)):
         for row, (score, low, high, count, images) in enumerate(_shares(asked, resamples, mask)):
             if count:
                 yield {
-                    "trial_id": shown["trial_id"].iloc[row], "budget": budget, "family": asked.family,
-                    "benchmark": benchmark, "kind": kind, "group": name, "place": place, "score": score, "low": low,
-                    "high": high, "n": count, "images": images,
+                    **about, "trial_id": shown["trial_id"].iloc[row], "at_trial": shown.index[row],
+                    "family": asked.family, "group": name, "place": place, "score": score, "low": low, "high": high,
+                    "n": count, "images": images,
                 }  # fmt: skip
 
 

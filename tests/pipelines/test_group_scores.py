@@ -21,9 +21,8 @@ ASKED = {  # expression → group
 TRIALS = {"whole": "unpruned", "small": "downsample", "pruned": "nuwa", "other": "random"}
 
 
-@pytest.fixture(scope="module")
-def run():
-    """Twenty images with a box and two questions each; who is right is drawn, more often on large boxes."""
+def asked_world() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Trials, examples and predictions: twenty images with a box and two questions each; who is right is drawn, more often on large boxes."""
     rng = np.random.default_rng(3)
     examples, predictions = [], []
     for number in range(20):
@@ -54,6 +53,11 @@ def run():
         "grids": [["main"]] * 4, "budgets": [[], [16.0], [16.0], [16.0]],
     })  # fmt: skip
     return trials, pd.DataFrame(examples), pd.DataFrame(predictions)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return asked_world()
 
 
 @pytest.fixture(scope="module")
