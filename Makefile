@@ -72,9 +72,9 @@ compare: $(READY)
 submit: $(READY)
 	$(RUN) python -m cluster.submit $(ARGS)
 
-# Everything the sweep logged, at http://127.0.0.1:$(PORT)
+# Everything the sweep logged, at http://127.0.0.1:$(PORT); first it prints where its trials, charts and comparison are
 dashboard: $(READY)
-	$(RUN) mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" --host 127.0.0.1 --port $(PORT)
+	$(RUN) python -m stages.dashboard $(PORT)
 
 # Replay the finished sweep into MLflow.
 track: $(READY)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from nuwa.budget import budget_tokens
+from pipelines.scores.summary import headline_trials
 from pipelines.settings import Settings, asked
 from pipelines.sweep.provenance import came_from
 from pipelines.tracking.revision import git_and_dvc_tags, source_tags, write_reproduction
@@ -29,6 +32,9 @@ from stages.entry import (
     run_stage,
 )
 
+OF_ALL = ("images", "questions", "protocol")  # parameters of a sweep that its trials show too
+SIDE_BY_SIDE = 8  # columns that fit a screen
+
 
 def track(settings: Settings, *, with_report: bool = True) -> None:
     """One child run a trial; scores, plots and, where it is of this sweep, the report as artifacts of the parent."""
@@ -41,10 +47,13 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
     with Tracker.open(
         settings.tracking.resolved_uri, settings.tracking.experiment, sweep_id=facts["sweep_id"]
     ) as tracker:
-        shown = tags | source_tags(tags, "dvc repro") | {"mlflow.note.content": _note(facts, tags)}
-        tracker.parent(facts["name"], facts["counts"] | asked(settings.model, settings.sweep), shown)
+        shared = facts["counts"] | asked(settings.model, settings.sweep)
+        tracker.parent(facts["name"], shared, tags | source_tags(tags, "dvc repro"))
         tracker.dataset("examples", facts["fingerprints"]["data"][:32], facts["counts"]["questions"])
-        tracker.trials(trial_runs(trials, scores, _seconds(trials), tags))
+        groups = pd.read_parquet(GROUPS) if GROUPS.exists() else None
+        of_all = {name: shared[name] for name in OF_ALL}
+        tracker.trials(trial_runs(trials, scores, _seconds(trials), tags, groups=groups, asked=of_all))
+        tracker.views(_compared(settings, trials, scores), partial(_note, facts, tags))
 
         for path, place in (
             (SCORES, None),
@@ -62,16 +71,25 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
             tracker.artifacts(Path(folder), "reproduce")
 
 
-def _note(facts: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-    """Markdown for the parent's page: what came out, where to look, how to run it again."""
-    lines = [f"**{facts['name']}**", ""]
+def _compared(settings: Settings, trials: pd.DataFrame, scores: pd.DataFrame) -> list[str]:
+    """The trials that MLflow shows side by side."""
+    tokens, unit = int(trials["image_tokens"].iloc[0]), settings.sweep.budget_unit
+    budget = budget_tokens(settings.report.headline_budget, unit, tokens)
+    return headline_trials(trials, scores, budget, SIDE_BY_SIDE)
+
+
+def _note(facts: Mapping[str, Any], tags: Mapping[str, str], pages: Mapping[str, str]) -> str:
+    """Markdown for the parent's page: what came out, where to look, how to run it again.
+
+    ``pages``: what else MLflow shows of the sweep → its address on the same server.
+    """
+    lines = [f"**{facts['name']}**", "", " · ".join(f"[{name}]({address})" for name, address in pages.items()), ""]
     if METRICS.exists():
         lines += _verdict(json.loads(METRICS.read_text()))
     dirty = tags.get("git_dirty") == "true"
     lines += [
         "* The page: artifact `report/index.html`; all scores: `scores.parquet`; pairs: `comparisons.parquet`;"
         " by what was asked: `groups.parquet`.",
-        "* Trials: the child runs; sort them by `grounding_retention` or `vqa_retention`.",
         "",
         "Again, from the artifacts under `reproduce`:",
         "",

@@ -47,6 +47,21 @@ def headline_metrics(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) 
     }
 
 
+def headline_trials(trials: pd.DataFrame, scores: pd.DataFrame, budget: float, most: int) -> list[str]:
+    """Ids of the unpruned trial and of every method's best main trial at ``budget``, the best methods first.
+
+    Best is by the mean retention over families; ``most``: how many at most, the unpruned one among them.
+    """
+    retention = _retention(scores)["score"].mean(axis=1)
+    chosen = main_trials(trials)
+    chosen = chosen[[budget in budgets for budgets in chosen["budgets"]]]
+    chosen = chosen[chosen["method"] != UNPRUNED]
+    ranked = chosen.assign(kept=chosen["trial_id"].map(retention)).dropna(subset="kept")
+    ranked = ranked.sort_values(["kept", "label"], ascending=[False, True]).drop_duplicates("method")
+    reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
+    return [reference, *ranked["trial_id"]][:most]
+
+
 def _best(table: pd.DataFrame) -> dict[str, Any]:
     """The row with the highest mean retention; the first of equals, in the order of labels."""
     means = table[[family for family in FAMILIES if family in table]].mean(axis=1)

@@ -39,7 +39,13 @@ class TrialRun:
 
 
 def trial_runs(
-    trials: pd.DataFrame, scores: pd.DataFrame, timings: pd.DataFrame | None, tags: Mapping[str, str]
+    trials: pd.DataFrame,
+    scores: pd.DataFrame,
+    timings: pd.DataFrame | None,
+    tags: Mapping[str, str],
+    *,
+    groups: pd.DataFrame | None = None,
+    asked: Mapping[str, object] | None = None,
 ) -> list[TrialRun]:
     """Turn the tables of a sweep into runs, in the order of `trials`.
 
@@ -50,6 +56,9 @@ def trial_runs(
             (95 % interval). Other rows are detail, for the Parquet file on the parent.
         timings: one row a trial, `trial_id` and numeric columns; each becomes `timing/<column>`. None without timings.
         tags: provenance written on every child.
+        groups: shares of right answers by what was asked (`groups.parquet`), which become
+            `<family or benchmark>/<kind>/<group>`; those by whether an answer ran into its limit are left out.
+        asked: params that all trials share: how many images and questions, by which protocol.
 
     Returns:
         Runs with MLflow's characters in their metric keys and without NaN or infinite values.
@@ -58,6 +67,9 @@ def trial_runs(
     for row in scores[scores["trial_id"].isin(metrics)].to_dict("records"):
         metrics[row["trial_id"]] |= _score_metrics(row)
 
+    for row in [] if groups is None else groups[groups["kind"] != "limit"].to_dict("records"):
+        if row["trial_id"] in metrics:
+            metrics[row["trial_id"]][_group_key(row)] = row["score"]
     if timings is not None:
         for trial_id, row in timings.set_index("trial_id").select_dtypes("number").to_dict("index").items():
             if trial_id in metrics:
@@ -66,7 +78,7 @@ def trial_runs(
         TrialRun(
             trial_id=row["trial_id"],
             name=row["label"],
-            params=_trial_params(row),
+            params=_trial_params(row) | {name: param_text(value) for name, value in (asked or {}).items()},
             metrics=mlflow_metrics({name: row[name] for name in columns_of("metric")} | metrics[row["trial_id"]]),
             tags=dict(tags),
         )
@@ -82,6 +94,12 @@ def _score_metrics(row: Mapping[str, Any]) -> dict[str, float]:
         key = f"{row['benchmark']}/{row['metric']}"
         return {key: row["score"], f"{row['benchmark']}/retention": row["retention"]}
     return {}
+
+
+def _group_key(row: Mapping[str, Any]) -> str:
+    """`smallest third, up to 5.7 %` → `grounding/size/smallest_third`: what follows a comma differs from data to data."""
+    name = str(row["group"]).partition(",")[0].replace(" ", "_")
+    return f"{row['benchmark'] or row['family']}/{row['kind']}/{name}"
 
 
 def _trial_params(row: Mapping[str, Any]) -> dict[str, str]:

@@ -20,7 +20,8 @@ and therefore means "complete". The *Duration* that MLflow shows for a child is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+from pipelines.tracking.machine import machine_metrics
 from pipelines.tracking.open_runs import begun, ended
 from pipelines.tracking.runs import TrialRun
 from pipelines.tracking.store import T, TrackingStore
+from pipelines.tracking.views import LINKS, links, view_tags
 
 _RUNS_A_PAGE = 1000
 
@@ -96,8 +99,8 @@ class Tracker:
         return self._parent_id or ""
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log how the sweep stands (trials done, examples a second, seconds left, cache hits) on the parent."""
-        self._on_parent(lambda parent: self._store.batch(parent, metrics, step=step))
+        """Log how the sweep stands (trials done, examples a second, seconds left, cache hits) and its machine."""
+        self._on_parent(lambda parent: self._store.batch(parent, {**metrics, **machine_metrics()}, step=step))
 
     def trials(self, rows: Iterable[TrialRun], on_done: Callable[[TrialRun], None] | None = None) -> int:
         """Write one child run a trial and return how many were written.
@@ -132,6 +135,26 @@ class Tracker:
             raise FileNotFoundError(f"no file or folder {str(path)!r} to log as an MLflow artifact")
         method = "log_artifacts" if path.is_dir() else "log_artifact"
         self._on_parent(lambda parent: getattr(self._store.client, method)(parent, str(path), artifact_path))
+
+    def views(self, compared: Sequence[str], note: Callable[[Mapping[str, str]], str]) -> Mapping[str, str]:
+        """Have MLflow's pages show the trials sorted, in columns and charts; return the links (empty when tracking is off).
+
+        Args:
+            compared: trial ids, of those that ``trials`` has written or found, to stand side by side.
+            note: what the parent's page says, in Markdown, of the links.
+        """
+        children = self._children or {}
+        runs = [children[trial][0].run_id for trial in compared if children.get(trial)]
+
+        def write(parent: str) -> Mapping[str, str]:
+            experiment = self._store.experiment_id
+            for name, value in view_tags(self._sweep_id, parent).items():
+                self._store.client.set_experiment_tag(experiment, name, value)
+            pages = links(experiment, self._sweep_id, parent, runs)
+            self._store.batch(parent, tags={"mlflow.note.content": note(pages), LINKS: json.dumps(pages)})
+            return pages
+
+        return self._on_parent(write) or {}
 
     def dataset(self, name: str, digest: str, rows: int) -> None:
         """Note on the parent which examples were used. MLflow holds 36 characters of a digest; longer ones are cut."""

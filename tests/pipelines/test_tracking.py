@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import parse_qs
 
 import numpy as np
 import pandas as pd
@@ -192,6 +193,26 @@ def test_tables_become_runs_with_params_and_headline_metrics_only() -> None:
     ]
 
 
+def test_runs_show_what_was_asked_and_scores_by_group() -> None:
+    trials, scores, _ = tables()
+    columns = ["trial_id", "family", "benchmark", "kind", "group", "score"]
+    groups = pd.DataFrame(
+        [
+            ["n", "grounding", "", "size", "smallest third, up to 5.7 %", 0.25],
+            ["n", "vqa", "pope", "category", "adversarial", 0.5],
+            ["n", "vqa", "", "limit", "ran into it", 0.0],
+            ["gone", "vqa", "pope", "category", "popular", 0.5],
+        ],
+        columns=columns,
+    )
+    plain = trial_runs(trials, scores, None, {})
+    unpruned, nuwa = trial_runs(trials, scores, None, {}, groups=groups, asked={"images": 200, "protocol": "testbed"})
+    shared = {"images": "200", "protocol": "testbed"}
+    assert unpruned.metrics == plain[0].metrics and unpruned.params == plain[0].params | shared
+    assert nuwa.params == plain[1].params | shared
+    assert nuwa.metrics == plain[1].metrics | {"grounding/size/smallest_third": 0.25, "pope/category/adversarial": 0.5}
+
+
 def test_runs_do_not_depend_on_the_order_of_the_scores() -> None:
     trials, scores, _ = tables()
     assert trial_runs(trials, scores[::-1], None, {}) == trial_runs(trials, scores, None, {})
@@ -271,6 +292,64 @@ def test_progress_is_a_curve_on_the_parent_without_infinite_values(uri: str) -> 
     assert [(m.step, m.value) for m in history["seconds_left"]] == [(8, 30.0)]
 
 
+def test_progress_shows_the_machine_on_mlflows_page_of_system_metrics(uri: str) -> None:
+    with Tracker.open(uri, EXPERIMENT, sweep_id=SWEEP) as tracker:
+        tracker.parent("sweep", {}, {})
+        tracker.progress(0, {"trials_done": 0})
+    shown = {key: value for key, value in parent_of(uri).data.metrics.items() if key.startswith("system/")}
+    assert set(shown) == {
+        "system/cpu_utilization_percentage",
+        "system/system_memory_usage_megabytes",
+        "system/system_memory_usage_percentage",
+    }
+    assert (
+        shown["system/system_memory_usage_megabytes"] > 0 and 0 < shown["system/system_memory_usage_percentage"] < 100
+    )
+
+
+def test_pages_open_on_sorted_trials_on_charts_and_on_the_headline_side_by_side(uri: str) -> None:
+    """What MLflow's client finds by the search, order and columns that stand in the links."""
+    client = MlflowClient(uri)
+    kept = {"u": 1.0, "n": 0.7, "v": 0.1}
+    rows = [
+        run_of(
+            trial, {"grounding_retention": share, "vqa_retention": share, "average_tokens": 16.0}, {"method": method}
+        )
+        for (trial, share), method in zip(kept.items(), ("unpruned", "nuwa", "visionzip"), strict=True)
+    ]
+    write(uri, [run_of("of another sweep")], sweep_id="another")
+    with Tracker.open(uri, EXPERIMENT, sweep_id=SWEEP) as tracker:
+        parent = tracker.parent("sweep", {}, {})
+        tracker.trials(rows)
+        pages = tracker.views(["u", "n", "gone"], lambda pages: "\n".join(pages.values()))
+
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    found = {}
+    for key in (SWEEP, f"{SWEEP}-over-budget"):
+        view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])
+        order = [f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"]
+        runs = client.search_runs([experiment.experiment_id], view["searchFilter"], order_by=order)
+        found[key] = [run.data.tags["trial_id"] for run in runs]
+        columns = [name.removeprefix("metrics.").strip("`") for name in view["selectedColumns"]]
+        assert columns[:2] == ["grounding_retention", "vqa_retention"] and set(columns) <= set(runs[0].data.metrics)
+        axes = {(chart["xaxis"]["key"], chart["yaxis"]["key"]) for chart in view["compareRunCharts"]}
+        assert axes == {("average_tokens", "grounding_retention"), ("average_tokens", "vqa_retention")}
+    assert found == {SWEEP: ["u", "n", "v"], f"{SWEEP}-over-budget": ["n", "v"]}
+
+    kind = "workflowType=machine_learning"
+    runs = f"#/experiments/{experiment.experiment_id}/runs"
+    trials, charts, itself, side_by_side = pages.values()
+    assert trials == f"{runs}?{kind}&viewStateShareKey={SWEEP}"
+    assert charts == f"{runs}?{kind}&viewStateShareKey={SWEEP}-over-budget&compareRunsMode=CHART"
+    assert itself == f"{runs}/{parent}?{kind}"
+    asked = parse_qs(side_by_side.partition("?")[2])
+    children = children_of(uri)
+    assert json.loads(asked["runs"][0]) == [children["u"].info.run_id, children["n"].info.run_id]
+    tags = parent_of(uri).data.tags
+    assert json.loads(tags["links"]) == pages and tags["mlflow.note.content"] == "\n".join(pages.values())
+
+
 def test_artifacts_and_dataset_are_on_the_parent(uri: str, tmp_path: Path) -> None:
     (tmp_path / "report" / "charts").mkdir(parents=True)
     (tmp_path / "report" / "index.html").write_text("<h1>Report</h1>")
@@ -305,7 +384,8 @@ def test_batches_over_the_limits_of_mlflow_are_split(uri: str) -> None:
         tracker.parent("sweep", texts, texts)  # tags of a parent found again go through a batch, too
         assert tracker.trials([run_of("t", metrics, texts)]) == 1
     parent, child = parent_of(uri), children_of(uri)["t"]
-    assert (parent.data.metrics, parent.data.params) == (metrics, texts)
+    logged = {key: value for key, value in parent.data.metrics.items() if not key.startswith("system/")}
+    assert (logged, parent.data.params) == (metrics, texts)
     assert texts.items() <= parent.data.tags.items()
     assert (child.data.metrics, child.data.params) == (metrics, texts)
 
@@ -764,10 +844,10 @@ def test_revision_tags_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert git_and_dvc_tags(tmp_path) == {"git_commit": commit, "git_dirty": "true", "dvc_lock": lock}
 
 
-def test_a_dirty_run_is_rebuilt_from_its_commit_and_what_lies_beside_it(tmp_path: Path) -> None:
+def test_a_dirty_run_is_rebuilt_by_mlflows_client_alone(uri: str, tmp_path: Path) -> None:
     """A changed file, a removed one, a new one and a binary one; ignored files are the cache's."""
-    work, beside, again = (tmp_path / name for name in ("work", "beside", "again"))
-    work.mkdir(), beside.mkdir()
+    work, beside, fetched, again = (tmp_path / name for name in ("work", "beside", "fetched", "again"))
+    work.mkdir(), beside.mkdir(), fetched.mkdir()
 
     def git(*arguments: str, at: Path = work) -> str:
         identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
@@ -780,7 +860,6 @@ def test_a_dirty_run_is_rebuilt_from_its_commit_and_what_lies_beside_it(tmp_path
         (work / name).write_bytes(content)
     git("add", "-A")
     git("commit", "-qm", "c")
-    commit = git("rev-parse", "HEAD")
     changed = {"params.yaml": b"a: 2\n", "mine.py": b"y = 2\n", "weights": b"\x00\x02\x03"}
     for name, content in changed.items():
         (work / name).write_bytes(content)
@@ -789,11 +868,21 @@ def test_a_dirty_run_is_rebuilt_from_its_commit_and_what_lies_beside_it(tmp_path
     (work / "cache").mkdir()
     (work / "cache" / "big").write_bytes(b"z" * 100)
 
-    write_reproduction(work, beside)
-    assert sorted(path.name for path in beside.iterdir()) == ["params.yaml", "uncommitted.patch"]
-    assert source_tags(git_and_dvc_tags(work), "dvc repro")["mlflow.source.git.commit"] == commit
+    with Tracker.open(uri, EXPERIMENT, sweep_id=SWEEP) as tracker:
+        revision = git_and_dvc_tags(work)
+        tracker.parent("sweep", {"dtype": "float32"}, revision | source_tags(revision, "dvc repro"))
+        write_reproduction(work, beside)
+        tracker.artifacts(beside, "reproduce")
+
+    client, run = MlflowClient(uri), parent_of(uri)
+    held = Path(client.download_artifacts(run.info.run_id, "reproduce", str(fetched)))
+    assert sorted(path.name for path in held.iterdir()) == ["params.yaml", "uncommitted.patch"]
+    assert run.data.tags["git_dirty"] == "true" and run.data.tags["mlflow.source.name"] == "dvc repro"
+    assert run.data.params == {"dtype": "float32"} and (held / "params.yaml").read_text() == "a: 2\n"
+
     git("clone", "-q", str(work), str(again))
-    git("apply", str(beside / "uncommitted.patch"), at=again)
+    git("checkout", "-q", run.data.tags["mlflow.source.git.commit"], at=again)
+    git("apply", str(held / "uncommitted.patch"), at=again)
     for name in ("params.yaml", "mine.py", "weights", ".gitignore"):
         assert (again / name).read_bytes() == (work / name).read_bytes(), name
     assert not (again / "gone.py").exists() and not (again / "token.txt").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
+from pipelines.scores.summary import budget_curves, headline_metrics, headline_table, headline_trials
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = [16.0, 32.0]
@@ -67,6 +67,12 @@ def test_the_table_holds_every_main_trial_of_the_budget():
     assert list(table["label"]) == sorted(table["label"]) and len(table) == 4
     released = table[table["label"] == "nuwa released pesp 32"].iloc[0]
     assert released[["grounding", "grounding low", "vqa high"]].tolist() == [0.8, 0.75, 1.05]
+
+
+def test_methods_stand_side_by_side_by_their_best_trials():
+    trials, scores = sweep_tables()
+    assert headline_trials(trials, scores, 32.0, most=3) == ["u", "nuwa released pesp 32", "visionzip released pesp 32"]
+    assert headline_trials(trials, scores, 16.0, most=2) == ["u", "nuwa released pesp 16"]
 
 
 @pytest.fixture(scope="module")
