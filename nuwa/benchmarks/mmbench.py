@@ -20,6 +20,7 @@ from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, 
 from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, optional_text, text
 
 LETTERS = ("A", "B", "C", "D")
+MISSING = "nan"  # what stands for a text that a question lacks
 COPY_STEP = 1_000_000
 WORDS_WITH_ARTICLE = 3  # in a longer answer a bare "A" may be the article
 
@@ -73,7 +74,11 @@ def read(row: dict[str, Any], name: str = "mmbench") -> Iterator[Example]:
         truth={"answer": one_of(row, "answer", tuple(options)), "options": options, "group": str(index % COPY_STEP)},
         category=row["category"] or "",
         image=image_bytes(row["image"], "image"),
-        context={"hint": optional_text(row, "hint"), "published_hint": row["hint"] or ""},
+        context={
+            "hint": optional_text(row, "hint"),
+            "published_hint": row["hint"],
+            "published_options": {letter: row[letter] for letter in LETTERS},
+        },
     )
 
 
@@ -82,6 +87,17 @@ def prompt(example: Example, instruction: str = OPTION_LETTER) -> str:
     hint = f"{example.context['hint']} " if example.context["hint"] else ""
     options = option_lines(example.truth["options"])
     return f"{hint}{example.question} There are several options:\n{options}\n{instruction}"
+
+
+def harness_prompt(example: Example, instruction: str = OPTION_LETTER, unshown: tuple[str, ...] = (MISSING,)) -> str:
+    """As lmms-eval, which takes no other spelling than ``nan`` for an option that is missing: blanks and ``NaN`` are
+    shown. ``unshown``: hints that are not."""
+    hint, published = example.context["published_hint"], example.context["published_options"]
+    lines = option_lines(
+        {letter: option for letter, option in published.items() if option and option != MISSING}
+    ).rstrip("\n")
+    shown = "" if hint is None or hint in unshown else f"{hint} "
+    return f"{shown}{example.question} There are several options:\n{lines}\n{instruction}"
 
 
 def llava_prompt(example: Example, instruction: str = OPTION_LETTER) -> str:
@@ -137,8 +153,8 @@ _BY_RULE = (
         metrics=metrics,
         summands=summands,
         rules={
-            "lmms_eval": Rules("gpt_eval_score", 1024),  # by rules alone; the harness asks a judge about the rest
-            "lmms_eval_0_3": Rules("gpt_eval_score", 1024),
+            # by rules alone; the harness asks a judge about the rest
+            **dict.fromkeys(("lmms_eval", "lmms_eval_0_3"), Rules("gpt_eval_score", 1024, llava_v1=harness_prompt)),
             "llava": Rules("accuracy", 1024, llava_v1=llava_prompt),
         },
     ),

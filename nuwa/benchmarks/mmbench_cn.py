@@ -12,7 +12,7 @@ from functools import partial
 
 from nuwa.benchmarks import mmbench
 from nuwa.benchmarks.choices import Options, choice_scores
-from nuwa.benchmarks.definition import Example, Rules, Scores, TableSize, Truth
+from nuwa.benchmarks.definition import Rules, Scores, TableSize, Truth
 
 NAME = "mmbench_cn"
 OPTION_LETTER = "\n请直接使用所提供的选项字母作为答案回答。"
@@ -34,12 +34,8 @@ def _score(prediction: str, truth: Truth) -> Scores:
     return choice_scores(named_option(prediction, truth["options"]), truth["answer"])
 
 
-def _harness_prompt(example: Example) -> str:
-    """lmms-eval shows a missing hint as it is published: ``nan``."""
-    hint = f"{example.context['published_hint']} " if example.context["published_hint"] else ""
-    return hint + mmbench.prompt(replace(example, context={"hint": ""}), OPTION_LETTER)
-
-
+# lmms-eval shows a missing hint as it is published here: ``nan``.
+_harness_prompt = partial(mmbench.harness_prompt, instruction=OPTION_LETTER, unshown=())
 HARNESS = Rules("gpt_eval_score", 256, llava_v1=_harness_prompt)
 
 VARIANTS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -52,13 +53,18 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
         truth={"answer": list(options)[position], "options": options},
         category=row["subject"] or "",
         image=image,
-        context={"hint": optional_text(row, "hint")},
+        context={"hint": optional_text(row, "hint"), "published_hint": row["hint"] or ""},
     )
 
 
-def _prompt(example: Example) -> str:
-    hint = f"Context: {example.context['hint']}\n" if example.context["hint"] else ""
-    return f"{hint}{example.question}\n{option_lines(example.truth['options'])}{OPTION_LETTER}"
+def _prompt(example: Example, hint: str = "hint") -> str:
+    """``hint``: the entry of the context that is shown."""
+    shown = f"Context: {example.context[hint]}\n" if example.context[hint] else ""
+    return f"{shown}{example.question}\n{option_lines(example.truth['options'])}{OPTION_LETTER}"
+
+
+# lmms-eval shows whatever stands in the column, a missing hint's "nan" too.
+_harness_prompt = partial(_prompt, hint="published_hint")
 
 
 def chosen_letter(answer: str) -> str | None:
@@ -101,8 +107,8 @@ VARIANTS = (
         llava_v1=_prompt,
         score=_score,
         rules={
-            "lmms_eval": Rules("exact_match", 16),
-            "lmms_eval_0_3": Rules("exact_match", 16, score=_score_bare),
+            "lmms_eval": Rules("exact_match", 16, llava_v1=_harness_prompt),
+            "lmms_eval_0_3": Rules("exact_match", 16, llava_v1=_harness_prompt, score=_score_bare),
         },
     ),
 )

@@ -238,7 +238,10 @@ def _first_resize(image_processor: Any, cell: int, size: tuple[int, int]) -> tup
     limits = getattr(image_processor, "first_resize", None)
     if limits is None:
         return None
-    height, width = _resized(size[1], size[0], cell, *limits)
+    # That library gives a side below half a cell a whole one before it looks at the limits; the processor, after.
+    width, height = (max(cell, round(side / cell) * cell) for side in size)
+    if min(size) >= cell / 2 or width * height < limits[0]:
+        height, width = _resized(size[1], size[0], cell, *limits)
     return width, height
 
 

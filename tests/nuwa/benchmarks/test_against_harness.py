@@ -1,4 +1,5 @@
-"""Ten odd rows and sixty tricky answers a benchmark, as lmms-eval 0.7.2 and 0.3.5 ask and score them (``harness.json``).
+"""Ten odd rows and sixty tricky answers a benchmark, as lmms-eval 0.7.2 and 0.3.5 ask and score them, and sixty sizes
+of pictures as they show them to Qwen2.5-VL (``harness.json``).
 
 Where a score differs on purpose, the answer stands in ``DIFFERENT`` and its rule in docs/benchmarks.md.
 """
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 
 from nuwa.benchmarks import get_benchmark
+from nuwa.benchmarks.mmmu import named_option
+from nuwa.image_rules import ImageRules
+from nuwa.vlm import Qwen2_5VLAdapter, usual_image_processor
+from nuwa.vlm.shapes import model_shape
 
 HERE = Path(__file__).parent
 HARNESS = json.loads((HERE / "harness.json").read_text(encoding="utf-8"))
@@ -42,7 +47,7 @@ FIXED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", sorted(HARNESS["prompts"]))
 def test_odd_rows_are_asked_as_the_harness_asks_them(name, published):
     source, held = published(name), HARNESS["prompts"][name]
-    assert len(held["rows"]) == len(held["texts"]) == 10
+    assert len(held["rows"]) == len(held["texts"]) >= 10
     for row, text in zip(held["rows"], held["texts"], strict=True):
         fields = {**FIXED.get(name, {}), **row}
         if name == "refcoco":
@@ -69,6 +74,47 @@ def test_tricky_answers_are_scored_as_the_harness_scores_them(name):
                     seen[protocol].add(answer)
     assert seen["lmms_eval"] == DIFFERENT.get(name, set())
     assert seen["lmms_eval_0_3"] == DIFFERENT.get(name, set()) | OLDER.get(name, set())
+
+
+def test_mmbenchs_rules_read_the_letters_that_the_harness_reads():
+    """What either version reads by rule; what it does not is a judge's affair, and wrong here."""
+    held = HARNESS["letters"]
+    for protocol in PROTOCOLS:
+        score = get_benchmark("mmbench", None, protocol).score
+        for answer, theirs in zip(HARNESS["answers"], held["mmbench"], strict=True):
+            read = [letter for letter in held["options"] if _is_right(score, answer, letter)]
+            assert read == ([theirs] if theirs else []), answer
+
+
+def _is_right(score: Any, answer: str, letter: str) -> bool:
+    return bool(score(answer, {"answer": letter, "options": HARNESS["letters"]["options"]})["accuracy"])
+
+
+def test_mmmus_letters_are_the_harness_s_but_for_texts_and_ends_of_words():
+    """Null stands where the harness draws a letter at random."""
+    held, seen = HARNESS["letters"], {}
+    for answer, theirs in zip(HARNESS["answers"], held["mmmu"], strict=True):
+        ours = named_option(answer.strip(), held["options"])
+        if ours != theirs:
+            seen[answer] = ours, theirs
+    texts = {"dog": "D", "Dog.": "D", "The dog": "D", "a dog": "D", "B: dog": "D", "b) dog": "D"}
+    texts |= {"banana": "B", "banana.": "B"}
+    assert seen == {"DVD": ("C", "D"), **{answer: (letter, None) for answer, letter in texts.items()}}
+
+
+def test_sixty_sizes_are_shown_to_qwen_as_the_harness_shows_them():
+    """Width and height after ``qwen_vl_utils`` 0.0.14 and the processor, under 0.7.2's chat class and 0.3.5's."""
+    config = model_shape("Qwen/Qwen2.5-VL-7B-Instruct")
+    usual = usual_image_processor(config)
+    framed = {name: ImageRules(name).framed(usual, config.model_type) for name in PROTOCOLS}
+
+    two_steps_differ = 0
+    for width, height, *shown in HARNESS["sizes"]:
+        for name, size in zip(PROTOCOLS, (shown[:2], shown[2:]), strict=True):
+            grid = Qwen2_5VLAdapter.layout_for(config, framed[name], (width, height)).views[0].grid
+            assert [28 * grid.width, 28 * grid.height] == size, (width, height, name)
+        two_steps_differ += shown[:2] != shown[2:]
+    assert len(HARNESS["sizes"]) == 60 and two_steps_differ == 28
 
 
 def test_every_difference_is_documented():

@@ -131,7 +131,7 @@ PROMPTS = [
     (
         "mmbench",
         "lmms_eval",
-        example("Which?", truth=OPTIONS, hint="It grows."),
+        example("Which?", truth=OPTIONS, published_hint="It grows.", published_options=OPTIONS["options"]),
         "It grows. Which? There are several options:\nA. stone\nB. banana\n" + LETTER,
     ),
     (
@@ -143,7 +143,7 @@ PROMPTS = [
     (
         "mmbench_cn",
         "lmms_eval",
-        example("哪?", truth=OPTIONS, hint="", published_hint="nan"),
+        example("哪?", truth=OPTIONS, published_hint="nan", published_options=OPTIONS["options"]),
         "nan 哪? There are several options:\nA. stone\nB. banana\n\n请直接使用所提供的选项字母作为答案回答。",
     ),
     (
