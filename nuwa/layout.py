@@ -37,10 +37,12 @@ class VisualLayout:
     """The views of an image in the order of the sequence; images of one layout make a batch.
 
     ``axes``: position ids a token has. 1: its slot. 3: time, row and column on the grid (M-RoPE).
+    ``deep``: how many further vectors of a token enter the language model, one behind each of the first layers.
     """
 
     views: tuple[View, ...]
     axes: int = 1
+    deep: int = 0
 
     @cached_property
     def newlines(self) -> Tensor:
@@ -89,13 +91,13 @@ def layout_order(layout: VisualLayout) -> tuple[int, str]:
 def layout_to_json(layout: VisualLayout) -> dict[str, Any]:
     """As a manifest keeps it; :func:`layout_from_json` reads it."""
     views = [[view.grid.height, view.grid.width, view.crops, view.newline] for view in layout.views]
-    return {"views": views, "axes": layout.axes}
+    return {"views": views, "axes": layout.axes} | ({"deep": layout.deep} if layout.deep else {})
 
 
 def layout_from_json(held: dict[str, Any]) -> VisualLayout:
     """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what no layout was written as."""
     views = tuple(View(PatchGrid(height, width), crops, newline) for height, width, crops, newline in held["views"])
-    return VisualLayout(views, held["axes"])
+    return VisualLayout(views, held["axes"], held.get("deep", 0))
 
 
 def grid_tokens(layout: VisualLayout, stride: int) -> Tensor:

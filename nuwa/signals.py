@@ -61,6 +61,8 @@ class VisionSignals:
     ``resized``: encodes the same images again, made smaller so that they have the given grid: features
     ``(batch, grid.tokens, dim)``; null where the images are not at hand.
     ``heads``: attention heads that ``keys`` are split into, side by side; 1 where that is not known.
+    ``deep``: how many vectors of each token's ``features`` enter the language model above its first layer; they stand
+    behind the one that enters there, as many again, and follow wherever it goes (Qwen3-VL).
 
     Further ones, only where a method reads them:
 
@@ -83,6 +85,7 @@ class VisionSignals:
     encoder: str | None = None
     resized: Callable[[PatchGrid], Tensor] | None = None
     heads: int = 1
+    deep: int = 0
     early_attention: Declared = None
     received_middle: Declared = None
     received_late: Declared = None
@@ -105,6 +108,10 @@ class VisionSignals:
     def tensors(self) -> dict[str, Tensor]:
         """The signals that are at hand, by name."""
         return {name: signal for name in VIEW_SIGNALS if (signal := getattr(self, name)) is not None}
+
+    def compared(self, values: Tensor) -> Tensor:
+        """Of ``features`` or ``projected`` ``(..., dim)`` the part by which tokens are compared, without the deep vectors."""
+        return values[..., : values.shape[-1] // (1 + self.deep)]
 
     def with_derived(self, names: tuple[str, ...]) -> VisionSignals:
         """The same, ``projected`` made of the features where it is among ``names`` and not at hand."""

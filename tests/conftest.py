@@ -18,6 +18,7 @@ from tiny_families import (  # noqa: F401  (fixtures for all tests)
     tiny_onevision,
     tiny_qwen,
     tiny_qwen2,
+    tiny_qwen3,
     tiny_vlm,
 )
 from wheels import library_wheel  # noqa: F401  (a fixture)

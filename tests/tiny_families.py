@@ -6,7 +6,15 @@ import pytest
 from PIL import Image
 
 from benchmarks.gpu import families
-from nuwa.vlm import Adapter, LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, Qwen2_5VLAdapter, Qwen2VLAdapter
+from nuwa.vlm import (
+    Adapter,
+    LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaOnevisionAdapter,
+    Qwen2_5VLAdapter,
+    Qwen2VLAdapter,
+    Qwen3VLAdapter,
+)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +42,12 @@ def tiny_onevision() -> LlavaOnevisionAdapter:
     return families.tiny_onevision()
 
 
-@pytest.fixture(scope="session", params=["tiny_qwen2", "tiny_onevision"])
+@pytest.fixture(scope="session")
+def tiny_qwen3() -> Qwen3VLAdapter:
+    return families.tiny_qwen3()
+
+
+@pytest.fixture(scope="session", params=["tiny_qwen2", "tiny_onevision", "tiny_qwen3"])
 def newer(request) -> Adapter:
     """Families that share their structure with those of ``family`` and are held to less."""
     return request.getfixturevalue(request.param)

@@ -31,6 +31,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -38,7 +41,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.language import build_processor
-from nuwa.vlm import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter, Qwen2_5VLAdapter, Qwen2VLAdapter
+from nuwa.vlm import (
+    LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaOnevisionAdapter,
+    Qwen2_5VLAdapter,
+    Qwen2VLAdapter,
+    Qwen3VLAdapter,
+)
 
 WORDS = [
     "what",
@@ -332,6 +342,65 @@ def tiny_qwen2() -> Qwen2VLAdapter:
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     return Qwen2VLAdapter(model.requires_grad_(False), QwenProcessor(words))
+
+
+class QwenPicturesOnly(Qwen3VLProcessor):
+    """The stock processor without its half for videos, which cannot be made without torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, chat_template)
+
+
+def tiny_qwen3() -> Qwen3VLAdapter:
+    """Features that enter the first two layers, sections interleaved, heads wider than their share, q and k normalised."""
+    torch.manual_seed(41)
+    words = tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+    identity = words.convert_tokens_to_ids
+
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        text_config={
+            "vocab_size": len(words),
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        image_token_id=identity("<|image_pad|>"),
+        video_token_id=identity("<|video_pad|>"),
+        vision_start_token_id=identity("<|vision_start|>"),
+        vision_end_token_id=identity("<|vision_end|>"),
+    )
+
+    model = Qwen3VLForConditionalGeneration(config)
+    louden(model)
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 80 * 80}
+    )
+    template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|> ")
+    return Qwen3VLAdapter(model.requires_grad_(False), QwenPicturesOnly(pictures, words, template))
 
 
 class QwenProcessor:

@@ -7,7 +7,9 @@ Every expression of a row's ``answer`` is a question of its own. Variants:
   trained with such boxes, so that under ``image_aspect_ratio: pad`` even a flawless model loses points as published
   (LLaVA's issues 606 and 1833). Square images agree. The two never stand in one table;
 * ``pixels`` asks for JSON in absolute pixels of ``truth["size"]`` (Qwen2.5-VL): the size at which the model sees the
-  image, which the caller of :meth:`Benchmark.examples` puts in the place of the image's own.
+  image, which the caller of :meth:`Benchmark.examples` puts in the place of the image's own;
+* ``thousandths`` asks for JSON on a frame of 1000 x 1000 whatever the image's size, as Qwen3-VL and InternVL3 were taught
+  (github.com/QwenLM/Qwen3-VL, ``cookbooks/2d_grounding.ipynb``; internvl.readthedocs.io, grounding data).
 
 Under the protocol ``vscan`` any box of whole numbers counts, by :func:`nuwa.benchmarks.boxes.pixel_iou` above a half.
 """
@@ -48,6 +50,11 @@ IN_PIXELS = (
     'Find the region this sentence describes and give its box in pixels as JSON {{"bbox_2d": [x1, y1, x2, y2]}}: {}'
 )
 
+IN_THOUSANDTHS = (
+    "Find the region this sentence describes and give its box in relative coordinates from 0 to 1000 as JSON "
+    '{{"bbox_2d": [x1, y1, x2, y2]}}: {}'
+)
+FRAME = (1000, 1000)
 
 SHORT, LONG = 19, 46  # characters of 3.5 and of 8.4 words
 
@@ -95,7 +102,14 @@ def referring_expressions(name: str, title: str, paper: str, splits: Mapping[str
         },
     )
 
-    return published, unpadded, in_pixels
+    in_thousandths = replace(
+        published,
+        variant="thousandths",
+        llava_v1=lambda example: IN_THOUSANDTHS.format(example.question),
+        score=_score_thousandths,
+        rules={},
+    )
+    return published, unpadded, in_pixels, in_thousandths
 
 
 def _locate(example: Example) -> str:
@@ -114,6 +128,10 @@ def _score_padded_shares(prediction: str, truth: Truth) -> Scores:
 
 def _score_pixels(prediction: str, truth: Truth) -> Scores:
     return score_box(parse_box(prediction, "pixels", tuple(truth["size"])), truth["box"])
+
+
+def _score_thousandths(prediction: str, truth: Truth) -> Scores:
+    return score_box(parse_box(prediction, "pixels", FRAME), truth["box"])
 
 
 def _score_any(prediction: str, truth: Truth) -> Scores:

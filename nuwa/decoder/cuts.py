@@ -31,7 +31,8 @@ EVIDENCE_NUMBERS = 2**24  # questions are scored together while no tensor of the
 def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
     """A new layout, one question a row: the visual tokens that go on, and the question.
 
-    The tokens before the image are the same for all: they stand before the rows once, as the trunk's prefix.
+    The tokens before the image are the same for all: they stand before the rows once, as the trunk's prefix. What still
+    enters later layers follows its token; a recycled one has that of its cluster's centre.
     """
     rows, text = below.place[:, 0], below.text
     entering = true_columns(below.slot[rows] != TEXT)  # (questions, visual)
@@ -55,6 +56,8 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
     behind = torch.arange(kept, columns.shape[1], device=visual.device)
     hidden = take(below.hidden, rows[:, None], columns)
     hidden[:, :kept] = states
+    entering_later = below.deep if below.layer < len(below.deep) else ()
+    deep = tuple(take(take(part, rows[:, None], columns), order) for part in entering_later)
 
     return Stretch(
         hidden=take(hidden, order),
@@ -70,6 +73,7 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
         keys=Keys(),
         inputs={},
         prefix=trunk.prefix,
+        deep=deep,
     )
 
 
@@ -123,6 +127,7 @@ def trimmed(below: Stretch, alive: Tensor, layers: range, start: int) -> Stretch
         last=first + (text >= 0).sum(dim=1) - 1,
         keys=Keys(held),
         inputs={},
+        deep=(),
     )
 
 

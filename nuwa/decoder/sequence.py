@@ -173,6 +173,8 @@ class Stretch:
     id of its first generated token. ``keys``: what the stretch's layers have written. ``inputs``: hidden states entering
     the layers that a cut's scorer reads. ``prefix``: tokens that stand before every row, where they are no columns of it.
     ``left`` ``(questions, dim)``: the questions' last tokens as they left the model's last layer, once they have.
+    ``deep``: for each of the model's first layers what is added behind it, ``(rows, columns, dim)``, zero but for visual
+    tokens; empty where nothing is, or all of it has been.
     """
 
     hidden: Tensor
@@ -189,6 +191,7 @@ class Stretch:
     inputs: dict[int, Tensor]
     prefix: Prefix | None = None
     left: Tensor | None = None
+    deep: tuple[Tensor, ...] = ()
 
     def standing(self, rows: Tensor | slice, width: int | None = None) -> Columns:
         """All that the first ``width`` columns of some rows may look at, the prefix among it."""
@@ -259,6 +262,8 @@ def advance(vlm: Adapter, stretch: Stretch, layer: int, pass_tokens: int, watch:
             hidden = vlm.language.layers[number](
                 hidden, attention_mask=masks[kind], position_embeddings=rotations[kind], past_key_values=keys
             )
+            if number < len(stretch.deep):
+                hidden = hidden + stretch.deep[number][rows, :width].to(hidden)
         left.append(hidden)
 
     stretch.inputs |= {number: _whole(held, parts, shape) for number, held in entering.items()}

@@ -72,7 +72,8 @@ class Trunk:
             selection = selection.at(owners)
             prompts = [[prompt] for prompt in self.prompts]
         self.pass_tokens = pass_tokens or PASS_TOKENS.get(vlm.device.type, MANY_TOKENS)
-        self.projected = vlm.embed_visual(selection, self.layout)
+        self.projected, *deep = vlm.embed_visual(selection, self.layout).chunk(1 + self.layout.deep, dim=-1)
+        self.deep = tuple(deep)
         self.stretch = self._lay_out(selection, prompts)
         self.scored: dict[tuple[int, Scorer, int | None, int], Tensor] = {}  # by layer, scorer, what is kept, seed
 
@@ -97,6 +98,7 @@ class Trunk:
         hidden = self.vlm.language.embed_tokens(ids.to(device))
         self.text_embeddings = hidden
         hidden = torch.cat([hidden[:, :start], self.projected.to(hidden), hidden[:, prefix:]], dim=1)
+        deep = tuple(F.pad(part.to(hidden), (0, 0, start, hidden.shape[1] - prefix)) for part in self.deep)
         own, place = texts.own.to(device), texts.place.to(device)
         return Stretch(
             hidden=self.vlm.text.enter(hidden),
@@ -111,6 +113,7 @@ class Trunk:
             layer=0,
             keys=Keys(),
             inputs={},
+            deep=deep,
         )
 
     @cached_property

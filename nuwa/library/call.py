@@ -55,7 +55,8 @@ def generate(model: PreTrainedModel, processor: Any, images: Any = None, questio
     """Greedy answers to questions about images under a pruning method.
 
     ``model``, ``processor``: any ``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration``,
-    ``LlavaOnevisionForConditionalGeneration``, ``Qwen2VLForConditionalGeneration`` or ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode, and its processor;
+    ``LlavaOnevisionForConditionalGeneration``, ``Qwen2VLForConditionalGeneration``,
+    ``Qwen2_5_VLForConditionalGeneration`` or ``Qwen3VLForConditionalGeneration`` in evaluation mode, and its processor;
     neither is changed.
 
     ``images``: one image or a list; each a path, bytes of a file, a Pillow image (an animation at the frame where it

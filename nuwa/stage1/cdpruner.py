@@ -71,7 +71,7 @@ def select(signals: VisionSignals, keep: int, config: CDPruner, seed: int = 0) -
     largest, so that equal ones are equal in every batch, and ties go to the lower index.
     """
     relevance = weights(signals, config)
-    kernel = kernels(signals.projected, relevance)
+    kernel = kernels(signals.compared(signals.projected), relevance)
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
     spent = SPENT * gain
     step = torch.exp2(gain.amax(dim=1, keepdim=True).clamp(min=2.0**-200).log2().ceil() - 40)

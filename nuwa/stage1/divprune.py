@@ -67,7 +67,7 @@ def select(signals: VisionSignals, keep: int, config: DivPrune, seed: int = 0) -
 
     The least similar is the most distant; ``argmin`` takes the first of equals.
     """
-    unit = directions(signals.features)
+    unit = directions(signals.compared(signals.features))
     chosen = [first_token(unit, max(keep, SMALLEST_SLAB))]
     closest = torch.full(unit.shape[:2], -torch.inf, device=unit.device)
     for _ in range(keep - 1):

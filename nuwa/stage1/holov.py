@@ -102,7 +102,7 @@ def scores(signals: VisionSignals, members: list[list[int]], config: HoloV) -> T
     Similarities are rounded to multiples of 2⁻²⁴, so that their sums do not depend on the batch.
     """
     attention = signals.cls_attention.double()
-    features = signals.projected.double()
+    features = signals.compared(signals.projected).double()
     unit = features / (features.norm(dim=-1, keepdim=True) + EPSILON)
     totals = torch.zeros_like(attention)
 

@@ -179,7 +179,7 @@ def add_diverse(features: Tensor, chosen: Tensor, count: int) -> Tensor:
 @register("learnpruner", LearnPruner, cite=("learnpruner",), check=check)
 def select(signals: VisionSignals, keep: int, config: LearnPruner, seed: int = 0) -> Selection:
     """``K1 - round(λ K1)`` tokens by keep probability, the rest by diversity; all as the encoder gave them."""
-    features = signals.features
+    features = signals.compared(signals.features)
     lpm = _load(config, signals.encoder, features.device)
     # In float64, then rounded: neither batch size nor a token's place in the matrix product moves the ranking.
     logit = lpm.keep_logit(features.double()).float()

@@ -163,7 +163,7 @@ def roles(signals: VisionSignals, salience: Tensor, indices: Tensor, config: Nuw
     signal = {
         "salience": lambda: salience,
         "key_norm": lambda: signals.key_norm,
-        "feature_norm": lambda: signals.features.float().norm(dim=-1),
+        "feature_norm": lambda: signals.compared(signals.features).float().norm(dim=-1),
     }[config.pillar_signal]().gather(1, indices)
     rising = torch.sort(signal, dim=1, stable=True)
     collectors = math.ceil(Fraction(str(config.pillar_quantile)) * (kept - 1))

@@ -62,7 +62,7 @@ def select(signals: VisionSignals, keep: int, config: Scope, seed: int = 0) -> S
     Similarities are multiples of 2⁻²⁴ and coverage is never negative, so what a similarity adds is exact in float32 and
     its sum in float64: equal gains are equal, and ties go to the lower index.
     """
-    unit = directions(signals.features)
+    unit = directions(signals.compared(signals.features))
     similarity = cosine_similarity(unit, unit)
     weight = salience(signals.cls_attention, config)
     covered = torch.zeros(similarity.shape[0], 1, similarity.shape[2], device=similarity.device)

@@ -65,7 +65,7 @@ def select(signals: VisionSignals, keep: int, config: VisPruner, seed: int = 0) 
     order = ranked(signals.cls_attention.float())
     chosen, rest = order[:, :important], order[:, important:]
     if keep > important:
-        unit = directions(gather_tokens(signals.features, rest))
+        unit = directions(gather_tokens(signals.compared(signals.features), rest))
         places = distinct(cosine_similarity(unit, unit), keep - important, config.drop_per_round)
         chosen = torch.cat([chosen, rest.gather(1, places)], dim=1)
     return keep_unmerged(signals, chosen.sort(dim=1).values)

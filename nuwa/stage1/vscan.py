@@ -113,9 +113,12 @@ def kept(grid: PatchGrid, keep: int, config: VScan | None = None) -> int:
     return local_split(grid, keep, config)[1] + keep - keep // 2
 
 
-def merged(projected: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of kept tokens and what joins them, ``(batch, kept, dim)`` float32, and how many join, ``(batch, kept)``."""
-    unit = directions(projected)
+def merged(projected: Tensor, compared: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of kept tokens and what joins them, ``(batch, kept, dim)`` float32, and how many join, ``(batch, kept)``.
+
+    ``compared``: what of ``projected`` says which token joins which.
+    """
+    unit = directions(compared)
     nearest = cosine_similarity(unit, gather_tokens(unit, indices)).argmax(dim=2)  # the first of equals
     joins = torch.zeros(*nearest.shape, indices.shape[1], device=nearest.device)
     joins.scatter_(2, nearest[..., None], 1.0)
@@ -140,7 +143,7 @@ def select(signals: VisionSignals, keep: int, config: VScan, seed: int = 0) -> S
     beyond = late.scatter(1, scanned, -torch.inf)
     indices = torch.cat([scanned, top_indices(beyond, total - local)], dim=1).sort(dim=1).values
 
-    features, joined = merged(signals.projected, indices)
+    features, joined = merged(signals.projected, signals.compared(signals.projected), indices)
     untouched = joined == 0
     own = gather_tokens(signals.projected, indices)
     features = torch.where(untouched[..., None], own, features.to(own.dtype))

@@ -17,6 +17,7 @@ from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.llava_onevision import LlavaOnevisionAdapter
 from nuwa.vlm.qwen2_5_vl import Qwen2_5VLAdapter
 from nuwa.vlm.qwen2_vl import Qwen2VLAdapter
+from nuwa.vlm.qwen3_vl import Qwen3VLAdapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -28,6 +29,7 @@ ADAPTERS.add("llava_next", LlavaNextAdapter)
 ADAPTERS.add("llava_onevision", LlavaOnevisionAdapter)
 ADAPTERS.add("qwen2_5_vl", Qwen2_5VLAdapter)
 ADAPTERS.add("qwen2_vl", Qwen2VLAdapter)
+ADAPTERS.add("qwen3_vl", Qwen3VLAdapter)
 
 
 def adapter_class(model_type: str) -> type[Adapter]:
@@ -72,6 +74,7 @@ __all__ = [
     "PromptError",
     "Qwen2VLAdapter",
     "Qwen2_5VLAdapter",
+    "Qwen3VLAdapter",
     "adapt",
     "adapter_class",
     "load_adapter",

@@ -119,7 +119,14 @@ def view_signals(
         own: dict[str, Any] = {name: parts[name][number] for name in VIEW_SIGNALS}
         of_views.append(
             VisionSignals(
-                grid=view.grid, **own, image_ids=ids, encoder=encoder, resized=resized, heads=heads, project=project
+                grid=view.grid,
+                **own,
+                image_ids=ids,
+                encoder=encoder,
+                resized=resized,
+                heads=heads,
+                deep=layout.deep,
+                project=project,
             )
         )
     return of_views
@@ -305,7 +312,8 @@ class Adapter(ABC):
         """Encoder features ``(batch, kept, vision_dim)`` → language embeddings ``(batch, kept, dim)``."""
 
     def embed_visual(self, selection: Selection, layout: VisualLayout) -> Tensor:
-        """Language embeddings of a selection over slots, ``(batch, kept, dim)``."""
+        """Language embeddings of a selection over slots, ``(batch, kept, dim)``; where the layout has ``deep`` vectors,
+        those stand behind them: ``(batch, kept, (1 + deep) * dim)``."""
         if selection.projected:
             return selection.features.to(self.device, self.language.embed_tokens.weight.dtype)
         return self.project(selection.features)

@@ -49,6 +49,7 @@ for _name, _family in {
     "qwen2_5_vl_text": TextFamily(windows="by_layer", axes=3),
     "qwen2_vl_text": TextFamily(windows="by_layer", axes=3),
     "qwen3": TextFamily(windows="by_layer"),
+    "qwen3_vl_text": TextFamily(axes=3),
     "gemma": TextFamily(),
     "gemma2": TextFamily(windows="by_layer"),
     "gemma3_text": TextFamily(windows="by_layer", rotary_by_kind=True),

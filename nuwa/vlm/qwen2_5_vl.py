@@ -57,7 +57,12 @@ class Qwen2_5VLAdapter(Adapter):
         if first := _first_resize(image_processor, cell, size):
             width, height = first
         rows, columns = _resized(height, width, cell, limits["shortest_edge"], limits["longest_edge"])
-        return VisualLayout((View(PatchGrid(rows // cell, columns // cell)),), axes=3)
+        return cls.layout_on(config, PatchGrid(rows // cell, columns // cell))
+
+    @classmethod
+    def layout_on(cls, config: Any, grid: PatchGrid) -> VisualLayout:
+        """The layout of an image whose merged tokens stand on ``grid``."""
+        return VisualLayout((View(grid),), axes=3)
 
     @classmethod
     def usual_image_processor(cls, config: Any) -> Qwen2VLImageProcessorPil:
@@ -105,11 +110,15 @@ class Qwen2_5VLAdapter(Adapter):
         patches = [count * self.merge**2 for count in counts]
         entering = states[depth - 1].split(patches)
         read = {name: states[number].split(patches) for name, number in self._further_blocks(further).items()}
-        parts = zip(grids, out.pooler_output.split(counts), entering, similarity.split(counts), strict=True)
+        parts = zip(grids, self.entering_text(out).split(counts), entering, similarity.split(counts), strict=True)
         return [
             self._image(*part, {name: held[number] for name, held in read.items()}, further)
             for number, part in enumerate(parts)
         ]
+
+    def entering_text(self, encoded: Any) -> Tensor:
+        """What of the stock encoder's output enters the language model, ``(tokens, dim)`` of all images."""
+        return encoded.pooler_output
 
     def _further_blocks(self, further: Collection[str]) -> dict[str, int]:
         """Which block each earlier signal is read in: the first that attends to the whole image, and the middle one.
@@ -156,7 +165,7 @@ class Qwen2_5VLAdapter(Adapter):
 
         if "received_late" in further:
             signals["received_late"] = signals["cls_attention"]
-        return EncodedImage(VisualLayout((View(grid),), axes=3), signals)
+        return EncodedImage(self.layout_on(self.model.config, grid), signals)
 
     @property
     def _whole_blocks(self) -> Sequence[int]:

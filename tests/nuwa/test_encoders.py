@@ -13,8 +13,10 @@ from PIL import Image
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.vision_utils import get_vision_window_index
 
+from nuwa.generation import ImageBatch, plan, select
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout, place
+from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
 from nuwa.schedule import shares as shares_of
 from nuwa.selection import Selection
@@ -180,7 +182,7 @@ def qwen_oracle(model, processor, image) -> dict[str, np.ndarray]:
                 received[begin:end] += weights / weights.sum() / last.num_heads / (end - begin)
     merged = received.reshape(-1, 4).mean(axis=1)[raster.numpy()]
     return {
-        "features": out.pooler_output.numpy(),
+        "features": torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], dim=-1).numpy(),
         "cls_attention": merged,
         "keys": keys.numpy(),
         "similarity": similarity.numpy(),
@@ -200,14 +202,38 @@ def test_signals_are_in_raster_order_and_salience_is_attention_received(tiny_qwe
             assert total == pytest.approx(1 / 4, rel=1e-5), "every query spends its attention once"
 
 
-def test_qwen2_vls_signals_are_the_stock_towers(tiny_qwen2, photos):
-    for image, found in zip(photos[:4], tiny_qwen2.encode_images(photos[:4]), strict=True):
-        expected = qwen_oracle(tiny_qwen2.model, tiny_qwen2.processor, image)
+@pytest.mark.parametrize("name", ["tiny_qwen2", "tiny_qwen3"])
+def test_signals_of_its_relatives_are_the_stock_towers(request, photos, name):
+    vlm = request.getfixturevalue(name)
+    for image, found in zip(photos[:4], vlm.encode_images(photos[:4]), strict=True):
+        expected = qwen_oracle(vlm.model, vlm.processor, image)
         assert {name: signal.shape[1:] for name, signal in found.signals.items()} == {
             name: signal.shape[1:] for name, signal in expected.items()
         }
         for name in NAMES:
             assert np.allclose(found.signals[name].numpy(), expected[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("method", ["divprune", "nuwa", "vscan", "holov", "pooling"])
+def test_what_enters_later_layers_compares_with_nothing_and_follows_its_token(tiny_qwen3, photos, method):
+    """Other deep vectors choose no other tokens, and are merged with the weights of their tokens."""
+    (image,) = tiny_qwen3.encode_images([photos[0]], FURTHER)
+    dim = tiny_qwen3.model.config.text_config.hidden_size
+    spec = specify(method, budget=8, parameters={"pillar_signal": "feature_norm"} if method == "nuwa" else None)
+    planned = plan(tiny_qwen3, spec, image.layout)
+
+    def selected(features: torch.Tensor) -> Selection:
+        encoded = EncodedImage(image.layout, image.signals | {"features": features})
+        return select(tiny_qwen3, planned, image.layout, ImageBatch(encoded=[encoded], names=["photo"]))
+
+    features = image.signals["features"]
+    assert image.layout.deep == 2 and features.shape[1] == 3 * dim
+    one = selected(features)
+    twice = selected(torch.cat([features[:, :dim]] * 3, dim=1))
+    assert torch.equal(one.indices, twice.indices) and torch.equal(one.pillars, twice.pillars)
+    first, *deep = twice.features.chunk(3, dim=-1)
+    assert torch.equal(one.features[..., :dim], first) and all(torch.allclose(part, first, atol=1e-6) for part in deep)
+    assert not torch.allclose(one.features, twice.features)
 
 
 # --- LLaVA-OneVision

@@ -150,7 +150,7 @@ def assert_blocked(vlm, twin, spec, images, asked) -> None:
         kept = selection.indices[row].tolist()
         reference = MaskedModel(twin, vlm.processor, images[row], text, kept, spec.position, merged)
         untouched = selection.pillars[row]
-        assert torch.allclose(merged[untouched], plain.projected[kept][untouched], atol=1e-4)
+        assert torch.allclose(merged[untouched], plain.tokens[kept][untouched], atol=1e-4)
         for layer, keep in schedule.cuts:
             reference.cut(layer, keep, reference.scores(layer, spec.stage2.scorer))
         assert list(answers[number].kept) == reference.alive[-1]

@@ -60,9 +60,13 @@ class MaskedModel:
         self.visual = [at for at, token in enumerate(self.prompt) if token == model.config.image_token_id]
         self.text = list(range(self.visual[-1] + 1, len(self.prompt)))
         pictures = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
-        self.projected = model.model.get_image_features(inputs["pixel_values"], **pictures).pooler_output[0].clone()
+        encoded = model.model.get_image_features(inputs["pixel_values"], **pictures)
+        # What enters the first layer, and what is added behind the first, second ...: Qwen3-VL.
+        deep = [part[0] for part in getattr(encoded, "deepstack_features", None) or ()]
+        self.tokens = torch.cat([encoded.pooler_output[0], *deep], dim=-1)
         if merged is not None:
-            self.projected[kept] = merged
+            self.tokens[kept] = merged
+        self.projected, *self.deep = self.tokens.chunk(1 + len(deep), dim=-1)
         if "image_grid_thw" in inputs:
             named = {name: inputs[name] for name in ("mm_token_type_ids", "image_grid_thw")}
             self.stock_ids = model.model.get_rope_index(inputs.input_ids, **named)[0][:, 0].tolist()
@@ -133,6 +137,10 @@ class MaskedModel:
             layer.register_forward_pre_hook(self._blocking(number, embedded.shape[1]), with_kwargs=True)
             for number, layer in enumerate(self.language.layers)
         ]
+        hooks += [
+            layer.register_forward_hook(self._adding(part))
+            for layer, part in zip(self.language.layers, self.deep, strict=False)
+        ]
         try:
             stock = list(map(list, self.stock_ids))
             for ids in stock:  # the answer goes on counting
@@ -146,6 +154,14 @@ class MaskedModel:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _adding(self, part: Tensor):
+        def add(_module, _arguments, out):
+            out = out.clone()
+            out[0, self.visual] += part
+            return out
+
+        return add
 
     def _blocking(self, number: int, length: int):
         mask = self.mask(number, length)

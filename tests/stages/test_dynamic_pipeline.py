@@ -20,13 +20,19 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from transformers import LlavaOnevisionConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import (
+    LlavaOnevisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import import_utils
 from workers_here import work_here
 
 import nuwa
-from benchmarks.gpu.families import PicturesOnly, QwenProcessor
+from benchmarks.gpu.families import PicturesOnly, QwenPicturesOnly, QwenProcessor
 from nuwa.benchmarks import get_benchmark
 from nuwa.vlm import Adapter
 from pipelines.settings import Settings, load_settings
@@ -135,6 +141,7 @@ PROCESSORS = {
     Qwen2_5_VLConfig: SavedQwenProcessor,
     Qwen2VLConfig: SavedQwenProcessor,
     LlavaOnevisionConfig: PicturesOnly,
+    Qwen3VLConfig: QwenPicturesOnly,
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import LlavaNextConfig, LlavaOnevisionConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import LlavaNextConfig, LlavaOnevisionConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 from nuwa.vlm import CheckpointError, adapter_class
 from pipelines.settings import SettingsError, load_settings, parse_settings
@@ -29,7 +29,13 @@ def settings_for(folder: Path, model: Path, grids: list[dict], **sections):
 
 @pytest.mark.parametrize(
     ("config", "tokens"),
-    [(LlavaNextConfig, 2340), (LlavaOnevisionConfig, 2929), (Qwen2_5_VLConfig, 391), (Qwen2VLConfig, 391)],
+    [
+        (LlavaNextConfig, 2340),
+        (LlavaOnevisionConfig, 2929),
+        (Qwen2_5_VLConfig, 391),
+        (Qwen2VLConfig, 391),
+        (Qwen3VLConfig, 300),
+    ],
 )
 def test_dynamic_layouts_are_planned_for_a_usual_photo(config, tokens, tmp_path):
     config().save_pretrained(tmp_path / "model")
@@ -126,8 +132,9 @@ def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):
     (tmp_path / "model/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(SettingsError) as caught:
         planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": "nuwa"}]))
-    assert "model type 'bert' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl" in str(
-        caught.value
+    assert (
+        "model type 'bert' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
+        in str(caught.value)
     )
 
 

@@ -166,6 +166,17 @@ def test_parsing_undoes_writing_in_both_spaces(box, width, height, blank):
     assert parse_box(write(pixels), "pixels", (width, height)) == pytest.approx(list(box), abs=1e-12)
 
 
+def test_boxes_in_thousandths_are_asked_for_and_read_on_their_frame_whatever_the_images_size():
+    benchmark = get_benchmark("refcoco", "thousandths")
+    asked = benchmark.llava_v1(Example("1", "the red cup", {}, "", b""))
+    assert "relative coordinates from 0 to 1000 as JSON" in asked
+    assert asked.endswith('{"bbox_2d": [x1, y1, x2, y2]}: the red cup')
+    truth = {"box": [0.25, 0.5, 0.75, 1.0]}
+    for answer in ('```json\n[{"bbox_2d": [250, 500, 750, 1000]}]\n```', "<box>[[250, 500, 750, 1000]]</box>"):
+        assert benchmark.score(answer, truth)["iou"] == 1
+    assert benchmark.score("[0.25, 0.5, 0.75, 1.0]", truth)["iou"] < 0.01
+
+
 def test_boxes_in_pixels_are_asked_for_in_pixels():
     asked = [
         get_benchmark("refcoco", variant).prompt(Example("refcoco:1:0", "the red cup", {}, "", b""), "llava_v1")
