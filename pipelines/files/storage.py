@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -100,9 +100,16 @@ def _impatient(filesystem: fs.FileSystem) -> fs.FileSystem:
     return make({**options, "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_TRIES)})
 
 
+class Stamp(NamedTuple):
+    """What tells that a file is as it was: its bytes, and the time stamp (ns) where a file system gives one of its own."""
+
+    size: int
+    time: int
+
+
 @dataclass(frozen=True)
 class Folder:
-    """Files directly under one folder, by name."""
+    """Files under one folder, by name; a name may hold one folder below, ``folder/name``."""
 
     place: str  # as the user wrote it, for messages
     filesystem: fs.FileSystem
@@ -159,6 +166,29 @@ class Folder:
         named = {info.base_name: info.size for info in files if info.base_name.endswith(suffix)}
         return {name: named[name] for name in sorted(named) if not name.startswith(".")}
 
+    def stamps(self, suffix: str = "") -> dict[str, Stamp]:
+        """As :meth:`sizes`, with files of the folders directly below too, as ``folder/name``: one listing.
+
+        Folders that begin with a dot and what was set aside are left out.
+        """
+        if self.local is not None:
+            found = self._try("list files", lambda: dict(_scanned(Path(self.path), suffix)))
+        else:
+            selector = fs.FileSelector(self.path, allow_not_found=True, recursive=True)
+            entries = self._try("list files", lambda: self.filesystem.get_file_info(selector))
+            start = len(self.path.rstrip("/")) + 1
+            found = {
+                info.path[start:]: Stamp(info.size, 0)
+                for info in entries
+                if info.type == fs.FileType.File and info.base_name.endswith(suffix)
+            }
+        shown = (name for name in sorted(found) if name.count("/") < 2 and not name.startswith((".", f"{ASIDE}/")))
+        return {name: found[name] for name in shown if not name.rpartition("/")[2].startswith(".")}
+
+    def exists(self, name: str) -> bool:
+        info = self._try(f"look at {name}", lambda: self.filesystem.get_file_info(self._at(name)))
+        return info.type == fs.FileType.File
+
     def read(self, name: str) -> bytes:
         def action() -> bytes:
             with self.filesystem.open_input_stream(self._at(name)) as stream:
@@ -195,7 +225,7 @@ class Folder:
                 with atomic_path(self.local / name) as fresh:
                     fresh.write_bytes(content)
                 return
-            self.filesystem.create_dir(self.path, recursive=True)
+            self.filesystem.create_dir(self._at(name).rpartition("/")[0], recursive=True)
             with self.filesystem.open_output_stream(self._at(name)) as sink:
                 sink.write(content)
 
@@ -234,7 +264,7 @@ class Folder:
         meanwhile: that goes back, and so does what cannot be looked at. Null: nothing is set aside.
         """
         aside = replace(self, place=f"{self.place}/{ASIDE}", path=f"{self.path}/{ASIDE}")
-        moved, damaged = f"{name}.{secrets.token_hex(4)}", False
+        moved, damaged = f"{name.rpartition('/')[2]}.{secrets.token_hex(4)}", False
         try:
             self._move(name, aside, moved)
         except FileNotFoundError:
@@ -252,7 +282,7 @@ class Folder:
 
     def _move(self, name: str, folder: Folder, new: str) -> None:
         def action() -> None:
-            self.filesystem.create_dir(folder.path, recursive=True)
+            self.filesystem.create_dir(folder._at(new).rpartition("/")[0], recursive=True)
             if self.local is not None:
                 os.rename(self._at(name), folder._at(new))
             else:
@@ -260,16 +290,29 @@ class Folder:
 
         self._try(f"move {name}", action)
 
-    def is_old(self, name: str) -> bool:
+    def is_old(self, name: str, age_s: float = LEFTOVER_S) -> bool:
         """Whether ``name`` was written so long ago that nobody is at it any more; false where that is not known."""
         info = self._try(f"look at {name}", lambda: self.filesystem.get_file_info(self._at(name)))
-        return info.mtime_ns is not None and time.time() - info.mtime_ns / 1e9 > LEFTOVER_S
+        return info.mtime_ns is not None and time.time() - info.mtime_ns / 1e9 > age_s
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left here; what others may be writing now is younger, and stays."""
         if self.local is None:  # a put leaves nothing
             return
-        selector = fs.FileSelector(self.path, allow_not_found=True)
-        for info in self._try("list files", lambda: self.filesystem.get_file_info(selector)):
-            if info.base_name.startswith(".") and info.base_name.endswith(".tmp") and self.is_old(info.base_name):
-                self.remove(info.base_name)
+        found = self._try("list files", lambda: dict(_scanned(Path(self.path), ".tmp")))
+        for name in found:
+            if name.rpartition("/")[2].startswith(".") and self.is_old(name):
+                self.remove(name)
+
+
+def _scanned(folder: Path, suffix: str) -> Iterator[tuple[str, Stamp]]:
+    """Files of ``folder`` and of the folders in it whose names end with ``suffix``; what goes meanwhile is left out."""
+    below = [""]
+    for under in below:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder / under) as entries:
+            for entry in entries:
+                if not under and entry.is_dir() and not entry.name.startswith("."):
+                    below.append(f"{entry.name}/")
+                elif entry.name.endswith(suffix) and entry.is_file():
+                    state = entry.stat()
+                    yield f"{under}{entry.name}", Stamp(state.st_size, state.st_mtime_ns)

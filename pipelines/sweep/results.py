@@ -7,8 +7,9 @@ with more trials, images or benchmarks, computes just the answers that are missi
 what cannot be read is left as it is, and so are units whose form another version decided; what is proven damaged is
 moved aside.
 
-A remote footer is read once: what it said is kept on this machine, by the file's name and size. A store of any size is
-then known from its listing alone.
+Files lie in folders named by how their units begin; those of a store of old, all in one, are read as well. A footer is read
+once where that takes long, in a remote store or one of many units: what it said is kept on this machine, by the file's name,
+size and time stamp. A store of any size is then known from one listing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 
 from nuwa.errors import UserError
 from pipelines.files.atomic import atomic_path
-from pipelines.files.storage import Folder
+from pipelines.files.storage import Folder, Stamp
 from pipelines.settings import Reuse
 
 PREDICTIONS = pa.schema(
@@ -67,12 +68,13 @@ COLUMNS = pa.schema({column.name: column.type for schema in PARTS.values() for c
 SUFFIX = ".unit.parquet"
 FOOTER = (b"trials", b"examples")  # keys of its metadata; JSON
 PROVENANCE = b"provenance"  # likewise; absent in stores of old
+REPLACES = b"replaces"  # names of the units that were put together in it; absent where there are none
+FAN = 2  # characters of a unit's name that its folder has
+REMEMBERED_FROM = 1000  # units of a folder of this machine; fewer footers are sooner read than remembered
 FOOTER_BYTES = 32 * 1024  # read at first; a longer footer is asked for again
 READERS = 16  # requests under way at once
 AHEAD = 4  # units that are fetched while one is worked on
-FOOTERS = (
-    Path(tempfile.gettempdir()) / f"nuwa-footers-{os.getuid()}"
-)  # what footers of remote stores said, on each machine
+FOOTERS = Path(tempfile.gettempdir()) / f"nuwa-footers-{os.getuid()}"  # what footers said, on each machine
 
 
 class DamagedUnit(UserError, RuntimeError):
@@ -94,16 +96,23 @@ def reuse_key(answer_id: str, reuse: Reuse) -> str:
     return answer_id if reuse == "same_versions" or not separator else f"{trial}.{code.partition('.')[0]}"
 
 
+def file_of(unit: str) -> str:
+    """Where the file of a unit lies in its store."""
+    return f"{unit[:FAN]}/{unit}{SUFFIX}"
+
+
 class StoredUnit(NamedTuple):
     """A finished unit: it holds every one of ``trials`` (answer ids) on every one of ``examples`` (digests).
 
     ``provenance``, JSON: versions, device, kernel, dtype and the composition of its batches; null in old stores.
+    ``replaces``: units whose rows it holds, which may still be there.
     """
 
     unit: str
     trials: tuple[str, ...]
     examples: tuple[str, ...]
     provenance: str | None = None
+    replaces: tuple[str, ...] = ()
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -122,6 +131,8 @@ class ResultStore:
         footer = dict(zip(FOOTER, map(json.dumps, (stored.trials, stored.examples)), strict=True))
         if stored.provenance is not None:
             footer[PROVENANCE] = stored.provenance
+        if stored.replaces:
+            footer[REPLACES] = json.dumps(stored.replaces)
         content = pa.BufferOutputStream()
         with pq.ParquetWriter(content, COLUMNS.with_metadata(footer), write_page_checksum=True) as writer:
             for part, schema in PARTS.items():
@@ -131,31 +142,41 @@ class ResultStore:
                     for column in COLUMNS
                 ]
                 writer.write_table(pa.table(columns, schema=writer.schema), row_group_size=max(len(table), 1))
-        self.storage.write(stored.unit + SUFFIX, content.getvalue().to_pybytes())
+        self.storage.write(file_of(stored.unit), content.getvalue().to_pybytes())
 
     def done(self, *, tidy: bool = False) -> list[StoredUnit]:
-        """Every finished unit; files without a footer, and of another form, are not counted.
+        """Every finished unit; files without a footer, of another form, and units that another one replaces are not counted.
 
         ``tidy``: what was half-written a day ago is moved aside, and what killed writers left is removed; younger files
         may be under way. Raises :class:`StorageUnavailable` where a file cannot be read.
         """
-        sizes = self.storage.sizes(SUFFIX)
-        known = self._remembered(sizes)
-        unread = [name for name in sizes if name not in known]
+        known = self._known(tidy)
+        if tidy:
+            self.storage.remove_leftovers()
+        # A unit may lie in its folder and, written by an earlier version, above it.
+        units = {unit.unit: unit for unit in known.values()}
+        replaced = {name for unit in units.values() for name in unit.replaces}
+        return [units[name] for name in sorted(units) if name not in replaced]
+
+    def _known(self, tidy: bool = False) -> dict[str, StoredUnit]:
+        """Every finished unit by its file, replaced or not."""
+        stamps = self.storage.stamps(SUFFIX)
+        remembers = self.storage.local is None or len(stamps) >= REMEMBERED_FROM
+        known = self._remembered(stamps) if remembers else {}
+        unread = [name for name in stamps if name not in known]
         # Units of one batch of images hold the same examples, and many hold the same trials: each list is held once.
         listed = functools.cache(lambda text: tuple(json.loads(text)))
+
         with ThreadPoolExecutor(READERS, thread_name_prefix="footers") as pool:
-            footers = pool.map(lambda name: self._footer(name, sizes[name], listed), unread)
+            footers = pool.map(lambda name: self._footer(name, stamps[name].size, listed), unread)
             for name, unit in zip(unread, footers, strict=True):
                 if isinstance(unit, StoredUnit):
                     known[name] = unit
                 elif tidy and unit is not None and self.storage.is_old(name):
                     self.storage.set_aside(name, str(unit), self._is_damaged)
-        if tidy:
-            self.storage.remove_leftovers()
-        if unread:
-            self._remember(known, sizes)
-        return [known[name] for name in sizes if name in known]
+        if unread and remembers:
+            self._remember(known, stamps)
+        return known
 
     def _footer(
         self, name: str, size: int, listed: Callable[[bytes], tuple[str, ...]]
@@ -176,10 +197,11 @@ class ResultStore:
             trials, examples = (listed(footer.metadata[key]) for key in FOOTER)
             origin = footer.metadata.get(PROVENANCE)
             provenance = sys.intern(origin.decode()) if origin is not None else None
-            stored = StoredUnit(unit_name(trials, examples), trials, examples, provenance)
+            replaces = tuple(json.loads(footer.metadata.get(REPLACES, b"[]")))
+            stored = StoredUnit(unit_name(trials, examples), trials, examples, provenance, replaces)
         except (KeyError, TypeError, ValueError):
             return None
-        whole = stored.unit + SUFFIX == name and footer.num_row_groups == len(PARTS)
+        whole = name in (file_of(stored.unit), stored.unit + SUFFIX) and footer.num_row_groups == len(PARTS)
         return stored if whole and footer.row_group(0).num_rows == len(trials) * len(examples) else None
 
     @staticmethod
@@ -191,46 +213,48 @@ class ResultStore:
         return False
 
     @property
-    def _index(self) -> Path | None:
-        """Where this machine keeps what remote footers said."""
-        if self.storage.local is not None:
-            return None
+    def _index(self) -> Path:
+        """Where this machine keeps what footers said."""
         return FOOTERS / f"{hashlib.sha256(self.storage.place.encode()).hexdigest()[:24]}.json"
 
-    def _remembered(self, sizes: Mapping[str, int]) -> dict[str, StoredUnit]:
+    def _remembered(self, stamps: Mapping[str, Stamp]) -> dict[str, StoredUnit]:
         """Units whose files are as they were, by file; a unit's name is a digest of what its footer lists."""
-        if self._index is None:
-            return {}
         try:
             held = json.loads(self._index.read_text())
             lists = [tuple(each) for each in held["lists"]]
             return {
-                name: StoredUnit(name.removesuffix(SUFFIX), lists[trials], lists[examples], origin)
-                for name, (size, trials, examples, origin) in held["units"].items()
-                if sizes.get(name) == size
+                name: StoredUnit(
+                    name.rpartition("/")[2].removesuffix(SUFFIX),
+                    lists[trials],
+                    lists[examples],
+                    held["origins"][origin],
+                    lists[replaces],
+                )
+                for name, (*stamp, trials, examples, origin, replaces) in held["units"].items()
+                if stamps.get(name) == tuple(stamp)
             }
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return {}
 
-    def _remember(self, known: Mapping[str, StoredUnit], sizes: Mapping[str, int]) -> None:
-        if self._index is None:
-            return
+    def _remember(self, known: Mapping[str, StoredUnit], stamps: Mapping[str, Stamp]) -> None:
         lists: dict[tuple[str, ...], int] = {}
+        origins: dict[str | None, int] = {}
         units = {
             name: (
-                sizes[name],
+                *stamps[name],
                 *(lists.setdefault(each, len(lists)) for each in (unit.trials, unit.examples)),
-                unit.provenance,
+                origins.setdefault(unit.provenance, len(origins)),
+                lists.setdefault(unit.replaces, len(lists)),
             )
             for name, unit in known.items()
         }
         with atomic_path(self._index) as path:
-            path.write_text(json.dumps({"lists": list(lists), "units": units}))
+            path.write_text(json.dumps({"lists": list(lists), "origins": list(origins), "units": units}))
 
     def describe(self, kind: str, digest: str, parts: Mapping[str, str]) -> None:
         """Keep what a digest in this store is of, so that a plan can say what has changed."""
         name = f"{digest}.{kind}.json"
-        if name not in self.storage.sizes(f".{kind}.json"):
+        if not self.storage.exists(name):
             self.storage.write(name, json.dumps(dict(parts), indent=0).encode())
 
     def described(self, kind: str) -> dict[str, dict[str, str]]:
@@ -242,23 +266,27 @@ class ResultStore:
         return found
 
     def remove(self, unit: str) -> None:
-        self.storage.remove(unit + SUFFIX)
+        for name in (file_of(unit), unit + SUFFIX):
+            self.storage.remove(name)
 
     def read(self, unit: str) -> dict[str, pa.Table]:
         """All rows of ``unit``, part by part; one damaged since it was written is moved aside and reported."""
-        name = unit + SUFFIX
+        name = file_of(unit)
         try:
             try:
                 return _read_whole(self.storage.read(name))
-            except NoParquet as error:
-                place = self.storage.set_aside(name, str(error), self._is_damaged)
-                if place is None:  # another driver has put a whole one there
-                    return _read_whole(self.storage.read(name))
-                raise DamagedUnit(
-                    f"{self.storage.place}/{name} is damaged ({error}) and is moved to {place}; run the same command again"
-                ) from None
+            except FileNotFoundError:  # in a store of old
+                name = unit + SUFFIX
+                return _read_whole(self.storage.read(name))
         except FileNotFoundError:
-            raise DamagedUnit(f"{self.storage.place}/{name} is gone; run the same command again") from None
+            raise DamagedUnit(f"{self.storage.place}/{file_of(unit)} is gone; run the same command again") from None
+        except NoParquet as error:
+            place = self.storage.set_aside(name, str(error), self._is_damaged)
+            if place is None:  # another driver has put a whole one there
+                return _read_whole(self.storage.read(name))
+            raise DamagedUnit(
+                f"{self.storage.place}/{name} is damaged ({error}) and is moved to {place}; run the same command again"
+            ) from None
 
     def read_all(self, units: Iterable[str]) -> Iterator[dict[str, pa.Table]]:
         """:meth:`read` of each of ``units``, in their order; a few are fetched ahead and no more are held."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipelines.sweep import collection
 from pipelines.sweep.collection import collect
-from pipelines.sweep.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
+from pipelines.sweep.results import PARTS, DamagedUnit, ResultStore, StoredUnit, file_of, unit_name
 from pipelines.sweep.units import UnitExample
 
 TRIALS = ["t3", "t0", "t4", "t1", "t2"]
@@ -159,7 +159,7 @@ def test_a_damaged_unit_leaves_the_tables_as_they_were(tmp_path):
     store_unit(store, TRIALS, EXAMPLES)
     before = {part: path.read_bytes() for part, path in collected(store, tmp_path).items()}
     (unit,) = store.done()
-    path = tmp_path / "store" / (unit.unit + SUFFIX)
+    path = tmp_path / "store" / file_of(unit.unit)
     content = bytearray(path.read_bytes())
     column = pq.read_metadata(path).row_group(0).column(0)
     content[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1

@@ -16,7 +16,7 @@ import yaml
 from bench import BENCHMARKS, ROOT
 from workers_here import work_here
 
-from pipelines.sweep.results import SUFFIX, ResultStore, StoredUnit, unit_name
+from pipelines.sweep.results import ResultStore, StoredUnit, file_of, unit_name
 from stages.entry import run_stage
 from stages.plan import plan
 from stages.sweep import sweep
@@ -137,7 +137,7 @@ def test_answers_of_other_versions_are_taken_and_told_or_asked_again(project, ca
     older = tuple(f"{answer.rpartition('.')[0]}.{'0' * 8}" for answer in unit.trials)
     origin = json.dumps(unit.origin | {"torch": "2.0"})
     store.write(StoredUnit(unit_name(older, unit.examples), older, unit.examples, origin), tables)
-    (results / f"{unit.unit}{SUFFIX}").unlink()
+    (results / file_of(unit.unit)).unlink()
     count = len(unit.trials) * len(unit.examples)
 
     capsys.readouterr()

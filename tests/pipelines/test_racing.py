@@ -354,7 +354,7 @@ def kill_half_way(engine, tmp_path, search, units):
     driver = begin(lambda: search(engine, results))
     deadline = time.monotonic() + 300
     try:
-        while len(list(results.glob("*.unit.parquet"))) < units:
+        while len(list(results.rglob("*.unit.parquet"))) < units:
             assert os.waitpid(driver, os.WNOHANG)[0] == 0, "the driver ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)

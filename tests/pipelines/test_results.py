@@ -25,7 +25,7 @@ from pyarrow import fs
 from pipelines.files import storage
 from pipelines.files.storage import ASIDE, ATTEMPTS, LEFTOVER_S, Folder, StorageFull, StorageUnavailable
 from pipelines.sweep import results
-from pipelines.sweep.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, unit_name
+from pipelines.sweep.results import PARTS, SUFFIX, DamagedUnit, ResultStore, StoredUnit, file_of, unit_name
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_parts_may_be_empty_and_footers_long(place):
     tables["kept"] = tables["kept"].slice(0, 0)
     store = ResultStore(place)
     store.write(unit, tables)
-    (name,) = store.storage.sizes()
+    (name,) = store.storage.stamps()
     content = store.storage.read(name)
     assert int.from_bytes(content[-8:-4], "little") > results.FOOTER_BYTES
     assert store.done() == [unit]
@@ -107,23 +107,25 @@ def test_a_part_of_a_unit_is_none(place, kept):
     """Whatever was written of a unit, it is not counted; it is moved aside once nobody can be at it any more."""
     store = ResultStore(place)
     written = fill(store, 2)
-    name = written[0].unit + SUFFIX
+    name = file_of(written[0].unit)
     content = store.storage.read(name)
     store.storage.write(name, content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     assert store.done() == written[1:]
     assert store.done(tidy=True) == written[1:]
-    assert name in store.storage.sizes(), "another driver may be writing it"
+    assert name in store.storage.stamps(), "another driver may be writing it"
     if store.storage.local:
         os.utime(store.storage.local / name, (0, time.time() - LEFTOVER_S - 1))
         assert store.done(tidy=True) == written[1:]
-        assert list(store.storage.sizes()) == [written[1].unit + SUFFIX]
-        assert [path.name.startswith(name) for path in (store.storage.local / ASIDE).iterdir()] == [True]
+        assert list(store.storage.stamps()) == [file_of(written[1].unit)]
+        assert [path.name.startswith(name.partition("/")[2]) for path in (store.storage.local / ASIDE).iterdir()] == [
+            True
+        ]
 
 
 def test_a_unit_under_another_name_is_none(place):
     store = ResultStore(place)
     one, other = fill(store, 2)
-    store.storage.write(one.unit + SUFFIX, store.storage.read(other.unit + SUFFIX))
+    store.storage.write(file_of(one.unit), store.storage.read(file_of(other.unit)))
     assert store.done() == [other]
 
 
@@ -131,14 +133,14 @@ def test_other_files_are_left_alone(place):
     store = ResultStore(place)
     store.storage.write("predictions.parquet", b"someone's own")
     assert store.done(tidy=True) == []
-    assert list(store.storage.sizes()) == ["predictions.parquet"]
+    assert list(store.storage.stamps()) == ["predictions.parquet"]
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_damaged_page_is_found_when_read(place, part):
     store = ResultStore(place)
     (unit,) = fill(store, 1)
-    name = unit.unit + SUFFIX
+    name = file_of(unit.unit)
     flip(store, name, part)
     assert store.done() == [unit], "a footer does not tell"
     content = store.storage.read(name)
@@ -183,7 +185,7 @@ def test_a_remote_footer_is_read_once_a_machine(footers):
     opened().write(*unit_of(200))
     assert len(opened().done()) == 201
     assert handler.opened == 201, "just the new one"
-    victim = written[0].unit + SUFFIX
+    victim = file_of(written[0].unit)
     opened().storage.write(victim, opened().storage.read(victim)[:-1])
     assert len(opened().done()) == 200, "it is not what it was"
     for index in footers.iterdir():
@@ -253,7 +255,9 @@ def test_a_fault_that_lasts_stops_the_sweep_by_name(few, undisturbed_few, cluste
         return request[0] == what and request not in written
 
     place = flaky(refuses)
-    said = {"list": "list files", "read": rf"read \w{{24}}{SUFFIX}", "write": rf"write \w{{24}}{SUFFIX}"}[what]
+    said = {"list": "list files", "read": rf"read \w\w/\w{{24}}{SUFFIX}", "write": rf"write \w\w/\w{{24}}{SUFFIX}"}[
+        what
+    ]
     with pytest.raises(
         StorageUnavailable, match=rf"^{place}: could not {said} in 4 attempts, last: .*connection reset by peer"
     ):
@@ -281,7 +285,7 @@ def test_a_damaged_unit_of_a_bucket_is_asked_again(few, undisturbed_few, cluster
     few.run(bucket, cluster)
     store = ResultStore(bucket)
     victim = store.done()[0].unit
-    flip(store, victim + SUFFIX, "predictions")
+    flip(store, file_of(victim), "predictions")
     with pytest.raises(DamagedUnit, match=victim):
         few.run(bucket, cluster)
     redone = []

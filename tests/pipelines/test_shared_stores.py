@@ -24,7 +24,7 @@ from pipelines.features.faults import UnreadableFeatures
 from pipelines.features.store import FeatureStore
 from pipelines.files import storage
 from pipelines.files.storage import ASIDE, LEFTOVER_S, Folder, StorageUnavailable
-from pipelines.sweep.results import PARTS, SUFFIX, ResultStore
+from pipelines.sweep.results import PARTS, SUFFIX, ResultStore, file_of
 from pipelines.workers.policy import Fault, fault_of
 
 LAYOUT = VisualLayout((View(PatchGrid(2, 2)),))
@@ -84,10 +84,10 @@ def test_looking_over_a_store_that_cannot_be_read_for_now_moves_nothing(tmp_path
 def test_a_unit_that_cannot_be_opened_for_now_stays(tmp_path, number):
     store, (unit, tables) = ResultStore(tmp_path), unit_of(0)
     store.write(unit, tables)
-    os.utime(tmp_path / f"{unit.unit}{SUFFIX}", (0, 0))
+    os.utime(tmp_path / file_of(unit.unit), (0, 0))
     before = files(tmp_path)
     for action in (lambda: store.read(unit.unit), lambda: store.done(tidy=True)):
-        with pytest.raises(StorageUnavailable, match=rf"could not read {unit.unit}{SUFFIX} in 4 attempts") as raised:
+        with pytest.raises(StorageUnavailable, match=rf"could not read {file_of(unit.unit)} in 4 attempts") as raised:
             where_refused(OPENING, number, action)
         assert fault_of(raised.value) == Fault.PASSING and files(tmp_path) == before
     assert store.done(tidy=True) == [unit] and store.read(unit.unit) == tables
@@ -97,12 +97,12 @@ def test_a_disk_that_fails_while_it_is_read_condemns_nothing(tmp_path):
     """What opens and then cannot be read: the kernel says EIO of a process's own memory."""
     store, (unit, tables) = ResultStore(tmp_path), unit_of(0)
     store.write(unit, tables)
-    path = tmp_path / f"{unit.unit}{SUFFIX}"
+    path = tmp_path / file_of(unit.unit)
     path.unlink()
     path.symlink_to("/proc/self/mem")
     with pytest.raises(StorageUnavailable, match="Input/output error"):
         store.read(unit.unit)
-    assert path.is_symlink() and list(tmp_path.iterdir()) == [path]
+    assert path.is_symlink() and list(path.parent.iterdir()) == [path]
 
 
 def test_a_damaged_copy_of_a_machine_does_not_condemn_what_it_is_of(tmp_path):

@@ -40,7 +40,7 @@ from pipelines.settings import FeatureSettings, SweepSettings
 from pipelines.sweep import answers as answering
 from pipelines.sweep.answers import branch
 from pipelines.sweep.identity import answer_context
-from pipelines.sweep.results import ResultStore
+from pipelines.sweep.results import ResultStore, file_of
 from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.sweep.units import WorkUnit, read_examples
 from pipelines.workers import UnitsFailed, run_units
@@ -133,7 +133,7 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
     driver = begin(lambda: bench.run(results, cluster))
     deadline = time.monotonic() + 300
     try:
-        while len(list(results.glob("*.unit.parquet"))) < 3:
+        while len(list(results.rglob("*.unit.parquet"))) < 3:
             assert os.waitpid(driver, os.WNOHANG)[0] == 0, "the driver ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -232,7 +232,7 @@ bench = pickle.loads(Path(sys.argv[1]).read_bytes())
 try:
     bench.run(Path(sys.argv[2]), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
 except StorageFull as error:
-    print(len(list(Path(sys.argv[2]).glob("*.unit.parquet"))), error)
+    print(len(list(Path(sys.argv[2]).rglob("*.unit.parquet"))), error)
 """
 
 
@@ -261,7 +261,7 @@ def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, tmp_path):
 
 def test_a_cut_off_unit_is_done_again(few, undisturbed_few, cluster, tmp_path):
     few.run(tmp_path, cluster)
-    victim = sorted(tmp_path.glob("*.unit.parquet"))[0]
+    victim = sorted(tmp_path.rglob("*.unit.parquet"))[0]
     victim.write_bytes(victim.read_bytes()[:-100])
     redone = []
     outcome = few.run(tmp_path, cluster, done=lambda unit, result: redone.append(unit))
@@ -345,7 +345,7 @@ def test_results_name_what_they_hold(few, cluster, tmp_path):
     assert held == {(trial.trial_id, example.digest) for trial in few.trials for example in few.examples}
     assert len(stored) > 2
     for unit in stored:
-        footer = pq.read_metadata(tmp_path / f"{unit.unit}.unit.parquet")
+        footer = pq.read_metadata(tmp_path / file_of(unit.unit))
         assert footer.row_group(0).num_rows == len(unit.trials) * len(unit.examples)
 
 
