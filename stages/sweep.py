@@ -82,7 +82,7 @@ def sweep(settings: Settings) -> None:
             facts["missing"] = finished.told
             print(finished.told)
         targets = {"predictions": PREDICTIONS, "kept": KEPT, "timings": TIMINGS}
-        origins = engine.collect(trials, questions, targets, COLLECTING, finished.left_out)
+        origins = engine.collect(trials, questions, targets, COLLECTING, finished.left_out, outcome.stored)
         facts["provenance"] = told(origins.provenance)
         answered = engine.examples(questions, finished.left_out)
         facts["tables"] = table_facts(origins, engine.spec.context, answered, targets)

@@ -186,8 +186,11 @@ class Folder:
         return {name: found[name] for name in shown if not name.rpartition("/")[2].startswith(".")}
 
     def exists(self, name: str) -> bool:
-        info = self._try(f"look at {name}", lambda: self.filesystem.get_file_info(self._at(name)))
-        return info.type == fs.FileType.File
+        """Whether ``name`` can be opened; an object store that is asked what it is would list for it."""
+        with contextlib.suppress(FileNotFoundError):
+            self._try(f"look at {name}", lambda: self.filesystem.open_input_file(self._at(name)).close())
+            return True
+        return False
 
     def read(self, name: str) -> bytes:
         def action() -> bytes:

@@ -449,9 +449,13 @@ def _lists(rows: Sequence[Sequence], kind: pa.DataType) -> pa.ListArray:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What a sweep left beside stored answers: units that were given up, with the reason."""
+    """What a sweep left beside stored answers: units that were given up, with the reason.
+
+    ``stored``: what the store holds, where nothing was to do.
+    """
 
     failures: dict[str, tuple[WorkUnit, Failure]]
+    stored: Sequence[StoredUnit] | None = None
 
     @property
     def incomplete(self) -> dict[str, Failure]:
@@ -493,26 +497,31 @@ def run_sweep(
     in_process: bool = False,
     allowance: Allowance | None = None,
     finish_with: float | None = None,
+    stored: Sequence[StoredUnit] | None = None,
 ) -> SweepOutcome:
     """Run what the store lacks. ``costs``, ``speed``, ``unit_images``: see :func:`pipelines.sweep.units.plan_units`.
 
     ``on_start(units, cached_answers)`` is called before work starts, ``on_done(unit id, report)`` as each unit finishes;
     ``allowance``: see :func:`pipelines.workers.run_units`. ``finish_with``: where too much fails for the run to go on and
-    at most this share of all answers is missing, that is an outcome and no error.
+    at most this share of all answers is missing, that is an outcome and no error. ``stored``: what the store is known to hold;
+    null: it is listed.
     """
-    stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done(tidy=True)]
+    if stored is None:
+        stored = ResultStore(spec.results).done(tidy=True)
+    there = [(held.trials, held.examples) for held in stored]
 
-    units, cached = plan_units(trials, examples, stored, costs, speed, unit_images, reuse=spec.reuse)
+    units, cached = plan_units(trials, examples, there, costs, speed, unit_images, reuse=spec.reuse)
     on_start(units, cached)
     try:
-        return SweepOutcome(run_units(spec, units, cluster, on_done, in_process=in_process, allowance=allowance))
+        failures = run_units(spec, units, cluster, on_done, in_process=in_process, allowance=allowance)
+        return SweepOutcome(failures, None if units else stored)
     except NoReference:
         raise
     except (UnitsFailed, ClusterUnavailable) as error:
         if finish_with is None:
             raise
-        stored = [(held.trials, held.examples) for held in ResultStore(spec.results).done()]
-        units, cached = plan_units(trials, examples, stored, costs, speed, unit_images, reuse=spec.reuse)
+        there = [(held.trials, held.examples) for held in ResultStore(spec.results).done()]
+        units, cached = plan_units(trials, examples, there, costs, speed, unit_images, reuse=spec.reuse)
         everything = len(trials) * len(examples)
         if everything - cached > finish_with * everything:
             raise

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipelines.files.atomic import atomic_path
 from pipelines.files.storage import room_in
 from pipelines.settings import Reuse
-from pipelines.sweep.results import PARTS, ResultStore, reuse_key
+from pipelines.sweep.results import PARTS, ResultStore, StoredUnit, reuse_key
 from pipelines.sweep.units import UnitExample, bits
 
 KEYS = {"predictions": ("trial_id", "example_id"), "kept": ("trial_id", "image"), "timings": ("trial_id", "unit")}
@@ -52,10 +52,11 @@ def collect(
     targets: Mapping[str, Path],
     scratch: Path,
     reuse: Reuse = "any",
+    stored: Sequence[StoredUnit] | None = None,
 ) -> Origins:
     """Write the stored rows of trials, by their ``answers`` (answer ids), and ``examples``, sorted, each once.
 
-    ``targets``: part → file.
+    ``targets``: part → file. ``stored``: what the store is known to hold; null: it is listed.
 
     Units may overlap and hold a row twice; where ``reuse`` takes answers of other versions, those of these very ones are
     taken first. ``scratch``: a folder for what is under way; it is made, and removed in the
@@ -71,7 +72,8 @@ def collect(
         with room_in(scratch):
             scratch.mkdir(parents=True)
             runs = {part: _Runs(scratch / part, PARTS[part], ordered, len(examples)) for part in KEYS}
-            for rows in _relevant(store, own, known, examples, reuse, origins):
+            held = store.done() if stored is None else stored
+            for rows in _relevant(store, held, own, known, examples, reuse, origins):
                 for part, table in rows.items():
                     runs[part].add(table)
 
@@ -91,6 +93,7 @@ def collect(
 
 def _relevant(
     store: ResultStore,
+    stored: Sequence[StoredUnit],
     own: frozenset[str],
     known: Mapping[str, str],
     examples: Sequence[UnitExample],
@@ -107,7 +110,7 @@ def _relevant(
         lambda digests: bits([number[digest] for digest in digests if digest in number], len(number))
     )
     found = []
-    for unit in store.done():
+    for unit in stored:
         answers = {one: known[key] for one in unit.trials if (key := reuse_key(one, reuse)) in known}
         if answers and held_by(unit.examples):
             found.append((unit, answers))

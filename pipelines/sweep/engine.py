@@ -27,7 +27,7 @@ from pipelines.sweep.costs import sweep_costs
 from pipelines.sweep.identity import answer_context, code_key, code_of, context_key, same_code, with_code
 from pipelines.sweep.progress import SweepProgress, worker_speed
 from pipelines.sweep.refill import PulledTables
-from pipelines.sweep.results import ResultStore
+from pipelines.sweep.results import ResultStore, StoredUnit
 from pipelines.sweep.trials import Trial
 from pipelines.sweep.units import Blocks, UnitExample, read_examples
 from pipelines.workers import Allowance
@@ -126,7 +126,10 @@ class Engine:
         check_text_tower(trials, self.vlm, self.settings.model.path)
         sweep, cluster, trials = self.settings.sweep, self.settings.cluster, self.coded(trials)
         self._describe(trials)
-        self._refill(trials, questions)
+        store = ResultStore(self.places.results)
+        stored = store.done(tidy=True)
+        if self._refill(trials, questions, store, stored):
+            stored = store.done()
 
         with SweepProgress(self.places.progress, self.places.units_log, log) as progress:
             outcome = run_sweep(
@@ -141,6 +144,7 @@ class Engine:
                 on_done=progress.done,
                 allowance=self.allowance,
                 finish_with=sweep.finish_with,
+                stored=stored,
             )
         return outcome, progress.finished
 
@@ -152,16 +156,19 @@ class Engine:
         for key, parts in codes.items():
             results.describe("code", key, parts)
 
-    def _refill(self, trials: Sequence[Trial], questions: pd.DataFrame) -> None:
-        """Take from the tables of an earlier sweep, which may have been pulled, the answers that the store lacks."""
+    def _refill(
+        self, trials: Sequence[Trial], questions: pd.DataFrame, store: ResultStore, stored: Sequence[StoredUnit]
+    ) -> int:
+        """Take from the tables of an earlier sweep, which may have been pulled, the answers that the store lacks; how many."""
         places, reuse = self.places, self.settings.sweep.reuse
         tables = pulled_tables(places, self.settings, self.vlm, self.spec.context, self.context.digest)
         if tables is None:
-            return
-        store = ResultStore(places.results)
-        lacking = tables.lacking(store, trials, self.examples(questions), reuse)
-        if lacking and (count := tables.refill(store, lacking)):
+            return 0
+        lacking = tables.lacking(stored, trials, self.examples(questions), reuse)
+        count = tables.refill(store, lacking) if lacking else 0
+        if count:
             print(f"{count:,} answers are taken from the tables beside {places.facts}")
+        return count
 
     def collect(
         self,
@@ -170,12 +177,13 @@ class Engine:
         targets: Mapping[str, Path],
         scratch: Path,
         left_out: Collection[str] = (),
+        stored: Sequence[StoredUnit] | None = None,
     ) -> Origins:
         """Write the tables of finished ``trials``; returns where their answers came from. ``left_out``: see
-        :meth:`examples`."""
+        :meth:`examples`; ``stored``: see :func:`collect`."""
         answers = [trial.answer_id for trial in self.coded(trials)]
         store, reuse = ResultStore(self.places.results), self.settings.sweep.reuse
-        return collect(store, answers, self.examples(questions, left_out), targets, scratch, reuse)
+        return collect(store, answers, self.examples(questions, left_out), targets, scratch, reuse, stored)
 
 
 def blocks_of(settings: Settings) -> Blocks | None:

@@ -110,9 +110,9 @@ class PulledTables:
         return StoredUnit(unit_name(trials, digests), trials, digests, self.provenance)
 
     def lacking(
-        self, store: ResultStore, trials: Sequence[Trial], examples: Sequence[UnitExample], reuse: Reuse
+        self, stored: Sequence[StoredUnit], trials: Sequence[Trial], examples: Sequence[UnitExample], reuse: Reuse
     ) -> list[str]:
-        """Which of ``trials`` (with their code) lack answers to ``examples`` that these tables hold."""
+        """Which of ``trials`` (with their code) lack answers to ``examples`` that these tables hold, beside ``stored``."""
         usable = {
             trial.trial_id
             for trial in trials
@@ -122,7 +122,7 @@ class PulledTables:
         wanted = {example.digest for example in examples} & {example.digest for example in self.examples}
         known = {reuse_key(trial.answer_id, reuse): trial.trial_id for trial in trials}
         held: dict[str, set[str]] = {trial_id: set() for trial_id in usable}
-        for unit in store.done() if wanted and usable else ():
+        for unit in stored if wanted and usable else ():
             here = wanted.intersection(unit.examples)
             for trial_id in (known.get(reuse_key(answer, reuse)) for answer in unit.trials):
                 if trial_id in held:

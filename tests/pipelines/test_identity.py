@@ -333,14 +333,14 @@ def pulled(coded, stored, tmp_path):
 def test_pulled_tables_refill_a_store(coded, stored, pulled, cluster_of_one, tmp_path):
     store = ResultStore(tmp_path / "fresh")
     tables = pulled()
-    lacking = tables.lacking(store, coded.trials, coded.examples, "same_versions")
+    lacking = tables.lacking(store.done(), coded.trials, coded.examples, "same_versions")
     assert lacking == sorted(trial.trial_id for trial in coded.trials)
     assert tables.refill(store, lacking) == len(coded.trials) * len(coded.examples)
     assert cached(coded, tmp_path / "fresh", reuse="same_versions") == len(coded.trials) * len(coded.examples)
     asked = []
     again = coded.run(tmp_path / "fresh", cluster_of_one, done=lambda *unit: asked.append(unit))
     assert asked == [] and same(again, stored[1])
-    assert tables.lacking(store, coded.trials, coded.examples, "any") == [], "once is enough"
+    assert tables.lacking(store.done(), coded.trials, coded.examples, "any") == [], "once is enough"
 
 
 def test_a_refilled_store_says_what_its_answers_are(coded, pulled, tmp_path):
@@ -351,7 +351,7 @@ def test_a_refilled_store_says_what_its_answers_are(coded, pulled, tmp_path):
     assert set(unit.trials) == {trial.answer_id for trial in coded.trials}
     assert unit.origin["torch"] == torch.__version__ and unit.origin["tables"] is True
     newer = [trial.coded("f" * 12 + trial.code[12:]) for trial in coded.trials]
-    assert tables.lacking(store, newer, coded.examples, "any") == [], "of other code: nothing is taken"
+    assert tables.lacking(store.done(), newer, coded.examples, "any") == [], "of other code: nothing is taken"
     assert cached(coded, tmp_path / "fresh", newer) == 0
 
 

@@ -193,6 +193,56 @@ def test_a_remote_footer_is_read_once_a_machine(footers):
     assert len(opened().done()) == 200, "a damaged index is no index"
 
 
+def test_one_listing_and_no_footer_tell_what_a_bucket_holds(bucket, caplog):
+    """As its server counts requests: in any number of folders, and a second time without opening a file."""
+    written = fill(ResultStore(bucket), 40)
+    assert len({file_of(unit.unit).partition("/")[0] for unit in written}) > 20
+    caplog.set_level("INFO", "werkzeug")
+    for footers_read in (40, 0):
+        caplog.clear()
+        store = ResultStore(bucket)
+        assert store.done() == written
+        asked = [record.getMessage() for record in caplog.records if record.name == "werkzeug"]
+        assert len([line for line in asked if "list-type=2" in line]) == 1
+        read = {name for line in asked for name in re.findall(rf"GET (\S+{SUFFIX}) ", line)}
+        assert len(read) == footers_read
+    caplog.clear()
+    store.describe("code", "0" * 16, {"a": "b"})
+    assert not [record for record in caplog.records if "list-type=2" in record.getMessage()]
+    assert store.described("code") == {"0" * 16: {"a": "b"}}
+
+
+def test_footers_of_a_large_folder_are_read_once(tmp_path, monkeypatch):
+    """What cannot be read any more is still known, as long as size and time stamp say that it is what it was."""
+    monkeypatch.setattr(results, "REMEMBERED_FROM", 5)
+    store = ResultStore(tmp_path / "store")
+    written = fill(store, 5)
+    assert store.done() == written
+    path = tmp_path / "store" / file_of(written[0].unit)
+    state = path.stat()
+    path.write_bytes(bytes(state.st_size))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert ResultStore(tmp_path / "store").done() == written
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert ResultStore(tmp_path / "store").done() == written[1:]
+
+
+def test_a_store_of_old_has_all_units_in_one_folder(tmp_path):
+    """They are known, read and removed as others are; one that lies in both places is one."""
+    store = ResultStore(tmp_path)
+    written = fill(store, 4)
+    for unit in written[:3]:
+        os.rename(tmp_path / file_of(unit.unit), tmp_path / f"{unit.unit}{SUFFIX}")
+    number = next(number for number in range(4) if unit_of(number)[0] == written[0])
+    store.write(*unit_of(number))
+    assert store.done() == written
+    assert [store.read(unit.unit) == store.read(unit.unit) for unit in written] == [True] * 4
+    store.remove(written[0].unit)
+    store.remove(written[1].unit)
+    assert store.done() == written[2:]
+    assert len(list(tmp_path.rglob(f"*{SUFFIX}"))) == 2
+
+
 class Flaky(MemoryFileSystem):
     """A storage that refuses requests: ``refuses`` is asked with the request and how often it was made before."""
 
