@@ -14,6 +14,7 @@ from tiny_families import (  # noqa: F401  (fixtures for all tests)
     family,
     newer,
     photos,
+    tiny_internvl,
     tiny_next,
     tiny_onevision,
     tiny_qwen,

@@ -8,6 +8,7 @@ from PIL import Image
 from benchmarks.gpu import families
 from nuwa.vlm import (
     Adapter,
+    InternVLAdapter,
     LlavaAdapter,
     LlavaNextAdapter,
     LlavaOnevisionAdapter,
@@ -43,11 +44,16 @@ def tiny_onevision() -> LlavaOnevisionAdapter:
 
 
 @pytest.fixture(scope="session")
+def tiny_internvl() -> InternVLAdapter:
+    return families.tiny_internvl()
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen3() -> Qwen3VLAdapter:
     return families.tiny_qwen3()
 
 
-@pytest.fixture(scope="session", params=["tiny_qwen2", "tiny_onevision", "tiny_qwen3"])
+@pytest.fixture(scope="session", params=["tiny_qwen2", "tiny_onevision", "tiny_qwen3", "tiny_internvl"])
 def newer(request) -> Adapter:
     """Families that share their structure with those of ``family`` and are held to less."""
     return request.getfixturevalue(request.param)

@@ -19,6 +19,9 @@ from transformers import (
     CLIPModel,
     CLIPTokenizerFast,
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -35,6 +38,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -42,6 +46,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.language import build_processor
 from nuwa.vlm import (
+    InternVLAdapter,
     LlavaAdapter,
     LlavaNextAdapter,
     LlavaOnevisionAdapter,
@@ -79,8 +84,8 @@ TEMPLATE = (
 )
 
 
-def tokenizer(*special: str) -> PreTrainedTokenizerFast:
-    """One token a word, padded at the left."""
+def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """One token a word, padded at the left; ``named``: special tokens by what a processor calls them."""
     vocabulary = {word: at for at, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *special, *WORDS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
@@ -95,6 +100,7 @@ def tokenizer(*special: str) -> PreTrainedTokenizerFast:
         additional_special_tokens=list(special),
         padding_side="left",
         model_max_length=4096,
+        **({"model_specific_special_tokens": named} if named else {}),
     )
 
 
@@ -401,6 +407,75 @@ def tiny_qwen3() -> Qwen3VLAdapter:
     )
     template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|> ")
     return Qwen3VLAdapter(model.requires_grad_(False), QwenPicturesOnly(pictures, words, template))
+
+
+class InternVLPicturesOnly(InternVLProcessor):
+    """The stock processor without its half for videos, which cannot be made without torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = 256,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, None, image_seq_length, chat_template)
+
+
+def tiny_internvl() -> InternVLAdapter:
+    """Up to four tiles of 3x3 tokens and a thumbnail, queries and keys of the encoder normalised, a norm behind it."""
+    torch.manual_seed(51)
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    words = tokenizer(*names.values(), **names)
+
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 2,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "use_mean_pooling": False,
+            "image_size": [24, 24],
+            "patch_size": [4, 4],
+        },
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(words),
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=9,
+        tie_word_embeddings=False,
+    )
+
+    model = InternVLForConditionalGeneration(config)
+    louden(model)
+    processor = InternVLPicturesOnly(
+        GotOcr2ImageProcessorPil(size={"height": 24, "width": 24}, crop_to_patches=True, max_patches=4),
+        words,
+        9,
+        TEMPLATE.replace("IMAGE", "<IMG_CONTEXT> "),
+    )
+    return InternVLAdapter(model.requires_grad_(False), processor)
 
 
 class QwenProcessor:

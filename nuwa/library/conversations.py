@@ -112,7 +112,7 @@ def encode_question(vlm: Adapter, question: Question) -> EncodedPrompt:
         raise CallError(f"the model's chat template refuses the conversation ({in_one_line(error)})") from None
     _check_shown(messages, rendered)
 
-    ids = tokenize_prompt(vlm.processor.tokenizer, rendered)
+    ids = tokenize_prompt(vlm.processor.tokenizer, vlm.prompt_text(rendered))
     if ids.count(vlm.image_token) != 1:
         raise PromptError(
             f"the conversation comes to {ids.count(vlm.image_token)} image placeholders in the model's chat template; "

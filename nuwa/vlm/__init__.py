@@ -12,6 +12,7 @@ from nuwa.registry import Registry
 from nuwa.vlm.adapter import Adapter, EncodedImage, EncodedPrompt, PromptError, view_signals
 from nuwa.vlm.checkpoint import CheckpointError
 from nuwa.vlm.folder import check_folder
+from nuwa.vlm.internvl import InternVLAdapter
 from nuwa.vlm.llava import LlavaAdapter
 from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.llava_onevision import LlavaOnevisionAdapter
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # By the model_type of a model's configuration.
 ADAPTERS: Registry[type[Adapter]] = Registry("model type")
+ADAPTERS.add("internvl", InternVLAdapter)
 ADAPTERS.add("llava", LlavaAdapter)
 ADAPTERS.add("llava_next", LlavaNextAdapter)
 ADAPTERS.add("llava_onevision", LlavaOnevisionAdapter)
@@ -68,6 +70,7 @@ __all__ = [
     "EncodedPrompt",
     "ImageRules",
     "ImageRulesError",
+    "InternVLAdapter",
     "LlavaAdapter",
     "LlavaNextAdapter",
     "LlavaOnevisionAdapter",

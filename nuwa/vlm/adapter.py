@@ -348,7 +348,7 @@ class Adapter(ABC):
             (system,) = message["content"]
             if system["text"] not in full:
                 raise ValueError("the model's chat template shows no system prompt: use conversation 'template'")
-        ids = tokenize_prompt(self.processor.tokenizer, full)
+        ids = tokenize_prompt(self.processor.tokenizer, self.prompt_text(full))
 
         if ids.count(self.image_token) != 1:
             if self.image_token in self.processor.tokenizer(text, add_special_tokens=False).input_ids:
@@ -358,6 +358,10 @@ class Adapter(ABC):
             check_template(self.processor, self.image_token)
         at = ids.index(self.image_token)
         return EncodedPrompt(tuple(ids[:at]), tuple(ids[at + 1 :]))
+
+    def prompt_text(self, rendered: str) -> str:
+        """What is tokenized of a rendered chat: with what the processor puts around an image, where it does."""
+        return rendered
 
     def decode_text(self, ids: list[int]) -> str:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -34,6 +34,7 @@ VISION_KEYS = (
     "vision_feature_layer",
     "vision_feature_select_strategy",
     "image_grid_pinpoints",
+    "downsample_ratio",
 )
 # What decides them besides in families whose signals stand behind the projector: tensors and keys, by model_type.
 BEHIND_PROJECTOR = {

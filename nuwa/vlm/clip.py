@@ -122,13 +122,13 @@ def clip_signals(
         signals["received_late"] = _received(layer, entering)
     for name, share in FURTHER_LAYERS.items():
         if name in further:
-            early = _earlier_layer(name, share, len(states) - 1, at)
+            early = earlier_layer(name, share, len(states) - 1, at)
             read = _cls_attention if name == "early_attention" else _received
             signals[name] = read(tower.encoder.layers[early - 1], states[early - 1])
     return signals
 
 
-def _earlier_layer(name: str, share: float, layers: int, late: int) -> int:
+def earlier_layer(name: str, share: float, layers: int, late: int) -> int:
     """The layer that stands for ``share`` of ``layers``, counted from 1; raises :class:`UnavailableSignal`."""
     layer = max(1, round(share * layers))
     if layer >= late:

@@ -147,7 +147,7 @@ def read_folder(path: Path, families: Callable[[str], type[Adapter]]) -> ModelFo
 
 def check_architecture(folder: ModelFolder) -> None:
     """Refuse towers and language models whose mathematics the adapter does not know, and a tower without patches."""
-    patch, side = (getattr(folder.config.vision_config, name, None) for name in ("patch_size", "image_size"))
+    patch, side = (_side(folder.config.vision_config, name) for name in ("patch_size", "image_size"))
     if type(patch) is not int or patch < 1 or (type(side) is int and side < patch):
         raise CheckpointError(
             f"{folder.path / 'config.json'}: vision_config.patch_size = {patch!r} must be a whole number of pixels, no more "
@@ -156,21 +156,27 @@ def check_architecture(folder: ModelFolder) -> None:
     folder.family.check_config(folder.config)
 
 
+def _side(vision: Any, name: str) -> Any:
+    """A size of a tower's configuration; one of two equal sides, which some families write out, is that side."""
+    held = getattr(vision, name, None)
+    return held[0] if isinstance(held, (list, tuple)) and len(held) == 2 and held[0] == held[1] else held
+
+
 def check_processor(folder: ModelFolder) -> None:
     """Refuse a folder without image processor, tokenizer or a chat template that asks one question about one image."""
     processor = load_processor(folder.path)
     image_processor = processor.image_processor
 
-    vision = folder.config.vision_config
-    if hasattr(vision, "image_size"):
+    side = _side(folder.config.vision_config, "image_size")
+    if side is not None:
         try:
             shape = image_processor([Image.new("RGB", PICTURE)], return_tensors="pt")["pixel_values"].shape
         except Exception as error:
             raise CheckpointError(f"{folder.path}: its image processor fails on a picture ({_words(error)})") from None
-        if tuple(shape[-2:]) != (vision.image_size, vision.image_size):
+        if tuple(shape[-2:]) != (side, side):
             raise CheckpointError(
                 f"{folder.path}: its image processor makes pictures of {shape[-1]}x{shape[-2]} pixels, the tower of "
-                f"config.json takes {vision.image_size}x{vision.image_size}; fetch both files of one checkpoint"
+                f"config.json takes {side}x{side}; fetch both files of one checkpoint"
             )
 
     if hasattr(folder.config, "image_grid_pinpoints"):

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nuwa.grid import PatchGrid
-from nuwa.vlm.adapter import FromTransformers, UnavailableSignal
+from nuwa.vlm.adapter import FromTransformers
 from nuwa.vlm.checkpoint import CheckpointError
-from nuwa.vlm.clip import FURTHER_LAYERS, SIMILARITY_FROM, ClipAdapter
+from nuwa.vlm.clip import FURTHER_LAYERS, SIMILARITY_FROM, ClipAdapter, earlier_layer
 from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.received import received
 from nuwa.vlm.shapes import SHAPES
@@ -127,13 +127,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             signals["received_late"] = attention
         for name, share in FURTHER_LAYERS.items():
             if name in further:
-                layer = max(1, round(share * (len(states) - 1)))
-                if layer >= at:
-                    raise UnavailableSignal(
-                        f"signal {name} is read at {share:g} of the encoder's layers; of {len(states) - 1} that is layer "
-                        f"{layer}, which must lie below layer {at}, where the features come from"
-                    )
-                signals[name] = self._received(layer, states)[0]
+                signals[name] = self._received(earlier_layer(name, share, len(states) - 1, at), states)[0]
         return signals
 
     def _received(self, number: int, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

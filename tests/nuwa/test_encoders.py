@@ -236,6 +236,53 @@ def test_what_enters_later_layers_compares_with_nothing_and_follows_its_token(ti
     assert not torch.allclose(one.features, twice.features)
 
 
+# --- InternVL3
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_internvls_signals_are_means_over_a_tokens_patches_tile_by_tile(tiny_internvl, photos, monkeypatch, layer):
+    """Against the stock model's own features, and slow loops over its eager tower's attention and keys."""
+    vlm = tiny_internvl
+    monkeypatch.setattr(vlm.model.config, "vision_feature_layer", layer)
+    (found,) = vlm.encode_images([photos[0]], FURTHER)
+    assert found.layout == vlm.layout_of(photos[0].size) and len(found.layout.views) == 5, "four tiles and a thumbnail"
+    pixels = vlm.processor.image_processor([photos[0]], crop_to_patches=True, return_tensors="pt")["pixel_values"]
+    tower, keys = eager_copy(vlm.model).model.vision_tower, []
+    number = layer % 6 - 1
+    listener = tower.encoder.layer[number].attention.k_norm.register_forward_hook(lambda _m, _i, out: keys.append(out))
+    with torch.inference_mode():
+        stock = vlm.model.get_image_features(pixels).pooler_output
+        out = tower(pixels, output_hidden_states=True, output_attentions=True)
+        projected = vlm.project(found.signals["features"])
+    listener.remove()
+    assert torch.allclose(projected, stock.flatten(0, 1), atol=1e-4)
+
+    late = out.hidden_states[3:]  # 3 ... 5 of five layers
+    whole, early, middle = (out.attentions[at] for at in (number, 0, 1))  # a quarter of five layers is the first
+    patches = {
+        "cls_attention": whole.mean(dim=1)[:, 0, 1:],
+        "keys": keys[0][:, 1:],
+        "similarity": (sum(late) / len(late))[:, 1:],
+        "early_attention": early.mean(dim=1)[:, 0, 1:],
+        "received_middle": torch.tensor([summed(tile) for tile in middle]),
+        "received_late": torch.tensor([summed(tile) for tile in whole]),
+    }
+    for name, expected in patches.items():
+        for tile, row, column in itertools.product(range(5), range(3), range(3)):
+            four = [6 * (2 * row + down) + 2 * column + across for down in (0, 1) for across in (0, 1)]
+            token = found.signals[name][9 * tile + 3 * row + column]
+            assert torch.allclose(token, expected[tile, four].mean(dim=0).to(token), atol=1e-5), name
+
+
+def test_internvls_tiles_lie_row_by_row_on_the_image_and_the_thumbnail_on_all_of_it(tiny_internvl):
+    config = tiny_internvl.model.config
+    wide, tall, small = (tiny_internvl.layout_of(size) for size in ((120, 40), (40, 80), (24, 24)))
+    thirds = [(0, 0, 1 / 3, 1), (1 / 3, 0, 1 / 3, 1), (2 / 3, 0, 1 / 3, 1)]
+    assert tiny_internvl.view_frames(config, wide, (120, 40)) == (*thirds, (0, 0, 1, 1))
+    assert tiny_internvl.view_frames(config, tall, (40, 80)) == ((0, 0, 1, 0.5), (0, 0.5, 1, 0.5), (0, 0, 1, 1))
+    assert tiny_internvl.view_frames(config, small, (24, 24)) == ((0, 0, 1, 1),)
+
+
 # --- LLaVA-OneVision
 
 

@@ -198,7 +198,7 @@ def test_an_unsupported_model_type_is_named(tiny_next, monkeypatch):
         adapt(tiny_next.model, tiny_next.processor)
     assert (
         str(caught.value)
-        == "model type 'blip' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
+        == "model type 'blip' is unknown; allowed: internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
     )
 
 

@@ -63,7 +63,9 @@ class MaskedModel:
         encoded = model.model.get_image_features(inputs["pixel_values"], **pictures)
         # What enters the first layer, and what is added behind the first, second ...: Qwen3-VL.
         deep = [part[0] for part in getattr(encoded, "deepstack_features", None) or ()]
-        self.tokens = torch.cat([encoded.pooler_output[0], *deep], dim=-1)
+        visible = encoded.pooler_output
+        first = visible.flatten(0, 1) if model.config.model_type == "internvl" else visible[0]  # InternVL: by tiles
+        self.tokens = torch.cat([first, *deep], dim=-1)
         if merged is not None:
             self.tokens[kept] = merged
         self.projected, *self.deep = self.tokens.chunk(1 + len(deep), dim=-1)

@@ -21,6 +21,7 @@ import yaml
 from mlflow import MlflowClient
 from PIL import Image
 from transformers import (
+    InternVLConfig,
     LlavaOnevisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -32,7 +33,7 @@ from transformers.utils import import_utils
 from workers_here import work_here
 
 import nuwa
-from benchmarks.gpu.families import PicturesOnly, QwenPicturesOnly, QwenProcessor
+from benchmarks.gpu.families import InternVLPicturesOnly, PicturesOnly, QwenPicturesOnly, QwenProcessor
 from nuwa.benchmarks import get_benchmark
 from nuwa.vlm import Adapter
 from pipelines.settings import Settings, load_settings
@@ -142,6 +143,7 @@ PROCESSORS = {
     Qwen2VLConfig: SavedQwenProcessor,
     LlavaOnevisionConfig: PicturesOnly,
     Qwen3VLConfig: QwenPicturesOnly,
+    InternVLConfig: InternVLPicturesOnly,
 }
 
 

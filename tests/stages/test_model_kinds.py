@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import LlavaNextConfig, LlavaOnevisionConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+from transformers import (
+    InternVLConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+)
 
 from nuwa.vlm import CheckpointError, adapter_class
 from pipelines.settings import SettingsError, load_settings, parse_settings
@@ -91,6 +98,26 @@ def test_a_llava_onevision_of_other_mathematics_is_refused(key, value, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"vision_feature_select_strategy": "full"},
+            "config.vision_feature_select_strategy = 'full' with vision_feature_layer -1: only one layer and 'default' (no CLS) are supported",
+        ),
+        ({"vision_feature_layer": 30}, "config.vision_feature_layer = 30: the tower has 24 layers; allowed: 1 to 24 and -24 to -1"),
+        (
+            {"vision_config": {"image_size": [448, 224]}},
+            "config.vision_config has 32 x 16 patches a tile and config.downsample_ratio = 0.5: only square tiles that 2 divides are supported",
+        ),
+    ],
+)  # fmt: skip
+def test_an_internvl_of_other_mathematics_is_refused(changes, message):
+    with pytest.raises(CheckpointError) as caught:
+        adapter_class("internvl").check_config(InternVLConfig(**changes))
+    assert str(caught.value) == message
+
+
 def test_a_method_that_reads_what_is_not_kept_is_refused(tmp_path):
     LlavaNextConfig().save_pretrained(tmp_path / "model")
     grids, keep = [{"name": "g", "method": ["random", "nuwa"]}], {"keep": ["cls_attention", "features"]}
@@ -133,7 +160,7 @@ def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):
     with pytest.raises(SettingsError) as caught:
         planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": "nuwa"}]))
     assert (
-        "model type 'bert' is unknown; allowed: llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
+        "model type 'bert' is unknown; allowed: internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
         in str(caught.value)
     )
 
