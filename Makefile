@@ -8,7 +8,7 @@ COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 |
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submit dashboard track testbed pruner clean profile search experiment
+.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submission submit dashboard track testbed pruner clean profile search experiment
 
 setup: $(READY)
 
@@ -67,6 +67,13 @@ lint: $(TESTABLE)
 # data/ (an id, a label); OUT: a table of all trials
 compare: $(READY)
 	$(RUN) python -m stages.compare "$(A)" "$(B)" "$(OUT)"
+
+# Questions whose answers only a server has (vqav2/testdev:submission, mmbench/test:submission, vizwiz/test:submission):
+# the sweep, then a file a trial below data/submissions
+submission: $(READY)
+	$(RUN) python -m stages.plan
+	$(RUN) dvc repro sweep
+	$(RUN) python -m stages.submission
 
 # The sweep on a Ray cluster, its results back here: make submit ARGS="--address ... --storage ... --work ..."
 submit: $(READY)

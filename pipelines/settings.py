@@ -726,6 +726,19 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _servers_score_apart(self) -> Settings:
+        """What only a server scores has no retention, so it stands in no table beside what is scored here."""
+        names = self.sweep.benchmarks
+        served = [text for text in names if BenchmarkName.parse(text).benchmark().submission is not None]
+        if served and len(served) < len(names):
+            here = next(text for text in names if text not in served)
+            raise ValueError(
+                f"sweep.benchmarks: the answers to {served[0]!r} are with its server and {here!r} is scored here; "
+                "sweep them apart"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _what_is_prepared_exists(self) -> Settings:
         for text in self.prepare.questions:
             name = BenchmarkName.parse(text)

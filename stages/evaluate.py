@@ -17,6 +17,7 @@ from pipelines.files.atomic import atomic_path
 from pipelines.scores.blocks import Work, score_sweep
 from pipelines.scores.comparisons import pairs_of
 from pipelines.scores.grades import read_grades
+from pipelines.scores.submissions import check_scored
 from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
 from pipelines.settings import Settings
 from stages.entry import (
@@ -53,6 +54,7 @@ def write_table(table: pd.DataFrame, target: Path) -> None:
 
 def evaluate(settings: Settings) -> None:
     plan = settings.sweep
+    check_scored(plan.benchmarks)
     questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
     answered, recipe = without(questions.examples, left_out(SWEEP)), settings.evaluate
     grades = read_grades(Path(recipe.grades)) if recipe.grades else None

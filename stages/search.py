@@ -24,6 +24,7 @@ from pipelines.features.layouts import image_layouts
 from pipelines.features.loading import Loading
 from pipelines.files.atomic import atomic_path
 from pipelines.files.lock import exclusive
+from pipelines.scores.submissions import check_scored
 from pipelines.search.racing import check_slices, race, slices
 from pipelines.search.run import Asking, race_grid, search_swarm
 from pipelines.search.space import check_space, trial_at
@@ -41,6 +42,7 @@ def search(settings: Settings) -> None:
     # DVC ignores Ctrl-C while a command runs and leaves it to the command.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan, wanted, model = settings.sweep, settings.search, settings.model
+    check_scored(plan.benchmarks)
     loading = Loading.of(model, settings.cluster)
     vlm = loading.here(model.path)
     questions, everything = _questions(plan, vlm)

@@ -139,6 +139,8 @@ class Benchmark:
         pixels: whether boxes are told in pixels of the image as the model sees it, ``truth["size"]``.
         graded: answer and truth → whether the answer needs a grade from outside, ``truth["grade"]``, from 0 to 1, without
             which ``score`` raises ``KeyError``; None: no answer does.
+        submission: truth and answer → one row of the file that the benchmark's server scores, of a variant whose answers
+            are not published; see :func:`for_server`. None: scored here.
         rules: what each protocol does otherwise, by the protocol's name; see :meth:`under`.
         protocol: the protocol this is asked and scored under.
         metric: what that protocol's harness calls the headline, ``""`` for the testbed's own.
@@ -165,6 +167,7 @@ class Benchmark:
     group_size: int | None = None
     pixels: bool = False
     graded: Callable[[str, Truth], bool] | None = None
+    submission: Callable[[Truth, str], dict[str, Any]] | None = None
     rules: Mapping[str, Rules] = field(default_factory=dict)
     protocol: str = TESTBED
     metric: str = ""
@@ -298,6 +301,31 @@ class Benchmark:
         sums = {name: np.asarray(columns[name].sum(), float) for name in columns}
         metrics = self.metrics(sums | {"n": np.asarray(len(table), float)})
         return {name: float(value) for name, value in metrics.items()}
+
+
+def for_server(
+    known: Benchmark,
+    schema: pa.Schema,
+    read: Callable[[dict[str, Any]], Iterator[Example]],
+    submission: Callable[[Truth, str], dict[str, Any]],
+) -> Benchmark:
+    """The variant ``submission`` of ``known``, for a table whose answers only the benchmark's server has: asked in the same
+    words, scored there. Its truths hold what ``submission`` needs."""
+    rules = {protocol: replace(one, read=None, score=None) for protocol, one in known.rules.items()}
+    return replace(
+        known,
+        variant="submission",
+        splits={},
+        schema=schema,
+        read=read,
+        score=_not_scored,
+        submission=submission,
+        rules=rules,
+    )
+
+
+def _not_scored(prediction: str, truth: Truth) -> Scores:
+    raise ValueError("the answers to this question are not published: only the benchmark's server can score it")
 
 
 def check_schema(table_schema: pa.Schema, benchmark: Benchmark, path: str) -> None:

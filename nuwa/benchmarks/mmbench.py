@@ -1,7 +1,8 @@
 """MMBench (en, dev): four options; letter, then option text; a question counts when all its circular copies are right.
 
 Copies with rotated options carry the index of the original plus multiples of a million. A table without copies gives
-the same number twice. Variants: ``rules`` alone, or with grades for what they cannot read (``judged``).
+the same number twice. Variants: ``rules`` alone, or with grades for what they cannot read (``judged``); the test split's
+answers are with the server (``submission``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ import pandas as pd
 import pyarrow as pa
 
 from nuwa.benchmarks.choices import OPTION_LETTER, Options, choice_scores, find_words, option_lines
-from nuwa.benchmarks.definition import Benchmark, Example, Rules, Scores, Sums, TableSize, Truth, mean, ratio
+from nuwa.benchmarks.definition import (
+    Benchmark,
+    Example,
+    Rules,
+    Scores,
+    Sums,
+    TableSize,
+    Truth,
+    for_server,
+    mean,
+    ratio,
+)
 from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, optional_text, text
 
 LETTERS = ("A", "B", "C", "D")
@@ -42,6 +54,8 @@ SCHEMA = columns(
         "split": pa.string(),
     }
 )
+# the test split; its answers are "nan"
+ASKED = pa.schema([SCHEMA.field(name) for name in ("index", "question", "hint", *LETTERS, "category", "image")])
 
 
 def named_letter(answer: str, options: Options) -> str | None:
@@ -63,15 +77,25 @@ def named_text(answer: str, options: Options) -> str | None:
 
 def read(row: dict[str, Any], name: str = "mmbench") -> Iterator[Example]:
     """One question of the benchmark called ``name``."""
-    # an option that a question lacks is published as "nan": it is no option
+    options = _options(row)
+    index = int(text(row, "index"))
+    truth = {"answer": one_of(row, "answer", tuple(options)), "options": options, "group": str(index % COPY_STEP)}
+    yield _asked(row, f"{name}:{index}", truth)
+
+
+def _options(row: dict[str, Any]) -> dict[str, str]:
+    """Those that a question has: one that it lacks is published as ``nan``."""
     options = {letter: option for letter in LETTERS if (option := optional_text(row, letter))}
     if len(options) < 2:
         raise RecordError(f"columns 'A' to 'D' hold {len(options)} options, at least 2 are needed")
-    index = int(text(row, "index"))
-    yield Example(
-        example_id=f"{name}:{index}",
+    return options
+
+
+def _asked(row: dict[str, Any], example_id: str, truth: Truth) -> Example:
+    return Example(
+        example_id=example_id,
         question=text(row, "question"),
-        truth={"answer": one_of(row, "answer", tuple(options)), "options": options, "group": str(index % COPY_STEP)},
+        truth=truth,
         category=row["category"] or "",
         image=image_bytes(row["image"], "image"),
         context={
@@ -80,6 +104,19 @@ def read(row: dict[str, Any], name: str = "mmbench") -> Iterator[Example]:
             "published_options": {letter: row[letter] for letter in LETTERS},
         },
     )
+
+
+def _read_asked(row: dict[str, Any]) -> Iterator[Example]:
+    """Of the test split, whose answers are not published."""
+    index = int(text(row, "index"))
+    truth = {"index": index, "question": text(row, "question"), "options": _options(row)}
+    yield _asked(row, f"mmbench:{index}", truth)
+
+
+def _submission(truth: Truth, answer: str) -> dict[str, Any]:
+    """A row of the sheet that the server takes; it reads the answer itself."""
+    options = {letter: truth["options"].get(letter) for letter in LETTERS}
+    return {"index": truth["index"], "question": truth["question"], **options, "prediction": answer}
 
 
 def prompt(example: Example, instruction: str = OPTION_LETTER) -> str:
@@ -162,4 +199,5 @@ _BY_RULE = (
 VARIANTS = (
     replace(_BY_RULE[0], variant="rules"),
     replace(_BY_RULE[0], variant="judged", score=_score_graded, graded=_is_unread),
+    for_server(_BY_RULE[0], ASKED, _read_asked, _submission),
 )

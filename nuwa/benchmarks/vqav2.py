@@ -20,7 +20,7 @@ from nuwa.benchmarks.answers import (
     normalize_words,
     vote_scores,
 )
-from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, TableSize, Truth
+from nuwa.benchmarks.definition import COCO, Benchmark, Example, Rules, Scores, TableSize, Truth, for_server
 from nuwa.benchmarks.records import IMAGE, columns, image_bytes, text
 
 VOTE = pa.struct([("answer", pa.string()), ("answer_confidence", pa.string()), ("answer_id", pa.int64())])
@@ -52,6 +52,26 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
     )
 
 
+ASKED = columns(question_id=pa.int64(), question=pa.string(), image=IMAGE)
+
+
+def _read_asked(row: dict[str, Any]) -> Iterator[Example]:
+    """Of test-dev, whose answers are not published."""
+    question_id = text(row, "question_id")
+    yield Example(
+        example_id=f"vqav2:{question_id}",
+        question=text(row, "question"),
+        truth={"question_id": int(question_id)},
+        category="",
+        image=image_bytes(row["image"], "image"),
+    )
+
+
+def _submission(truth: Truth, answer: str) -> dict[str, Any]:
+    """As EvalAI takes it; normalised as LLaVA's script does before it hands in."""
+    return {"question_id": truth["question_id"], "answer": normalize_answer(answer)}
+
+
 def _score(prediction: str, truth: Truth) -> Scores:
     return vote_scores(normalize(prediction), [normalize(answer) for answer in truth["answers"]])
 
@@ -64,7 +84,7 @@ def _score_0_3(prediction: str, truth: Truth) -> Scores:
     return vote_scores(normalize_answer(prediction), answers)
 
 
-VARIANTS = (
+_SCORED = (
     Benchmark(
         name="vqav2",
         title="VQAv2",
@@ -85,3 +105,4 @@ VARIANTS = (
         },
     ),
 )
+VARIANTS = (*_SCORED, for_server(_SCORED[0], ASKED, _read_asked, _submission))

@@ -69,4 +69,5 @@ def expected_examples(names: Sequence[str], style: str, model_type: str = "") ->
 def _blank(question: str) -> Example:
     """A question with nothing around it that differs from question to question."""
     truth = {"options": {}, "type": "multiple-choice"}
-    return Example("", question, truth, "", b"", {"hint": "", "published_hint": "", "ocr_tokens": ()})
+    context = {"hint": "", "published_hint": "", "published_options": {}, "ocr_tokens": ()}
+    return Example("", question, truth, "", b"", context)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from nuwa.benchmarks import BENCHMARKS, get_benchmark
 from nuwa.benchmarks.gqa import IMAGES, INSTRUCTIONS
+from nuwa.benchmarks.protocols import PROTOCOLS, TESTBED
 from nuwa.vlm.shapes import model_shape
 from pipelines.addresses import BenchmarkName
 from pipelines.data.datasets import write_examples
@@ -214,9 +215,24 @@ def test_published_sizes_name_benchmarks_that_exist_and_are_plausible():
     for text, size in sizes.items():
         name = BenchmarkName.parse(text)
         assert name.split and published_size(name) is size
-        assert all(one.splits == get_benchmark(name.name).splits for one in BENCHMARKS[name.name])
+        scored = [one for one in BENCHMARKS[name.name] if one.submission is None]
+        assert all(one.splits == get_benchmark(name.name).splits for one in scored)
         assert 0 < size.images <= size.questions
         assert all(100 <= side <= 2000 for side in size.photo) and 10 <= size.characters <= 500
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_protocol_s_questions_are_expected(protocol):
+    """The smallest split of every benchmark that the protocol asks."""
+    names = []
+    for name, variants in BENCHMARKS.items():
+        if any(protocol in (TESTBED, *one.rules) for one in variants):
+            splits = variants[0].splits
+            names.append(f"{name}/{min(splits, key=lambda split: splits[split].questions)}@{protocol}")
+    small = [text for text in names if not text.startswith("vqav2")]  # a quarter of a million
+    model_type = next(iter(PROTOCOLS[protocol].limits), "llava")
+    table, unknown = expected_examples(small, "llava_v1", model_type)
+    assert set(table["benchmark"]) == set(small) and not unknown
 
 
 @pytest.fixture
