@@ -29,6 +29,7 @@ from PIL import Image
 
 from pipelines.report.outcomes import Estimate, Outcomes, TrialRow
 from pipelines.report.style import (
+    FAMILIES,
     HIGHEST,
     INK,
     LINE_STYLES,
@@ -69,11 +70,14 @@ SEQUENTIAL = LinearSegmentedColormap.from_list("paper to blue", ["#f4f7fb", "#a9
 PNG_DPI = 160
 TOUCH = 0.5  # pixels that boxes of texts may share
 LABEL_SIZE, LABEL_LINE = 7.0, 0.14  # points; inches from one line to the next
+MULTIPLE_SIZE, MULTIPLE_LINE = 6.0, 0.115  # the same of small multiples
+MULTIPLE_PAD = 5.0  # points below the title
+MULTIPLE_MARGINS = {"left": 0.14, "right": 0.77, "bottom": 0.14, "top": 0.85}
+MULTIPLE_ROOM = 0.08  # of the axis, on both sides
 CURVE_TICKS = 0.15  # of the axis, between neighbouring ticks that have a label
 RACE_TICKS = 0.12  # logarithm of the ratio of neighbouring ticks
 RACE_DODGE = 0.03  # of the cost, between trials that stopped at neighbouring rungs
-MOST_SERIES = 40  # of one panel, all labelled
-DODGE = 0.35  # average tokens between neighbouring series of one budget
+MOST_SERIES = 40  # of which each has a panel
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Panel:
     width: float = 4.7  # inches, small enough for a phone
     height: float = 3.2
     published: bool = False
+    multiple: bool = False  # small, one of many on the same axes
+    spoken: str = ""  # the title where there are no headings around
 
 
 @dataclass(frozen=True)
@@ -111,17 +117,20 @@ def draw_panel(panel: Panel, name: str) -> Drawn:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if f"#{match[1]}" in svg else "", svg)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(panel.title)}" ', 1).strip()
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(panel.spoken or panel.title)}" ', 1).strip()
     return Drawn(_themed(svg), pixels, overlaps)
 
 
 def laid_out(panel: Panel) -> Figure:
     """The panel's figure, everything in it where it will be printed."""
-    figure = Figure(figsize=(panel.width, panel.height), dpi=PNG_DPI, layout="constrained")
+    figure = Figure(figsize=(panel.width, panel.height), dpi=PNG_DPI, layout=None if panel.multiple else "constrained")
     FigureCanvasAgg(figure)
+    if panel.multiple:  # all alike, so that they can be held against each other
+        figure.subplots_adjust(**MULTIPLE_MARGINS)
     _draw(panel, figure.add_subplot())
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # one layout serves both formats
+    if not panel.multiple:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # one layout serves both formats
     return figure
 
 
@@ -179,43 +188,98 @@ def _draw(panel: Panel, ax: Axes) -> None:
     panel.draw(ax)
     if panel.published:
         ax.set_facecolor(PUBLISHED_GROUND)
-    ax.set_title(panel.title)
+    if panel.multiple:
+        ax.set_title(panel.title, fontsize=MULTIPLE_SIZE, pad=MULTIPLE_PAD)
+    else:
+        ax.set_title(panel.title)
 
 
 def _attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
-def budget_curves(outcomes: Outcomes, family: str, position: str, title: str) -> Panel:
-    """Retention against realised average tokens under one position strategy: a colour and marker a method.
+def small_multiples(outcomes: Outcomes, family: str) -> list[Panel]:
+    """Retention over the budget, a small panel a selection on the same axes: a line for each strategy of position ids, named
+    at its end, before the best that any trial keeps at each budget.
 
-    Where there are more series than labels can be read beside, each method's first has one and all others are grey.
+    Where there are more selections than ``MOST_SERIES``, each method's first has the panel and its others are grey there.
     """
     series: dict[str, list[TrialRow]] = {}
     for trial in outcomes.main:
-        if trial.position == position and outcomes.retention(trial, family) is not None:
+        if outcomes.retention(trial, family) is not None:
             series.setdefault(outcomes.name(trial), []).append(trial)
-    presets = _first_presets(outcomes)
     firsts = {trials[0].method: name for name, trials in reversed(series.items())}
-    told = set(series) if len(series) <= MOST_SERIES else set(firsts.values())
+    shown = list(series) if len(series) <= MOST_SERIES else list(reversed(firsts.values()))
+    best = _best_of_budgets(outcomes, family)
+
+    panels = []
+    for name in shown:
+        method = series[name][0].method
+        others = [one for one, trials in series.items() if trials[0].method == method and one not in shown]
+        context = [trials for one in others for trials in _by_position(series[one]).values()]
+        panels.append(_multiple(outcomes, family, name, _by_position(series[name]), context, best))
+    return panels
+
+
+def _by_position(trials: Sequence[TrialRow]) -> dict[str, list[TrialRow]]:
+    lines: dict[str, list[TrialRow]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.average_tokens):
+        lines.setdefault(trial.position, []).append(trial)
+    return lines
+
+
+def _best_of_budgets(outcomes: Outcomes, family: str) -> list[tuple[float, float]]:
+    """Of each budget with more than one trial: its tokens, and the highest retention in per cent."""
+    best = []
+    for budget in outcomes.budgets():
+        known = [kept.value for trial in outcomes.at_budget(budget) if (kept := outcomes.retention(trial, family))]
+        if len(known) > 1:
+            best.append((budget, 100 * max(known)))
+    return best
+
+
+def _multiple(
+    outcomes: Outcomes,
+    family: str,
+    name: str,
+    lines: dict[str, list[TrialRow]],
+    context: Sequence[Sequence[TrialRow]],
+    best: Sequence[tuple[float, float]],
+) -> Panel:
+    def curve(trials: Sequence[TrialRow]) -> tuple[np.ndarray, np.ndarray]:
+        kept = [known for trial in trials if (known := outcomes.retention(trial, family))]
+        return np.array([trial.average_tokens for trial in trials]), _percent_curve(kept)
 
     def draw(ax: Axes) -> None:
-        ends = []
-        for index, (name, trials) in enumerate(series.items()):
-            trials = sorted(trials, key=lambda trial: trial.average_tokens)
-            shift = DODGE * (index - (len(series) - 1) / 2)
-            x = np.array([trial.average_tokens for trial in trials]) + shift
-            y = _percent_curve([known for trial in trials if (known := outcomes.retention(trial, family))])
-            if name not in told:
-                ax.plot(x, y[0], color=RULE, linewidth=0.7, zorder=2.5)
-                continue
-            method = trials[0].method
-            _curve(ax, x, y, method, position, hollow=trials[0].preset != presets[method])
-            ends.append((float(x[-1]), float(y[0, -1]), name, method_style(method).color))
-        _curve_axes(ax, outcomes)
-        _label_ends(ax, ends)
+        budgets, ends = outcomes.budgets(), []
+        ax.axhline(100, color=INK, linewidth=0.7, linestyle=(0, (1, 2)), zorder=2)
+        ax.plot([x for x, _ in best], [y for _, y in best], color=RULE, linewidth=2.4, zorder=1.5)
+        for trials in context:
+            x, y = curve(trials)
+            ax.plot(x, y[0], color=RULE, linewidth=0.5, zorder=1.8)
+        for position, trials in lines.items():
+            x, y = curve(trials)
+            style = method_style(trials[0].method)
+            own = len(lines) == 1 or trials[0].own
+            ax.fill_between(x, y[0] - y[1], y[0] + y[2], color=style.color, alpha=0.18, linewidth=0, zorder=2.5)
+            ax.plot(
+                x, y[0], color=style.color, linestyle=LINE_STYLES.get(position, "-"), zorder=3,
+                linewidth=1.7 if own else 0.9, marker="o", markersize=2.6 if own else 1.6,
+            )  # fmt: skip
+            ends.append((float(x[-1]), float(y[0, -1]), position.upper(), style.color))
 
-    return Panel(title, draw, width=5.0, height=max(3.8, 1.2 + LABEL_LINE * len(told)))
+        room = MULTIPLE_ROOM * max(budgets[-1] - budgets[0], 1.0)
+        ax.set_xlim(budgets[0] - room, budgets[-1] + room)
+        ax.set_ylim(0, max(105.0, *(100 * kept.high for trials in lines.values() for trial in trials
+                                    if (kept := outcomes.retention(trial, family)))))  # fmt: skip
+        marked = [budgets[0], budgets[-1]] if len(budgets) > 1 else budgets
+        ax.set_xticks(marked, [f"{budget:g}" for budget in marked])
+        ax.set_yticks([0, 50, 100])
+        ax.tick_params(labelsize=MULTIPLE_SIZE, length=2, pad=2)
+        ax.grid(axis="y")
+        _label_ends(ax, ends, line=MULTIPLE_LINE)
+
+    return Panel(name, draw, width=1.75, height=1.35, multiple=True, spoken=f"{FAMILIES[family]}, {name}")
 
 
 def in_brief(outcomes: Outcomes, family: str, named: Sequence[TrialRow], title: str) -> Panel:
@@ -239,7 +303,7 @@ def in_brief(outcomes: Outcomes, family: str, named: Sequence[TrialRow], title: 
                 continue
             color = method_style(trials[0].method).color
             ax.fill_between(x, y[0] - y[1], y[0] + y[2], color=color, alpha=0.14, linewidth=0, zorder=3)
-            _curve(ax, np.array(x), y, trials[0].method, trials[0].position, hollow=False)
+            _curve(ax, np.array(x), y, trials[0].method, trials[0].position)
             ids = "" if trials[0].own else f", {trials[0].position.upper()} ids"
             ends.append((float(x[-1]), float(y[0, -1]), f"{key[0]}{ids}", color))
         _curve_axes(ax, outcomes)
@@ -248,25 +312,18 @@ def in_brief(outcomes: Outcomes, family: str, named: Sequence[TrialRow], title: 
     return Panel(title, draw, width=4.4, height=2.3)
 
 
-def _first_presets(outcomes: Outcomes) -> dict[str, str]:
-    presets: dict[str, str] = {}
-    for trial in outcomes.main:
-        presets.setdefault(trial.method, trial.preset)
-    return presets
-
-
 def _percent_curve(estimates: Sequence[Estimate]) -> np.ndarray:
     """Rows: value, distance down to the interval's low end, distance up to its high end; in per cent."""
     table = 100 * np.array([(e.value, e.value - e.low, e.high - e.value) for e in estimates]).T
     return np.vstack([table[0], table[1:].clip(min=0)])
 
 
-def _curve(ax: Axes, x: np.ndarray, y: np.ndarray, method: str, position: str, hollow: bool) -> None:
+def _curve(ax: Axes, x: np.ndarray, y: np.ndarray, method: str, position: str) -> None:
     style, strong = method_style(method), (method, position) == ("nuwa", "pesp")
     ax.errorbar(
         x, y[0], yerr=y[1:], color=style.color, linestyle=LINE_STYLES.get(position, "-"), marker=style.marker,
         markersize=4.8 if strong else 3.6, linewidth=1.8 if strong else 1.0, elinewidth=0.7, capsize=0,
-        markerfacecolor="white" if hollow else style.color, markeredgewidth=0.8, zorder=4 if strong else 3,
+        markerfacecolor=style.color, markeredgewidth=0.8, zorder=4 if strong else 3,
     )  # fmt: skip
 
 
@@ -292,8 +349,8 @@ def _curve_axes(ax: Axes, outcomes: Outcomes) -> None:
     ax.grid(axis="y")
 
 
-def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Name each line at its right end, names moved apart until none touches another."""
+def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], line: float = LABEL_LINE) -> None:
+    """Name each line at its right end, names moved apart until none touches another; ``line``: inches a name takes."""
     if not ends:
         return
     ends = sorted(ends, key=lambda end: end[1])
@@ -301,14 +358,14 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     left, right = ax.get_xlim()
     figure, place = cast(Figure, ax.figure), ax.get_subplotspec()
     height = figure.get_figheight() / (place.get_gridspec().nrows if place else 1)
-    gap = (high - low) * LABEL_LINE / (height - 0.95)
+    gap = (high - low) * line / max(height - 0.95, 0.6 * height)
     heights = spread([end[1] for end in ends], gap, low, high)
     start = right + 0.03 * (right - left)
     for (x, y, name, color), at in zip(ends, heights, strict=True):
         ax.plot([x, right, start], [y, at, at], color=color, linewidth=0.4, alpha=0.55, clip_on=False, zorder=2)
         ax.annotate(
             name, (start, at), xytext=(2, 0), textcoords="offset points", color=text_color(color), va="center",
-            fontsize=LABEL_SIZE, annotation_clip=False,
+            fontsize=LABEL_SIZE if line == LABEL_LINE else MULTIPLE_SIZE, annotation_clip=False,
         )  # fmt: skip
     ax.set_xlim(left, right)
     ax.set_ylim(low, high)
@@ -445,7 +502,7 @@ def paid_curves(title: str, points: Sequence[Paid]) -> Panel:
         for name, of_name in series.items():
             x = np.array([point.milliseconds for point in of_name])
             y = _percent_curve([point.kept for point in of_name])
-            _curve(ax, x, y, of_name[0].method, "", hollow=False)
+            _curve(ax, x, y, of_name[0].method, "")
             ends.append((float(x[-1]), float(y[0, -1]), name, method_style(of_name[0].method).color))
         ax.set_xlabel("milliseconds an image, question and answer")
         ax.set_ylabel("retention, %")

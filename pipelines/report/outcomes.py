@@ -163,7 +163,7 @@ class Outcomes:
         return sorted((trial for trial in self.main if budget in trial.budgets), key=lambda trial: not trial.own)
 
     def name(self, trial: TrialRow) -> str:
-        """``Nüwa``, with whatever else tells the trial from the run's other main trials of that position and budget."""
+        """``Nüwa``, with whatever else but position ids and budget tells the trial from the run's other main trials."""
         return self._names.get(trial.trial_id, method_style(trial.method).name)
 
     def score(self, trial: TrialRow, benchmark: str) -> Estimate | None:
@@ -269,11 +269,14 @@ def _columns(scores: pd.DataFrame) -> list[BenchmarkColumn]:
 
 
 def _names(main: list[TrialRow]) -> dict[str, str]:
-    """The method, its preset where several ran, and whatever else parts a trial from its series' others."""
-    series: dict[tuple[str, str, str], list[TrialRow]] = {}
+    """The method, its preset where several ran, and whatever else parts its trials.
+
+    A selection has one name under all position ids, so that what stands beside each other is the same selection.
+    """
+    series: dict[tuple[str, str], list[TrialRow]] = {}
     presets: dict[str, set[str]] = {}
     for trial in main:
-        series.setdefault((trial.method, trial.preset, trial.position), []).append(trial)
+        series.setdefault((trial.method, trial.preset), []).append(trial)
         presets.setdefault(trial.method, set()).add(trial.preset)
     names = {}
     for trials in series.values():

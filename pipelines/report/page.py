@@ -24,7 +24,7 @@ from pipelines.data.datasets import parse_name
 from pipelines.files.atomic import atomic_folder
 from pipelines.report.ablations import Ablation, ablation
 from pipelines.report.browser import questions
-from pipelines.report.charts import MOST_SERIES, Panel, budget_curves, draw_panel, in_brief, panels_png
+from pipelines.report.charts import MOST_SERIES, Panel, draw_panel, in_brief, panels_png, small_multiples
 from pipelines.report.efficiency import efficiency_tables, paid_tables, published_efficiency
 from pipelines.report.finding import finding, named
 from pipelines.report.gallery import gallery
@@ -40,14 +40,13 @@ from pipelines.report.style import (
     mark_variable,
     method_style,
     plain_number,
-    position_name,
-    position_rank,
     theme,
 )
 from pipelines.report.tables import budget_table, failure_table, position_table, side_by_side
 from pipelines.scores.sampled import FEW_IMAGES
 
 DIRECTORY = Path(__file__).parent
+MULTIPLES = 6  # panels side by side in the picture of Markdown
 ANSWER = 2  # sentences of the finding on the first screen
 GLYPH_WIDTH, GLYPH_LARGEST = 66, 1.2  # pixels; retention at the right end
 
@@ -123,8 +122,9 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
         "groups": group_tables(outcomes, inputs.groups, headline_budget),
         "margin": f"{100 * inputs.margin:g}",
         "few_images": inputs.comparisons["images"].min() < FEW_IMAGES,  # false where nothing was compared
-        "curves": _chart("retention", _curves(outcomes)),
+        "curves": _curves(outcomes),
         "most_series": MOST_SERIES,
+        "crowded": len({outcomes.name(trial) for trial in outcomes.main}) > MOST_SERIES,
         "no_curves": "no trial has a retention" if outcomes.main else "the first grid of this run has no pruned trial",
         "ablations": [(item, _ablation_chart(item)) for item in ablations],
         "search": search,
@@ -168,15 +168,11 @@ def _brief(outcomes: Outcomes, budget: float) -> list[Panel]:
     return [in_brief(outcomes, family, told, f"{FAMILY_NAMES[family]}: what is left") for family in families]
 
 
-def _curves(outcomes: Outcomes) -> list[Panel]:
-    """One row a position strategy, one column a family that has any retention."""
-    positions = sorted({trial.position for trial in outcomes.main}, key=position_rank)
-    families = [f for f in FAMILIES if any(outcomes.retention(trial, f) for trial in outcomes.main)]
-    return [
-        budget_curves(outcomes, family, position, f"{FAMILY_NAMES[family]}, {position_name(position)} ids")
-        for position in positions
-        for family in families
-    ]
+def _curves(outcomes: Outcomes) -> dict[str, Chart]:
+    """Small multiples of each family that has any retention."""
+    panels = {family: small_multiples(outcomes, family) for family in FAMILIES}
+    charts = {family: _chart(f"retention-{family}", of, columns=MULTIPLES) for family, of in panels.items() if of}
+    return {family: chart for family, chart in charts.items() if chart is not None}
 
 
 def _facts(inputs: ReportInputs, outcomes: Outcomes) -> list[tuple[str, str]]:
@@ -213,7 +209,8 @@ def _protocols(outcomes: Outcomes) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _chart(name: str, panels: list[Panel]) -> Chart | None:
+def _chart(name: str, panels: list[Panel], columns: int = 2) -> Chart | None:
+    """``columns``: of its picture; the page lays panels out by its width."""
     if not panels:
         return None
     drawn = [draw_panel(panel, f"{name}-{index}") for index, panel in enumerate(panels)]
@@ -221,7 +218,7 @@ def _chart(name: str, panels: list[Panel]) -> Chart | None:
         for label, other in one.overlaps:
             warnings.warn(f"report: in {panel.title!r} the labels {label!r} and {other!r} overlap", stacklevel=2)
     svgs = [(one.svg, panel.published) for one, panel in zip(drawn, panels, strict=True)]
-    return Chart(name, svgs, panels_png(drawn), "; ".join(panel.title for panel in panels))
+    return Chart(name, svgs, panels_png(drawn, columns), "; ".join(panel.spoken or panel.title for panel in panels))
 
 
 def _ablation_chart(item: Ablation) -> Chart | None:
@@ -237,7 +234,7 @@ def _pictures(context: dict[str, Any]) -> list[tuple[str, bytes]]:
     charts = [
         context["brief"],
         context["paid_chart"],
-        context["curves"],
+        *context["curves"].values(),
         context["plane"],
         *(chart for _, chart in context["ablations"]),
     ]

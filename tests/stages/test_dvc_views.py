@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from pipelines.scores.summary import budget_curves, headline_metrics, headline_table, headline_trials
+from pipelines.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = [16.0, 32.0]
@@ -94,6 +97,8 @@ def repository(tmp_path_factory) -> Path:
     for command in (["init", "-q"], ["add", "-A", "-f"], [*who, "commit", "-qm", "16 tokens"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
     write(json.dumps(headline_metrics(trials, scores, 32.0)))
+    parameters = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(parameters.replace("margin: 0.01", "margin: 0.02"))
     return folder
 
 
@@ -112,6 +117,72 @@ def test_metrics_fit_a_terminal(repository):
 
 
 KEYS = ["lead", "nuwa", "rival", "unpruned"]
+
+
+def test_experiments_fit_a_terminal_as_readme_shows_them(repository, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    command = re.search(r"^\$ dvc (exp show .*?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)[1]
+    shown = [line for line in dvc(repository, *shlex.split(command)).splitlines() if line.strip(" ─")]
+    assert max(map(len, shown)) <= 120 and "…" not in "".join(shown)
+    heads, workspace, committed = (re.split(r" {2,}", line.strip()) for line in shown)
+    changed = ["nuwa.vg", "nuwa.vqa", "rival.vg", "rival.vqa", "evaluate.margin"]
+    assert heads == ["Experiment", "Created", *changed]
+    assert [workspace[0], workspace[2], workspace[-1]] == ["workspace", "0.8", "0.02"]
+    assert [committed[2], committed[-1]] == ["0.7", "0.01"]
+
+
+def test_readmes_experiment_sets_what_is_not_set_already():
+    (assignment,) = re.findall(r"dvc exp run .*?-S '([^']+)'", (ROOT / "README.md").read_text())
+    name, _, value = assignment.partition("=")
+    section, key = name.split(".")
+    text = (ROOT / "params.yaml").read_text()
+    parameters = yaml.safe_load(text)
+    assert parameters[section][key] != yaml.safe_load(value)
+    parameters[section][key] = yaml.safe_load(value)
+    assert getattr(getattr(parse_settings(yaml.safe_dump(parameters), "params.yaml"), section), key)
+    assert parameters["report"]["headline_budget"] in parameters["sweep"]["budgets"], "the report needs it"
+
+
+@pytest.fixture(scope="module")
+def pulled(tmp_path_factory) -> tuple[Path, Path]:
+    """A finished run whose every file is a stand-in, pushed by one line of README, and a colleague's clone that pulled it."""
+    work, clone = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("colleague") / "clone"
+    for name in ("dvc.yaml", "params.yaml", ".dvc/config"):
+        (work / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, work / name)
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    model = yaml.safe_load((ROOT / "params.yaml").read_text())["model"]["path"]
+    named = [one for stage in stages for kind in ("outs", "metrics", "deps") for one in stage.get(kind, [])]
+    paths = [(next(iter(one)) if isinstance(one, dict) else one).replace("${model.path}", model) for one in named]
+    for name in sorted(paths, key=lambda name: -name.count("/")):  # a folder comes with the files in it
+        path = work / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(path.name)
+
+    def git(*command: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *command], cwd=work, check=True)
+
+    remote = re.search(r"^\$ dvc (remote add .*?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE)[1]
+    here = re.sub(r"\S+$", str(work / "store"), remote)  # the place alone is another
+    git("init", "-q")
+    (work / ".gitignore").write_text("/data/*.parquet\n/data/benchmarks\n/data/plots\n/store\n/report\n")
+    commands = [shlex.split(here), ["commit", "--force", "--quiet"], ["push", "--quiet"]]
+    every = "import sys, json, dvc.cli; sys.exit(any(map(dvc.cli.main, json.loads(sys.argv[1]))))"  # one start for all
+    subprocess.run([sys.executable, "-c", every, json.dumps(commands)], cwd=work, check=True, capture_output=True)
+    git("add", "-A"), git("commit", "-qm", "a run")
+    subprocess.run(["git", "clone", "-q", str(work), str(clone)], check=True)
+    dvc(clone, "pull", "--quiet")
+    return work, clone
+
+
+def test_a_colleague_pulls_every_table_and_the_report(pulled):
+    work, clone = pulled
+    tables = ["examples", "images", "trials", "predictions", "kept", "scores", "comparisons", "groups"]
+    got = [*(f"data/{name}.parquet" for name in tables), "data/benchmarks", "data/plots", "data/sweep.json", "report"]
+    assert {name: (clone / name).read_text() for name in got} == {name: (work / name).read_text() for name in got}
+    assert not (clone / "cache").exists(), "what can be made again does not travel"
 
 
 def test_a_difference_across_budgets_is_by_the_same_names(repository):

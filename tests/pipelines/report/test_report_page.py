@@ -351,7 +351,7 @@ def test_where_the_unpruned_model_scores_nothing_no_retention_is_printed(
     for text in (page.text_content(), (report / "report.md").read_text()):
         assert not re.search(r"\bnan\b", text, re.IGNORECASE)
     titles = [svg.get("aria-label") for svg in page.xpath('//section[@id="curves"]//*[name()="svg"]')]
-    assert titles == ([] if "vqa" in families else ["VQA, original (PESP) ids"])
+    assert titles == ([] if "vqa" in families else ["VQA, Nüwa"])
     if "vqa" in families:
         assert page.xpath('//section[@id="curves"]/p')[0].text_content() == "No curves: no trial has a retention."
     ours = [svg.get("aria-label") for svg in page.xpath('//section[@id="ablations"]//*[name()="svg"]')]

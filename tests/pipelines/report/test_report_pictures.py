@@ -14,7 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.report.charts import Panel, Point, draw_panel, forest, heatmap, line, panels_png, spread
+from pipelines.report import charts
+from pipelines.report.charts import (
+    Panel,
+    Point,
+    draw_panel,
+    forest,
+    heatmap,
+    line,
+    panels_png,
+    small_multiples,
+    spread,
+)
 from pipelines.report.gallery import COLLECTOR, PILLAR, gallery
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes
@@ -63,6 +74,27 @@ def test_colours_of_a_chart_are_the_pages_variables_and_a_heat_maps_are_its_own(
     cells = draw_panel(heatmap("t", ["a"], ["b", "c"], np.array([[0.1, 0.9]]), ("x", "y")), "h").svg
     fills = [re.search('fill: ([^;"]+)', tag)[1] for tag in re.findall(r"<text[^>]*>(?=10\.0|90\.0)", cells)]
     assert sorted(fills) == ["#101014", "#ffffff"]
+
+
+def test_small_multiples_have_a_panel_a_selection_and_a_name_at_every_line(full_run):
+    outcomes = Outcomes(ReportInputs.load(full_run))
+    names = list(dict.fromkeys(outcomes.name(trial) for trial in outcomes.main))
+    for family in ("grounding", "vqa"):
+        panels = small_multiples(outcomes, family)
+        assert [panel.title for panel in panels] == names
+        for panel, name in zip(panels, names, strict=True):
+            drawn = draw_panel(panel, "m")
+            own = {trial.position.upper() for trial in outcomes.main if outcomes.name(trial) == name}
+            assert {text for text in texts(drawn.svg) if text.isupper()} == own
+            assert name in texts(drawn.svg) and drawn.overlaps == []
+
+
+def test_of_more_selections_than_can_be_told_apart_each_methods_first_has_a_panel(full_run, monkeypatch):
+    outcomes = Outcomes(ReportInputs.load(full_run))
+    monkeypatch.setattr(charts, "MOST_SERIES", 3)
+    panels = small_multiples(outcomes, "vqa")
+    first = {trial.method: outcomes.name(trial) for trial in reversed(outcomes.main)}
+    assert sorted(panel.title for panel in panels) == sorted(first.values())
 
 
 def test_labels_that_touch_are_told():
