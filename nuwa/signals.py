@@ -42,6 +42,7 @@ VIEW_SIGNALS = (*SIGNAL_NAMES, *OPTIONAL_SIGNALS, *DERIVED_SIGNALS)
 # Null where no method of the run reads it. A method declares what it reads and is never handed less, so it takes the
 # signal for a tensor without asking.
 Declared: TypeAlias = Tensor | Any
+SMALLEST_HALF = 96  # rows below which a product of all pairs is made whole
 NORM_EPSILON = 1e-12  # a vector shorter than this is like nothing, not even like itself
 
 
@@ -185,7 +186,33 @@ def cosine_similarity(left: Tensor, right: Tensor) -> Tensor:
     the place in it, so the last bits of equal cosines differ, and a choice between them would depend on the batch.
     After rounding equal cosines are equal, and ties go to the lower index.
     """
-    return (left @ right.transpose(1, 2)).mul_(2**24).round_().mul_(2**-24).float()
+    return rounded(left @ right.transpose(1, 2))
+
+
+def rounded(cosines: Tensor) -> Tensor:
+    """The nearest multiples of 2⁻²⁴, as float32; what is passed is used up."""
+    return cosines.mul_(2**24).round_().mul_(2**-24).float()
+
+
+def products_of_pairs(vectors: Tensor) -> Tensor:
+    """Products of all pairs of ``(tokens, dim)``: ``(tokens, tokens)``.
+
+    Below the diagonal nearly all is copied, which takes half of the multiplications of a plain product.
+    """
+    products = vectors.new_empty(len(vectors), len(vectors))
+    _fill_products(vectors, products)
+    return products
+
+
+def _fill_products(vectors: Tensor, products: Tensor) -> None:
+    half = len(vectors) // 2
+    if half < SMALLEST_HALF:
+        torch.mm(vectors, vectors.T, out=products)
+        return
+    torch.mm(vectors[:half], vectors[half:].T, out=products[:half, half:])
+    products[half:, :half] = products[:half, half:].T
+    _fill_products(vectors[:half], products[:half, :half])
+    _fill_products(vectors[half:], products[half:, half:])
 
 
 def ranked(scores: Tensor) -> Tensor:
@@ -195,4 +222,9 @@ def ranked(scores: Tensor) -> Tensor:
 
 def top_indices(scores: Tensor, keep: int) -> Tensor:
     """The ``keep`` best of ``(batch, tokens)`` scores, in raster order: ``(batch, keep)``; ties go to the lower index."""
+    if scores.device.type == "cpu" and 0 < keep <= scores.shape[-1]:
+        # Which of equals come first is open here, so this is it where no more reach the least than are wanted.
+        top = scores.topk(keep, dim=-1)
+        if bool(((scores >= top.values[..., -1:]).sum(dim=-1) == keep).all()):
+            return top.indices.sort(dim=-1).values
     return ranked(scores)[..., :keep].sort(dim=-1).values

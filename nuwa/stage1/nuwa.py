@@ -38,6 +38,7 @@ from nuwa.stage1.registry import register
 Salience = Literal["cls_attention_key_norm", "cls_attention"]
 PillarSignal = Literal["key_norm", "salience", "feature_norm"]
 DistanceConvention = Literal["squared", "plain", "plain_even", "patches"]
+LARGEST_SQUARE = 8  # side of a region in which every token is compared with every other
 WEIGHT_EPSILON = 1e-8  # of the row normalisation
 
 
@@ -125,6 +126,16 @@ def rank_in_region(salience: Tensor, regions: Tensor) -> Tensor:
     return torch.empty_like(grouped).scatter_(1, grouped, places)
 
 
+def rank_in_squares(salience: Tensor, grid: PatchGrid, side: int) -> Tensor:
+    """The same of regions that are all ``side x side`` patches: each token compared with those of its own region."""
+    down, across = grid.height // side, grid.width // side
+    squares = salience.view(-1, down, side, across, side).transpose(2, 3).flatten(3)
+    own, other = squares[..., :, None], squares[..., None, :]
+    earlier = torch.ones(side**2, side**2, dtype=torch.bool, device=salience.device).tril(-1)
+    places = ((other > own) | ((other == own) & earlier)).sum(dim=-1)
+    return places.unflatten(-1, (side, side)).transpose(2, 3).flatten(1)
+
+
 def candidates_needed(grid: PatchGrid, region_side: int, keep: int) -> int:
     """The smallest n for which n tokens of every region (or all it has) are at least ``keep``."""
     if keep > grid.tokens:
@@ -144,8 +155,12 @@ def align(signals: VisionSignals, salience: Tensor, keep: int, config: Nuwa) -> 
     if config.candidates_per_region is not None:
         preset = config.candidates_per_region
         n = max(preset.at_stage1(keep / signals.grid.tokens) if isinstance(preset, ByBudget) else preset, n)
-    regions = signals.grid.regions(config.region_side, salience.device)
-    candidate = rank_in_region(salience, regions) < n
+    grid, side = signals.grid, config.region_side
+    if side <= LARGEST_SQUARE and grid.height % side == grid.width % side == 0:
+        place = rank_in_squares(salience, grid, side)
+    else:
+        place = rank_in_region(salience, grid.regions(side, salience.device))
+    candidate = place < n
     return top_indices(salience.masked_fill(~candidate, -torch.inf), keep)
 
 

@@ -37,7 +37,15 @@ from nuwa.methods import specify
 from nuwa.schedule import ByBudget, Decay
 from nuwa.signals import VisionSignals
 from nuwa.stage1 import METHODS, get_method, register
-from nuwa.stage1.nuwa import PRESETS, Nuwa, aggregation_weights, candidates_needed, rank_in_region, reach
+from nuwa.stage1.nuwa import (
+    PRESETS,
+    Nuwa,
+    aggregation_weights,
+    candidates_needed,
+    rank_in_region,
+    rank_in_squares,
+    reach,
+)
 from nuwa.stage1.pooling import pooled_shape
 from nuwa.stage1.uniform import even_indices
 from nuwa.stage1.visionzip import VisionZip
@@ -342,9 +350,10 @@ def test_no_region_exceeds_its_quota_and_the_best_candidates_are_kept(case, conf
 @quickly
 @given(picture=pictures(), side=st.integers(1, 4))
 def test_ranks_within_a_region_are_permutations_in_order_of_salience(picture, side):
-    ranks = rank_in_region(
-        torch.from_numpy(picture.attention).float()[None], PatchGrid(picture.height, picture.width).regions(side)
-    )[0].tolist()
+    grid, salience = PatchGrid(picture.height, picture.width), torch.from_numpy(picture.attention).float()[None]
+    ranks = rank_in_region(salience, grid.regions(side))[0].tolist()
+    if grid.height % side == grid.width % side == 0:
+        assert rank_in_squares(salience, grid, side)[0].tolist() == ranks
     for block in nuwa_oracle.regions(picture.height, picture.width, side):
         order = sorted(block, key=lambda token: (-picture.attention[token], token))
         assert [ranks[token] for token in order] == list(range(len(block)))
