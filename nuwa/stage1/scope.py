@@ -11,17 +11,20 @@ crop by itself, here the stitched local grid is one view.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nuwa.allowed import check_words
 from nuwa.selection import Selection, keep_unmerged
-from nuwa.signals import VisionSignals, cosine_similarity, directions
+from nuwa.signals import VisionSignals, cosine_similarity, directions, products_of_pairs, rounded
 from nuwa.stage1.registry import register
 
 Combine = Literal["multiply", "add"]
+AT_ONCE = 16  # gains brought up to date at a time
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,31 @@ def salience(attention: Tensor, config: Scope) -> Tensor:
     reads=lambda config: ("features", "cls_attention"),
 )
 def select(signals: VisionSignals, keep: int, config: Scope, seed: int = 0) -> Selection:
-    """``keep`` steps of ``tokens x tokens`` work; the equation needs the similarity of all pairs.
+    """``keep`` steps; the equation needs the similarity of all pairs.
 
     Similarities are multiples of 2⁻²⁴ and coverage is never negative, so what a similarity adds is exact in float32 and
     its sum in float64: equal gains are equal, and ties go to the lower index.
     """
-    unit = directions(signals.compared(signals.features))
+    compared, weight = signals.compared(signals.features), salience(signals.cls_attention, config)
+    if weight.device.type != "cpu":  # which gains are out of date would have to be asked of the device
+        return keep_unmerged(signals, together(directions(compared), weight, keep, config).sort(dim=1).values)
+    chosen = []
+    for features, own in zip(compared, weight, strict=True):
+        similarity = rounded(products_of_pairs(directions(features)))
+        chosen.append(lazily(similarity.numpy(), own.numpy(), keep, config))
+    return keep_unmerged(signals, torch.tensor(chosen).sort(dim=1).values)
+
+
+def together(unit: Tensor, weight: Tensor, keep: int, config: Scope) -> Tensor:
+    """The ``keep`` tokens that :func:`lazily` takes, of all images at once and every gain anew, ``(batch, keep)``."""
     similarity = cosine_similarity(unit, unit)
-    weight = salience(signals.cls_attention, config)
     covered = torch.zeros(similarity.shape[0], 1, similarity.shape[2], device=similarity.device)
     taken = torch.zeros_like(weight, dtype=torch.bool)
     gained, chosen = torch.empty_like(similarity), []
 
     for _ in range(keep):
-        torch.sub(similarity, covered, out=gained).clamp_(
-            min=0
-        )  # similarity is symmetric: a token's gains lie in its row
+        # Similarity is symmetric: a token's gains lie in its row.
+        torch.sub(similarity, covered, out=gained).clamp_(min=0)
         gain = gained.sum(dim=2, dtype=torch.float64)
         score = gain * weight if config.combine == "multiply" else gain + weight
         best = score.masked_fill_(taken, -torch.inf).argmax(dim=1, keepdim=True)
@@ -80,4 +92,33 @@ def select(signals: VisionSignals, keep: int, config: Scope, seed: int = 0) -> S
         row = similarity.gather(1, best[..., None].expand(-1, -1, similarity.shape[2]))
         covered = torch.maximum(covered, row)
         chosen.append(best)
-    return keep_unmerged(signals, torch.cat(chosen, dim=1).sort(dim=1).values)
+    return torch.cat(chosen, dim=1)
+
+
+def lazily(similarity: NDArray[np.float32], weight: NDArray[np.float64], keep: int, config: Scope) -> list[int]:
+    """Tokens of one image in the order they are chosen; ``similarity`` ``(tokens, tokens)``, ``weight`` ``(tokens,)``.
+
+    Coverage only grows, so a gain only falls, and a score of an earlier step is a bound of today's (Minoux 1978; rounding
+    keeps the order). The largest bound is brought up to date, with the few behind it, until the largest is of today:
+    no other can be larger, nor equal and of a lower index.
+    """
+
+    def scores(rows: Any) -> NDArray[np.float64]:
+        gain = np.maximum(similarity[rows] - covered, 0).sum(axis=1, dtype=np.float64)
+        return gain * weight[rows] if config.combine == "multiply" else gain + weight[rows]
+
+    covered = np.zeros(len(weight), np.float32)
+    bound, of_step = scores(slice(None)), np.zeros(len(weight), np.int64)
+    few = min(AT_ONCE, len(weight))
+    chosen: list[int] = []
+    for step in range(keep):
+        while of_step[best := int(bound.argmax())] != step:
+            # Where many are equal the partition may leave the best one out, which would then stay out of date.
+            first = np.append(np.argpartition(bound, -few)[-few:], best)
+            stale = first[(of_step[first] != step) & (bound[first] > -np.inf)]
+            bound[stale], of_step[stale] = scores(stale), step
+
+        chosen.append(best)
+        bound[best] = -np.inf
+        np.maximum(covered, similarity[best], out=covered)
+    return chosen
