@@ -102,8 +102,6 @@ def scores(signals: VisionSignals, members: list[list[int]], config: HoloV) -> T
     Similarities are rounded to multiples of 2⁻²⁴, so that their sums do not depend on the batch.
     """
     attention = signals.cls_attention.double()
-    features = signals.compared(signals.projected).double()
-    unit = features / (features.norm(dim=-1, keepdim=True) + EPSILON)
     totals = torch.zeros_like(attention)
 
     for size in sorted({len(run) for run in members}):
@@ -113,14 +111,26 @@ def scores(signals: VisionSignals, members: list[list[int]], config: HoloV) -> T
         if size == 1:
             totals.scatter_(1, places, (own if config.scale_single else own / SCALE).flatten(1))
             continue
-        vectors = gather_tokens(unit, places).view(*own.shape, -1)
-        similarity = (vectors @ vectors.transpose(2, 3)).mul_(2**24).round_().mul_(2**-24)
+        similarity = similarities(signals.compared(signals.projected), alike)
         similarity.diagonal(dim1=2, dim2=3).zero_()
         mean = similarity.sum(dim=3, keepdim=True) / (size - 1)
         variance = (similarity - mean).square().sum(dim=3) / (size - 1)
         scale = own.mean(dim=2, keepdim=True) / (variance.mean(dim=2, keepdim=True) + EPSILON)
         totals.scatter_(1, places, (own + config.beta * variance * scale).flatten(1))
     return totals
+
+
+def similarities(projected: Tensor, members: Tensor) -> Tensor:
+    """Of the tokens of every run ``(runs, size)`` to one another, ``(batch, runs, size, size)`` float64."""
+    # On a CPU few tokens at a time, which stay in the processor's cache from one pass over them to the next.
+    at_once = max(1, 64 // members.shape[1]) if projected.device.type == "cpu" else len(members)
+    made = []
+    for image in projected:
+        for part in members.split(at_once):
+            vectors = image[part].double()
+            norm = vectors.norm(dim=-1).add_(EPSILON)
+            made.append((vectors @ vectors.mT) / (norm[:, :, None] * norm[:, None]))
+    return torch.cat(made).mul_(2**24).round_().mul_(2**-24).unflatten(0, (len(projected), -1))
 
 
 def quotas(means: Tensor, sizes: Tensor, keep: int, config: HoloV) -> Tensor:

@@ -21,11 +21,12 @@ from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
 from nuwa import generate
 from nuwa.grid import PatchGrid
 from nuwa.selection import Selection
-from nuwa.stage1 import get_method
+from nuwa.signals import directions, products_of_pairs, rounded
+from nuwa.stage1 import cdpruner, get_method, scope, vscan
 from nuwa.stage1.cdpruner import CDPruner
 from nuwa.stage1.hiprune import HiPrune, anchor_count, neighbours
 from nuwa.stage1.holov import HoloV, runs
-from nuwa.stage1.scope import Scope
+from nuwa.stage1.scope import Scope, salience
 from nuwa.stage1.vscan import VScan, kept, local_split
 
 torch.set_num_threads(1)
@@ -102,6 +103,19 @@ def test_hiprune_by_hand():
     assert select("hiprune", picture, 5, config).indices.tolist() == [[1, 3, 4, 5, 7]]
     # With seven, two corners come in as registers: the first ones.
     assert select("hiprune", picture, 7, config).indices.tolist() == [[0, 1, 2, 3, 4, 5, 7]]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_vscan_by_rough_products_joins_the_tokens_that_exact_ones_join(kind, noise, monkeypatch):
+    """Also where two kept tokens are as similar as float32 can tell."""
+    picture = draw_picture(3, 6, 8, kind, dim=64)
+    shift = np.random.default_rng(0).normal(size=picture.projected.shape)
+    projected = torch.from_numpy((picture.projected + noise * shift).astype(np.float32))[None]
+    indices = torch.arange(0, 48, 4)[None]
+    rough = vscan.nearest_kept(projected, indices)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert torch.equal(rough, vscan.nearest_kept(projected, indices))
 
 
 # --- HoloV
@@ -283,6 +297,18 @@ def test_scope_matches_its_description_whatever_its_hyper_parameters(case, confi
     assert_same_outcome(select("scope", picture, keep, config), expected, picture)
 
 
+@pytest.mark.parametrize("combine", ["multiply", "add"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scope_by_bounds_takes_the_tokens_that_all_gains_anew_take(kind, combine):
+    """Of more tokens than are brought up to date at once; among equal ones too."""
+    picture, config = draw_picture(5, 8, 9, kind), Scope(combine=combine)
+    unit, weight = directions(torch.from_numpy(picture.features)), salience(torch.from_numpy(picture.attention), config)
+    similarity = rounded(products_of_pairs(unit)).numpy()
+    for keep in (1, 30, 72):
+        expected = scope.together(unit[None], weight[None], keep, config)[0].tolist()
+        assert scope.lazily(similarity, weight.numpy(), keep, config) == expected
+
+
 def test_scope_by_hand():
     # Two directions, three tokens in the first and one in the second. The first step covers three of four.
     values = np.float32([[1, 0], [2, 0], [3, 0], [0, 1]])
@@ -292,6 +318,20 @@ def test_scope_by_hand():
     louder = replace(picture, attention=np.float32([0.1, 0.1, 0.1, 0.4]))
     assert select("scope", louder, 1).indices.tolist() == [[3]]
     assert select("scope", louder, 1, Scope(alpha=0.0)).indices.tolist() == [[0]]
+
+
+@pytest.mark.parametrize(("smallest", "worthwhile"), [(3, 0), (10, 0), (10, 4), (64, 12)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cdpruner_in_pools_takes_the_tokens_of_the_whole_kernel(kind, smallest, worthwhile, monkeypatch):
+    """Whatever the size of a pool, also where gains are equal and where the rank is spent."""
+    monkeypatch.setattr(cdpruner, "SMALLEST_POOL", smallest)
+    monkeypatch.setattr(cdpruner, "WORTHWHILE", worthwhile)
+    picture = draw_picture(6, 8, 9, kind, dim=20)
+    projected, relevance = torch.from_numpy(picture.projected), torch.from_numpy(picture.relevance)
+    weight = (relevance.double() - relevance.double().min()) + 0.01
+    for keep in (1, 15, 40, 72):
+        expected = cdpruner.together(projected[None], weight[None], keep)[0].tolist()
+        assert cdpruner.in_pools(cdpruner.vectors(projected, weight), weight, keep) == expected
 
 
 @pytest.mark.parametrize("name", ["cdpruner", "scope", "fastervlm"])
