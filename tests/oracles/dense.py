@@ -13,8 +13,8 @@ from torch import Tensor
 from nuwa.signals import VisionSignals
 
 
-def nuwa(signals: VisionSignals, keep: int, region_side: int = 2) -> tuple[Tensor, Tensor]:
-    """The released preset of Nüwa with A, P and W between all tokens of all images; grids that regions divide."""
+def nuwa_indices(signals: VisionSignals, keep: int, region_side: int = 2) -> Tensor:
+    """What the released preset of Nüwa keeps, of all images; grids that regions divide."""
     grid, (batch, tokens) = signals.grid, signals.cls_attention.shape
     down, across = grid.height // region_side, grid.width // region_side
     # Separation and alignment: the n best of every region, the best of those.
@@ -23,12 +23,17 @@ def nuwa(signals: VisionSignals, keep: int, region_side: int = 2) -> tuple[Tenso
     best = signals.cls_attention[:, blocks].topk(-(-keep // len(blocks)), dim=2).indices
     candidates = blocks.expand(batch, -1, -1).gather(2, best).flatten(1)
     scores = signals.cls_attention.gather(1, candidates)
-    indices = candidates.gather(1, scores.topk(keep, dim=1).indices).sort(dim=1).values
+    return candidates.gather(1, scores.topk(keep, dim=1).indices).sort(dim=1).values
+
+
+def nuwa(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """The released preset with A, P and W between all tokens of all images."""
+    grid, indices = signals.grid, nuwa_indices(signals, keep)
     # Aggregation.
     direction = F.normalize(signals.similarity, dim=-1)
     affinity = (direction @ direction.transpose(1, 2)).relu()
     places = torch.cartesian_prod(
-        *(torch.arange(size, device=best.device).float() for size in (grid.height, grid.width))
+        *(torch.arange(size, device=indices.device).float() for size in (grid.height, grid.width))
     )
     proximity = 1 - (torch.cdist(places, places) / 280**0.5 * (1058 / grid.max_squared_distance) ** 0.5).clamp(max=1)
     weights = affinity * proximity
@@ -40,6 +45,12 @@ def nuwa(signals: VisionSignals, keep: int, region_side: int = 2) -> tuple[Tenso
     pillars = kept_scores >= kept_scores.quantile(0.55, dim=1, keepdim=True)
     columns = indices[..., None].expand(-1, -1, gathered.shape[-1])
     return indices, torch.where(pillars[..., None], signals.features.gather(1, columns), gathered.gather(1, columns))
+
+
+def nuwa_selection(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """The released preset without aggregation."""
+    indices = nuwa_indices(signals, keep)
+    return indices, signals.features.gather(1, indices[..., None].expand(-1, -1, signals.features.shape[-1]))
 
 
 def visionzip(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
@@ -79,16 +90,15 @@ def prumerge(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
 
 
 def divprune(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
-    """One image."""
+    """One image, as the released code goes about it: all distances, and each step the least of the chosen ones' rows anew."""
     features = signals.features[0]
     unit = F.normalize(features, dim=-1)
     distance = 1 - unit @ unit.T
-    chosen = [int(distance.fill_diagonal_(torch.inf).amin(1).argmax())]
+    # Every token is nearest to itself.
+    chosen = distance.topk(2, dim=0, largest=False).values[1].argmax()[None]
     while len(chosen) < keep:
-        nearest = distance[chosen].amin(0)
-        nearest[chosen] = -torch.inf
-        chosen.append(int(nearest.argmax()))
-    indices = torch.tensor(sorted(chosen), device=features.device)
+        chosen = torch.cat([chosen, distance[chosen].amin(dim=0).argmax()[None]])
+    indices = chosen.sort().values
     return indices[None], features[indices][None]
 
 
@@ -129,6 +139,48 @@ def pooling(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
 def fastervlm(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
     """One image."""
     indices = signals.cls_attention[0].topk(keep).indices.sort().values
+    return indices[None], signals.features[:1, indices]
+
+
+def hiprune(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image."""
+    late, height, width = signals.received_late[0].clone(), signals.grid.height, signals.grid.width
+    anchors = signals.received_middle[0].topk(round(0.1 * keep / 5)).indices
+    chosen = torch.zeros_like(late)
+    for down, across in ((0, -1), (0, 1), (-1, 0), (1, 0)):
+        rows, columns = anchors // width + down, anchors % width + across
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        chosen[(rows * width + columns)[inside]] = 1
+    chosen[anchors] = 2
+    indices = (chosen + late / late.max() / 2).topk(keep).indices.sort().values
+    return indices[None], signals.features[:1, indices]
+
+
+def holov(signals: VisionSignals, keep: int) -> tuple[Tensor, Tensor]:
+    """One image whose tokens 16 runs divide; what a run cannot keep goes to the others."""
+    size, attention = signals.grid.tokens // 16, signals.cls_attention[0].view(16, -1)
+    unit = F.normalize(signals.projected[0], dim=-1).view(16, size, -1)
+    similarity = unit @ unit.transpose(1, 2)
+    similarity.diagonal(dim1=1, dim2=2).zero_()
+    mean = similarity.sum(dim=2, keepdim=True) / (size - 1)
+    variance = (similarity - mean).square().sum(dim=2) / (size - 1)
+    own = 1000 * attention
+    scale = own.mean(dim=1, keepdim=True) / (variance.mean(dim=1, keepdim=True) + 1e-6)
+    score = (own + 0.09 * variance * scale).mean(dim=1)
+    share = (score / score.sum()).tolist()
+    order = sorted(range(16), key=lambda run: -share[run])
+
+    quota = [int(part * keep) for part in share]
+    for number in range(keep - sum(quota)):
+        quota[order[number % 16]] += 1
+    quota = [min(part, size) for part in quota]
+    weights = [part * (size - taken) for part, taken in zip(share, quota, strict=True)]
+    surplus = keep - sum(quota)
+    quota = [min(q + int(surplus * weight / sum(weights)), size) for q, weight in zip(quota, weights, strict=True)]
+    for run in order:
+        quota[run] += min(keep - sum(quota), size - quota[run])
+    kept = [run * size + attention[run].topk(taken).indices for run, taken in enumerate(quota)]
+    indices = torch.cat(kept).sort().values
     return indices[None], signals.features[:1, indices]
 
 
@@ -189,6 +241,8 @@ PER_IMAGE = {
     "cdpruner": cdpruner,
     "divprune": divprune,
     "fastervlm": fastervlm,
+    "hiprune": hiprune,
+    "holov": holov,
     "pooling": pooling,
     "prumerge": prumerge,
     "scope": scope,
