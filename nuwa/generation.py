@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 
 from nuwa.decoder import Trunk
-from nuwa.layout import VisualLayout
+from nuwa.layout import InterleavedLayout, VisualLayout, images_of, interleave
 from nuwa.methods import LayoutPlan, MethodSpec, check_encoder, select_views
 from nuwa.positions import visual_positions
-from nuwa.schedule import TokenSchedule
+from nuwa.schedule import TokenSchedule, joined
 from nuwa.selection import Selection
 from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
 from nuwa.stage1 import get_method
@@ -26,10 +26,11 @@ STOP, LENGTH = "stop", "length"
 
 @dataclass(frozen=True)
 class Kept:
-    """The visual tokens of an image that entered the language model, in the order of its sequence.
+    """The visual tokens of a sequence that entered the language model, in their order.
 
-    ``slots``: each token's place among all visual tokens of the unpruned image (on LLaVA-1.5 the patch's index).
-    ``places``: its view, row and column on that view's grid; a newline token stands one column behind its row.
+    ``slots``: each token's place among all visual tokens of the unpruned image (on LLaVA-1.5 the patch's index); of
+    several images, counted on from image to image. ``images``: the number of the image that each is of, 0 where there is
+    one. ``places``: its view, row and column on that view's grid; a newline token stands one column behind its row.
     ``positions``: its position ids, one a token, on Qwen2.5-VL three (time, row, column).
     ``roles``: ``pillar`` (exactly as the encoder gave it), ``collector`` (merged with others) or ``newline``.
     """
@@ -38,6 +39,7 @@ class Kept:
     places: tuple[tuple[int, int, int], ...]
     positions: tuple[tuple[int, ...], ...]
     roles: tuple[str, ...]
+    images: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,54 @@ def answer_encoded(
     groups: dict[VisualLayout, list[int]] = {}
     for number, image in enumerate(batch.encoded):
         groups.setdefault(image.layout, []).append(number)
-    plans = {layout: plan(vlm, spec_of(layout), layout) for layout in groups}  # refuses before anything is computed
+    plans = {layout: (plan(vlm, spec_of(layout), layout),) for layout in groups}  # refuses before anything is computed
 
     generations: list[list[Generation]] = [[] for _ in batch.encoded]
     for layout, numbers in groups.items():
-        answers = _answer_layout(vlm, plans[layout], layout, batch.of(numbers), max_new_tokens)
+        answers = _answer_layout(vlm, plans[layout], layout, [batch.of(numbers)], max_new_tokens)
         for number, of_image in zip(numbers, answers, strict=True):
             generations[number] = of_image
     return generations
+
+
+@torch.inference_mode()
+def answer_interleaved(
+    vlm: Adapter,
+    columns: Sequence[ImageBatch],
+    spec_of: Callable[[VisualLayout], MethodSpec],
+    max_new_tokens: int,
+) -> list[list[Generation]]:
+    """Answers to questions about several images each; rows of one layout are answered together.
+
+    ``columns``: the first image of every row, the second, and so on. The first has the rows' questions and prompts, which
+    begin alike and agree in a row on the texts between images. Stage 1 prunes each image as if it were alone, by the
+    budget that ``spec_of`` gives for its own layout; cuts in the language model act on what is left of all.
+    """
+    first, groups = columns[0], dict[InterleavedLayout, list[int]]()
+    if first.prompts is None:
+        raise ValueError("questions about several images come as prompts")
+    for row, prompts in enumerate(first.prompts):
+        texts = [len(text) for text in prompts[0].between]
+        layout = InterleavedLayout.of([column.encoded[row].layout for column in columns], texts)
+        groups.setdefault(layout, []).append(row)
+    plans = {layout: plan_interleaved(vlm, spec_of, layout) for layout in groups}
+
+    generations: list[list[Generation]] = [[] for _ in first.encoded]
+    for layout, rows in groups.items():
+        parts = [column.of(rows) for column in columns]
+        answers = _answer_layout(vlm, plans[layout], layout, parts, max_new_tokens)
+        for row, of_row in zip(rows, answers, strict=True):
+            generations[row] = of_row
+    return generations
+
+
+def plan_interleaved(
+    vlm: Adapter, spec_of: Callable[[VisualLayout], MethodSpec], layout: InterleavedLayout
+) -> tuple[LayoutPlan, ...]:
+    """The plan of every image; raises as :func:`plan`, and where their cuts cannot be made together."""
+    plans = tuple(plan(vlm, spec_of(image), image) for image in layout.images)
+    joined([one.schedule for one in plans])
+    return plans
 
 
 def plan(vlm: Adapter, spec: MethodSpec, layout: VisualLayout) -> LayoutPlan:
@@ -135,15 +177,23 @@ def select(vlm: Adapter, planned: LayoutPlan, layout: VisualLayout, batch: Image
 
 
 def _answer_layout(
-    vlm: Adapter, planned: LayoutPlan, layout: VisualLayout, batch: ImageBatch, max_new_tokens: int
+    vlm: Adapter, plans: Sequence[LayoutPlan], layout: VisualLayout, columns: Sequence[ImageBatch], max_new_tokens: int
 ) -> list[list[Generation]]:
-    spec, schedule = planned.spec, planned.schedule
+    """``columns``: the images of every row, first ones first, and a plan for each; the first has what is asked."""
+    batch, spec, schedule = columns[0], plans[0].spec, joined([one.schedule for one in plans])
     began = time.perf_counter()
-    selection = select(vlm, planned, layout, batch)
+    selections = [
+        select(vlm, planned, image, replace(column, questions=batch.questions))
+        for planned, image, column in zip(plans, images_of(layout), columns, strict=True)
+    ]
+    selection = interleave(layout, selections) if isinstance(layout, InterleavedLayout) else selections[0]
     select_seconds = seconds_since(vlm, began)
 
     # Sequences are rows of the selection: an image's questions share one, unless stage 1 keeps other tokens for each.
-    names, rows = batch.names, batch.prompts
+    names, rows = (
+        [" ".join(of_row) for of_row in zip(*(column.names for column in columns), strict=True)],
+        batch.prompts,
+    )
     if rows is None:
         rows = [[vlm.encode_prompt(question) for question in questions] for questions in batch.questions]
     if spec.reads_question:
@@ -177,13 +227,15 @@ def _answer_layout(
 def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: int) -> list[Kept]:
     places = [
         (number, row, column)
-        for number, view in enumerate(layout.views)
+        for image in images_of(layout)
+        for number, view in enumerate(image.views)
         for row in range(view.grid.height)
         for column in range(view.grid.width + view.newline)
     ]
     slots = selection.indices.cpu()
     positions = visual_positions(slots, spec.position, start, layout)
     newlines, pillars = layout.newlines.tolist(), selection.pillars.tolist()
+    owners = layout.owners.tolist() if isinstance(layout, InterleavedLayout) else [0] * layout.tokens
 
     kept = []
     for row, in_row in enumerate(slots.tolist()):
@@ -192,7 +244,15 @@ def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: i
             for slot, pillar in zip(in_row, pillars[row], strict=True)
         ]
         ids = positions[:, row].T.tolist()
-        kept.append(Kept(tuple(in_row), tuple(places[slot] for slot in in_row), tuple(map(tuple, ids)), tuple(roles)))
+        kept.append(
+            Kept(
+                slots=tuple(in_row),
+                places=tuple(places[slot] for slot in in_row),
+                positions=tuple(map(tuple, ids)),
+                roles=tuple(roles),
+                images=tuple(owners[slot] for slot in in_row),
+            )
+        )
     return kept
 
 

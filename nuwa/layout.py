@@ -7,6 +7,7 @@ decoder sees *slots*: places in the sequence of the unpruned image.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,6 +84,40 @@ class VisualLayout:
         return int(self.offsets.max()) + 1
 
 
+@dataclass(frozen=True)
+class InterleavedLayout(VisualLayout):
+    """Several images in one sequence, with texts between them: :meth:`of` makes it.
+
+    ``views`` are those of all images, image by image, and slots count on from image to image; texts have none.
+    ``between``: how many tokens of text stand between an image and the next.
+    """
+
+    images: tuple[VisualLayout, ...] = ()
+    between: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, images: Sequence[VisualLayout], between: Sequence[int]) -> InterleavedLayout:
+        if len(between) != len(images) - 1:
+            raise ValueError(f"{len(images)} images have {len(images) - 1} texts between them, not {len(between)}")
+        views = tuple(view for image in images for view in image.views)
+        return cls(views, images[0].axes, images[0].deep, tuple(images), tuple(between))
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """``(tokens,)`` int64: the number of the image that a slot belongs to."""
+        counts = torch.tensor([image.tokens for image in self.images])
+        return torch.arange(len(self.images)).repeat_interleave(counts)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """``(axes, tokens)`` int64: position ids of the unpruned sequence, counted from where its first image starts."""
+        placed, start = [], 0
+        for image, text in zip(self.images, (*self.between, 0), strict=True):
+            placed.append(image.offsets + start)
+            start += image.length + text
+        return torch.cat(placed, dim=1)
+
+
 def layout_order(layout: VisualLayout) -> tuple[int, str]:
     """Sorts layouts from small to large."""
     return layout.tokens, repr(layout.views)
@@ -98,6 +133,22 @@ def layout_from_json(held: dict[str, Any]) -> VisualLayout:
     """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what no layout was written as."""
     views = tuple(View(PatchGrid(height, width), crops, newline) for height, width, crops, newline in held["views"])
     return VisualLayout(views, held["axes"], held.get("deep", 0))
+
+
+def images_of(layout: VisualLayout) -> tuple[VisualLayout, ...]:
+    """The layout of every image of a sequence: of one image, ``layout`` itself."""
+    return layout.images if isinstance(layout, InterleavedLayout) else (layout,)
+
+
+def interleave(layout: InterleavedLayout, selections: Sequence[Selection]) -> Selection:
+    """Selections over the slots of every image, as one over those of the sequence."""
+    starts = itertools.accumulate((image.tokens for image in layout.images[:-1]), initial=0)
+    return Selection(
+        torch.cat([one.indices + start for one, start in zip(selections, starts, strict=True)], dim=1),
+        torch.cat([one.features for one in selections], dim=1),
+        torch.cat([one.pillars for one in selections], dim=1),
+        selections[0].projected,
+    )
 
 
 def grid_tokens(layout: VisualLayout, stride: int) -> Tensor:

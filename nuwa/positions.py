@@ -8,17 +8,20 @@
 Where a token has several ids (M-RoPE: time, row, column) every axis is treated on its own: PERC replaces an id by its
 rank among the axis' kept ids, so that kept rows and columns close up; RPME stretches the axis' kept ids over its range.
 With one id a token both are the paper's formulas, and with all tokens kept every strategy is the unpruned model.
+
+Of several images in a sequence each is treated on its own, between the texts that stand before and behind it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from nuwa.allowed import check_word
-from nuwa.layout import VisualLayout
+from nuwa.layout import InterleavedLayout, VisualLayout, images_of
 
 PositionStrategy = Literal["perc", "pesp", "rpme"]
 STRATEGIES: tuple[PositionStrategy, ...] = get_args(PositionStrategy)
@@ -34,30 +37,74 @@ def resolve(name: str, own: PositionStrategy) -> PositionStrategy:
     return own if name == "own" else cast(PositionStrategy, SYNONYMS.get(name, name))
 
 
-def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layout: VisualLayout) -> Tensor:
-    """Position ids of kept tokens, ``(axes, batch, kept)`` int64.
+@dataclass(frozen=True)
+class SequencePositions:
+    """Position ids from the first image on.
 
-    ``slots``: places of the kept tokens in the unpruned image, ascending, ``(batch, kept)``. ``start``: the id of the
-    image's first token, so the original ids of an axis are ``[start, start + span]``, inclusive.
+    ``visual`` ``(axes, batch, kept)``: of kept tokens. ``between`` ``(batch, tokens)``: of the texts between images, the
+    same on every axis. ``after`` ``(batch,)``: of the first token behind the last image.
+    """
+
+    visual: Tensor
+    between: Tensor
+    after: Tensor
+
+
+def sequence_positions(
+    slots: Tensor, strategy: PositionStrategy, start: int, layout: VisualLayout
+) -> SequencePositions:
+    """Ids of all that stands between the texts before and behind the images.
+
+    ``slots``: places of the kept tokens in the unpruned sequence, ascending, ``(batch, kept)``. ``start``: the id of the
+    first image's first token.
     """
     check_word("position strategy", strategy, STRATEGIES)
-    everything = layout.offsets.to(slots.device)
+    texts: tuple[int, ...] = (0,)
+    owners = torch.zeros_like(slots)
+    if isinstance(layout, InterleavedLayout):
+        texts, owners = (*layout.between, 0), layout.owners.to(slots.device)[slots]
+    first, begins = 0, slots.new_full((len(slots),), start)
+    visual = slots.new_zeros(layout.axes, *slots.shape)
+    between = []
+
+    for number, (image, text) in enumerate(zip(images_of(layout), texts, strict=True)):
+        own = owners == number
+        offsets = _kept_offsets((slots - first).clamp(0, image.tokens - 1), own, strategy, image)
+        visual = torch.where(own, offsets + begins[:, None], visual)
+        ends = begins + _length(offsets, own, strategy, image)
+        between.append(ends[:, None] + torch.arange(text, device=slots.device))
+        first, begins = first + image.tokens, ends + text
+    return SequencePositions(visual, torch.cat(between, dim=1), begins)
+
+
+def visual_positions(slots: Tensor, strategy: PositionStrategy, start: int, layout: VisualLayout) -> Tensor:
+    """Position ids of kept tokens, ``(axes, batch, kept)`` int64: see :func:`sequence_positions`.
+
+    An image's original ids on an axis are ``[start, start + span]``, inclusive.
+    """
+    return sequence_positions(slots, strategy, start, layout).visual
+
+
+def _kept_offsets(slots: Tensor, own: Tensor, strategy: PositionStrategy, image: VisualLayout) -> Tensor:
+    """Ids of an image's kept tokens counted from its own start, ``(axes, batch, kept)``; anything where not ``own``."""
+    everything = image.offsets.to(slots.device)
     kept = everything[:, slots]
     if strategy == "pesp" or not slots.shape[1]:
-        return kept + start
+        return kept
     if strategy == "perc":
-        present = torch.zeros(*kept.shape[:2], layout.length, dtype=torch.long, device=slots.device)
-        return present.scatter_(2, kept, 1).cumsum(dim=2).gather(2, kept) - 1 + start
+        present = torch.zeros(*kept.shape[:2], image.length + 1, dtype=torch.long, device=slots.device)
+        present.scatter_(2, kept.masked_fill(~own, image.length), 1)
+        return present[..., :-1].cumsum(dim=2).gather(2, kept) - 1
     span = everything.amax(dim=1)[:, None, None]
-    first, last = kept.amin(dim=2, keepdim=True), kept.amax(dim=2, keepdim=True).clamp(min=1)
+    first = kept.masked_fill(~own, image.length).amin(dim=2, keepdim=True)
+    last = kept.masked_fill(~own, 0).amax(dim=2, keepdim=True).clamp(min=1)
     spread = -((-kept * span) // last)  # ceil, multiplied before it is divided
-    return spread.masked_fill(kept == first, 0) + start
+    return spread.masked_fill(kept == first, 0)
 
 
-def text_start(strategy: PositionStrategy, start: int, positions: Tensor, layout: VisualLayout) -> Tensor:
-    """Position id of the first token after the image, ``(batch,)``; ``positions`` are those of its kept tokens."""
-    check_word("position strategy", strategy, STRATEGIES)
-    if strategy == "perc":
-        none = positions.new_full((len(positions), positions.shape[1], 1), start - 1)
-        return torch.cat([none, positions], dim=2).amax(dim=(0, 2)) + 1
-    return positions.new_full(positions.shape[1:2], start + layout.length)
+def _length(offsets: Tensor, own: Tensor, strategy: PositionStrategy, image: VisualLayout) -> Tensor | int:
+    """How far an image moves what stands behind it: renumbered, as far as the tokens that are kept, ``(batch,)``."""
+    if strategy != "perc":
+        return image.length
+    none = offsets.new_full((*offsets.shape[:2], 1), -1)
+    return torch.cat([none, offsets.masked_fill(~own, -1)], dim=2).amax(dim=(0, 2)) + 1

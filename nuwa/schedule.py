@@ -88,6 +88,27 @@ class TokenSchedule:
         return sum(self.leaving) / self.layers
 
 
+def joined(schedules: Sequence[TokenSchedule]) -> TokenSchedule:
+    """Of several images in one sequence: what the images' own schedules keep together. The cuts act on all of them.
+
+    Raises ``ValueError`` where they cut before different layers.
+    """
+    first = schedules[0]
+    layers = [tuple(layer for layer, _ in one.cuts) for one in schedules]
+    if len(set(layers)) > 1:
+        raise ValueError(
+            f"the images' sizes lead to cuts before different layers ({', '.join(map(str, map(list, layers)))}), and images "
+            "in one sequence are cut together; give images of one size, or a budget without such cuts"
+        )
+    cuts = [(layer, sum(one.cuts[at][1] for one in schedules)) for at, layer in enumerate(layers[0])]
+    return replace(
+        first,
+        tokens=sum(one.tokens for one in schedules),
+        stage1_keep=sum(one.stage1_keep for one in schedules),
+        cuts=tuple(cuts),
+    )
+
+
 BudgetUnit = Literal["tokens", "share"]
 Between = Literal["nearest", "linear"]
 

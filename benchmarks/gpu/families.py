@@ -6,6 +6,7 @@ transformers' own processor of Qwen2.5-VL imports.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -493,9 +494,9 @@ class QwenProcessor:
 
     def __call__(self, images: Any, text: Any, return_tensors: str = "pt", padding: bool = False) -> BatchFeature:
         pictures = self.image_processor(images, return_tensors=return_tensors)
-        counts = (pictures["image_grid_thw"].prod(dim=1) // 4).tolist()
+        counts = iter((pictures["image_grid_thw"].prod(dim=1) // 4).tolist())
         pad = "<|image_pad|>"
-        texts = [part.replace(pad, pad * count) for part, count in zip(text, counts, strict=True)]
+        texts = [re.sub(re.escape(pad), lambda _: pad * next(counts), part) for part in text]
         words = self.tokenizer(texts, return_tensors=return_tensors, padding=padding)
         is_image = (words.input_ids == self.tokenizer.convert_tokens_to_ids(pad)).int()
         names = {name: words[name] for name in ("input_ids", "attention_mask")}

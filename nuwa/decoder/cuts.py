@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,7 +13,7 @@ from nuwa.decoder.attention import execution_device, project
 from nuwa.decoder.caches import Keys, Pair
 from nuwa.decoder.finite import check_cut
 from nuwa.decoder.sequence import NOBODY, TEXT, Columns, Stretch, take, true_columns
-from nuwa.positions import text_start, visual_positions
+from nuwa.positions import sequence_positions
 from nuwa.selection import gather_tokens
 from nuwa.signals import top_indices
 from nuwa.stage2 import Cut, CutEvidence, Scorer
@@ -40,12 +40,12 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
     scores = scores_at(trunk, below, cut.scorer, entering, cut.keep - recycled, seed)
     chosen, states = _survivors(trunk, below, cut, entering, scores, recycled, seed)
     check_cut(below, states, scores)
-    visual = entering.gather(1, chosen)
-    kept = visual.shape[1]
-    real = torch.cat([torch.ones_like(visual), text >= 0], dim=1).bool()
-    columns = torch.cat([visual, text.clamp(min=0)], dim=1)
+    front = Front.of(entering.gather(1, chosen), below.between[rows])
+    kept = front.columns.shape[1]
+    real = torch.cat([torch.ones_like(front.columns), text >= 0], dim=1).bool()
+    columns = torch.cat([front.columns, text.clamp(min=0)], dim=1)
     slot = below.slot[rows[:, None], columns].masked_fill(~real, TEXT)
-    positions, shift = _renewed_positions(trunk, below, entering, columns, slot)
+    positions, shift = _renewed_positions(trunk, below, front, columns)
 
     serving, nobody = (torch.tensor(span, device=real.device) for span in ((0, 1), NOBODY))
     spans = torch.where(real[..., None], serving, nobody)
@@ -53,9 +53,12 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
     # Rows from short to long, so that those which pass the layers together need little padding.
     order = own.sum(dim=1).argsort(stable=True)
     row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    behind = torch.arange(kept, columns.shape[1], device=visual.device)
+    behind = torch.arange(kept, columns.shape[1], device=columns.device)
     hidden = take(below.hidden, rows[:, None], columns)
-    hidden[:, :kept] = states
+    if front.visual is None:
+        hidden[:, :kept] = states
+    else:
+        hidden.scatter_(1, front.visual.to(states.device)[..., None].expand_as(states), states)
     entering_later = below.deep if below.layer < len(below.deep) else ()
     deep = tuple(take(take(part, rows[:, None], columns), order) for part in entering_later)
 
@@ -64,6 +67,7 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
         spans=spans[order],
         positions=positions[:, order],
         slot=slot[order],
+        between=front.between[order],
         place=torch.stack([row, torch.zeros_like(row)], dim=1),
         text=torch.where(own, behind, -1),
         last=kept + own.sum(dim=1) - 1,
@@ -77,18 +81,42 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
     )
 
 
-def _renewed_positions(
-    trunk: Trunk, below: Stretch, entering: Tensor, columns: Tensor, slot: Tensor
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Front:
+    """What stands before a question's own text above a cut: the visual tokens that go on, and the texts between images.
+
+    ``columns`` ``(questions, front)``: where they stood below, ascending. ``visual`` ``(questions, kept)``, ``between``
+    ``(questions, tokens)``: which of them are which; ``visual`` null: all, one image alone.
+    """
+
+    columns: Tensor
+    visual: Tensor | None
+    between: Tensor
+
+    @classmethod
+    def of(cls, visual: Tensor, between: Tensor) -> Front:
+        """Columns of both in the layout below, ``visual`` ascending."""
+        if not between.shape[1]:
+            return cls(visual, None, between)
+        columns, order = torch.cat([visual, between], dim=1).sort(dim=1)
+        places = order.argsort(dim=1)
+        return cls(columns, places[:, : visual.shape[1]], places[:, visual.shape[1] :])
+
+
+def _renewed_positions(trunk: Trunk, below: Stretch, front: Front, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Position ids ``(axes, questions, columns)`` above a cut, and how far each question's text moves."""
-    rows, start = below.place[:, 0], len(trunk.before)
-    kept = columns.shape[1] - below.text.shape[1]
-    strategy, layout = trunk.strategy, trunk.layout
-    renewed = visual_positions(slot[:, :kept], strategy, start, layout)
-    was = text_start(strategy, start, below.positions[:, rows[:, None], entering], layout)
-    shift = text_start(strategy, start, renewed, layout) - was
+    rows, kept = below.place[:, 0], front.columns.shape[1]
+    visual = front.columns if front.visual is None else front.columns.gather(1, front.visual)
+    alive = below.slot[rows].gather(1, visual)
+    renewed = sequence_positions(alive, trunk.strategy, len(trunk.before), trunk.layout)
+    shift = renewed.after - (below.next_position - (below.text >= 0).sum(dim=1))
     positions = below.positions[:, rows[:, None], columns]
-    positions[:, :, :kept] = renewed
+    axes = len(positions)
+    if front.visual is None:
+        positions[:, :, :kept] = renewed.visual
+    else:
+        positions.scatter_(2, front.visual.expand(axes, -1, -1), renewed.visual)
+        positions.scatter_(2, front.between.expand(axes, -1, -1), renewed.between.expand(axes, -1, -1))
     positions[:, :, kept:] += shift[:, None]
     return positions, shift
 
@@ -105,12 +133,14 @@ def trimmed(below: Stretch, alive: Tensor, layers: range, start: int) -> Stretch
     going = (slots[:, :, None] == alive[:, None]).any(dim=2)
     visual = visual.gather(1, true_columns(going, alive.shape[1]))
     before = torch.arange(start if below.prefix is None else 0, device=text.device).expand(len(rows), -1)
-    columns = torch.cat([before, visual, text.clamp(min=0)], dim=1)
-    real = torch.cat([torch.ones_like(before), torch.ones_like(visual), text >= 0], dim=1).bool()
+    front = torch.cat([before, visual, below.between[rows]], dim=1)
+    columns = torch.cat([front, text.clamp(min=0)], dim=1)
+    real = torch.cat([torch.ones_like(front), text >= 0], dim=1).bool()
 
     serving, nobody = (torch.tensor(span, device=real.device) for span in ((0, 1), NOBODY))
     own = torch.arange(len(rows), device=real.device)
-    first = before.shape[1] + visual.shape[1]
+    first = front.shape[1]
+    between = torch.arange(before.shape[1] + visual.shape[1], first, device=real.device)
     held: dict[int, Pair] = {}
     for number in layers:
         key, value = (
@@ -122,6 +152,7 @@ def trimmed(below: Stretch, alive: Tensor, layers: range, start: int) -> Stretch
         spans=torch.where(real[..., None], serving, nobody),
         positions=below.positions[:, rows[:, None], columns],
         slot=below.slot[rows[:, None], columns].masked_fill(~real, TEXT),
+        between=between.expand(len(rows), -1),
         place=torch.stack([own, torch.zeros_like(own)], dim=1),
         text=torch.where(text >= 0, torch.arange(first, columns.shape[1], device=real.device), -1),
         last=first + (text >= 0).sum(dim=1) - 1,
@@ -242,10 +273,10 @@ class MeasuredEvidence(CutEvidence):
 
     @property
     def visual(self) -> Tensor:
-        projected, start = self.trunk.projected, len(self.trunk.before)
+        projected = self.trunk.projected
         alive = self.below.slot[self.rows].gather(1, self.columns)
         # Columns of the alive tokens in the trunk's own order of kept tokens.
-        entered = self.trunk.stretch.slot[self.trunk_rows, start : start + projected.shape[1]]
+        entered = self.trunk.slots[self.trunk_rows]
         numbers = torch.arange(entered.shape[1], device=alive.device).expand_as(entered)
         number_of = torch.zeros(len(alive), self.trunk.layout.tokens, dtype=torch.long, device=alive.device)
         number_of.scatter_(1, entered, numbers)

@@ -7,6 +7,7 @@ handful of others. Bookkeeping is the host's; it waits for the device once in se
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -171,7 +172,9 @@ class Penalty:
         self.said: Tensor | None = None
         if self.penalty == 1.0:
             return
-        texts = [[*prompt.before, vlm.image_token, *prompt.after] for prompt in prompts]
+        texts = [
+            [*prompt.before, vlm.image_token, *itertools.chain(*prompt.between), *prompt.after] for prompt in prompts
+        ]
         longest = max(map(len, texts))
         ids = torch.tensor([[*text, *[text[0]] * (longest - len(text))] for text in texts])
         vocabulary = vlm.language.config.vocab_size

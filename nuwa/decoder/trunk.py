@@ -25,8 +25,8 @@ from nuwa.decoder.sequence import (
     pass_prefix,
     true_columns,
 )
-from nuwa.layout import VisualLayout
-from nuwa.positions import PositionStrategy, text_start, visual_positions
+from nuwa.layout import InterleavedLayout, VisualLayout
+from nuwa.positions import PositionStrategy, sequence_positions
 from nuwa.selection import Selection
 from nuwa.stage2 import Cut, Scorer
 from nuwa.vlm.adapter import Adapter, EncodedPrompt
@@ -40,8 +40,9 @@ class Trunk:
     """The shared work of one stage-1 selection and position strategy: all questions about a batch of images.
 
     ``selection``: kept tokens of ``len(prompts)`` images, over the slots of ``layout`` (see :func:`nuwa.layout.place`;
-    absent: the one layout of a model with a fixed grid). ``prompts``: each image's questions. ``image_ids`` and the
-    prompts' ids seed what is random. ``pass_tokens``: about how many tokens pass the layers at once; absent: what
+    absent: the one layout of a model with a fixed grid). Under an :class:`nuwa.layout.InterleavedLayout` each row has
+    several images, of which every row keeps equally many tokens, and its questions agree on the texts between them.
+    ``prompts``: each image's questions. ``image_ids`` and the prompts' ids seed what is random. ``pass_tokens``: about how many tokens pass the layers at once; absent: what
     the device's caches and memory hold.
     """
 
@@ -64,6 +65,7 @@ class Trunk:
         if len(befores) != 1:
             raise ValueError(f"all prompts of a batch must begin alike; found {len(befores)} beginnings")
         self.before = list(befores.pop())
+        self.between = [_between(questions, layout) for questions in prompts]
         self.prompts = [prompt for questions in prompts for prompt in questions]
         self.images = [image_ids[row] for row, questions in enumerate(prompts) for _ in questions]
 
@@ -71,40 +73,46 @@ class Trunk:
             owners = [row for row, questions in enumerate(prompts) for _ in questions]
             selection = selection.at(owners)
             prompts = [[prompt] for prompt in self.prompts]
+            self.between = [self.between[owner] for owner in owners]
         self.pass_tokens = pass_tokens or PASS_TOKENS.get(vlm.device.type, MANY_TOKENS)
+        self.slots = selection.indices.to(vlm.device)  # (rows, kept)
         self.projected, *deep = vlm.embed_visual(selection, self.layout).chunk(1 + self.layout.deep, dim=-1)
         self.deep = tuple(deep)
-        self.stretch = self._lay_out(selection, prompts)
+        self.stretch = self._lay_out(prompts)
         self.scored: dict[tuple[int, Scorer, int | None, int], Tensor] = {}  # by layer, scorer, what is kept, seed
 
-    def _lay_out(self, selection: Selection, prompts: Sequence[Sequence[EncodedPrompt]]) -> Stretch:
-        device, kept = self.vlm.device, selection.kept
-        start, slots = len(self.before), selection.indices.to(device)
-        visual = visual_positions(slots, self.strategy, start, self.layout)
-        after = text_start(self.strategy, start, visual, self.layout)
+    def _lay_out(self, prompts: Sequence[Sequence[EncodedPrompt]]) -> Stretch:
+        device, start, rows = self.vlm.device, len(self.before), len(prompts)
+        placed = sequence_positions(self.slots, self.strategy, start, self.layout)
+        visual, between = self._columns()
+        after = placed.after
         texts = Texts.of(tuple(tuple(prompt.after for prompt in questions) for questions in prompts))
-        prefix, rows = start + kept, len(prompts)
+        prefix = start + len(visual) + len(between)
 
         ids = F.pad(texts.ids, (prefix, 0))
         ids[:, :start] = torch.tensor(self.before)
+        ids[:, between] = torch.tensor(self.between, dtype=torch.long)
         before = torch.tensor(EVERYONE).expand(rows, prefix, 2)
         depth = F.pad(texts.depth, (prefix, 0)).to(device)
         positions = (depth + after[:, None]).repeat(self.layout.axes, 1, 1)
         positions[:, :, :start] = torch.arange(start, device=device)
-        positions[:, :, start:prefix] = visual
+        visual, between = visual.to(device), between.to(device)
+        positions[:, :, visual] = placed.visual
+        positions[:, :, between] = placed.between.expand(self.layout.axes, -1, -1)
         slot = torch.full(ids.shape, TEXT, device=device)
-        slot[:, start:prefix] = slots
+        slot[:, visual] = self.slots
 
         hidden = self.vlm.language.embed_tokens(ids.to(device))
         self.text_embeddings = hidden
-        hidden = torch.cat([hidden[:, :start], self.projected.to(hidden), hidden[:, prefix:]], dim=1)
-        deep = tuple(F.pad(part.to(hidden), (0, 0, start, hidden.shape[1] - prefix)) for part in self.deep)
+        hidden = hidden.index_copy(1, visual, self.projected.to(hidden))
+        deep = tuple(torch.zeros_like(hidden).index_copy(1, visual, part.to(hidden)) for part in self.deep)
         own, place = texts.own.to(device), texts.place.to(device)
         return Stretch(
             hidden=self.vlm.text.enter(hidden),
             spans=torch.cat([before, texts.spans], dim=1).to(device),
             positions=positions,
             slot=slot,
+            between=between.expand(rows, -1),
             place=place,
             text=torch.where(own >= 0, own + prefix, -1),
             last=texts.last.to(device) + prefix,
@@ -115,6 +123,17 @@ class Trunk:
             inputs={},
             deep=deep,
         )
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """Columns of the images' tokens, and of the texts between images, the same in every row."""
+        start, kept = len(self.before), self.slots.shape[1]
+        if not isinstance(self.layout, InterleavedLayout):
+            return torch.arange(start, start + kept), torch.arange(0)
+        counts = self.layout.owners[self.slots[0].cpu()].bincount(minlength=len(self.layout.images))
+        lengths = torch.stack([counts, torch.tensor([*self.layout.between, 0])], dim=1).flatten()
+        is_text = torch.arange(2).repeat(len(counts)).repeat_interleave(lengths)
+        columns = torch.arange(start, start + len(is_text))
+        return columns[is_text == 0], columns[is_text == 1]
 
     @cached_property
     def prefix(self) -> Prefix | None:
@@ -183,3 +202,16 @@ class Trunk:
             trimmed(stretch, alive, range(stretch.first, above.first), len(self.before))
             for stretch, above in itertools.pairwise([*below, top])
         ]
+
+
+def _between(questions: Sequence[EncodedPrompt], layout: VisualLayout) -> list[int]:
+    """Tokens of the texts between a row's images, one behind the other."""
+    expected = layout.between if isinstance(layout, InterleavedLayout) else ()
+    found = {prompt.between for prompt in questions}
+    if len(found) != 1 or tuple(len(text) for text in next(iter(found))) != expected:
+        lengths = sorted({tuple(len(text) for text in between) for between in found})
+        raise ValueError(
+            f"the questions of a row must agree on the texts between images, of {list(expected)} tokens; "
+            f"found {len(found)}, of {', '.join(str(list(length)) for length in lengths)}"
+        )
+    return list(itertools.chain(*found.pop()))

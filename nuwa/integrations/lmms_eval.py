@@ -1,4 +1,4 @@
-"""The model ``nuwa`` of lmms-eval: any of its tasks about one image an answer, under any method.
+"""The model ``nuwa`` of lmms-eval: any of its tasks about images, under any method.
 
 lmms_eval --model nuwa --model_args pretrained=PATH,method=nuwa,average_tokens=64 --tasks textvqa_val --batch_size 8
 
@@ -114,24 +114,29 @@ class Nuwa(lmms):
                     raise CallError(f"task {task}, document {doc}: {one.answer.message}") from one.answer.error
                 yield number, one.answer.text
 
-    def _asked(self, arguments: tuple[Any, ...]) -> tuple[Image.Image, Any]:
-        """The image and the question of a request."""
+    def _asked(self, arguments: tuple[Any, ...]) -> tuple[list[Image.Image], Any]:
+        """The images and the question of a request."""
         text, _, doc_to_visual, doc, task, split = arguments
         visuals = list(doc_to_visual(self.task_dict[task][split][doc]) or [])
         where = f"task {task}, document {doc}"
-        if len(visuals) != 1:
-            raise CallError(f"{where} shows {len(visuals)} images; nuwa answers about exactly one: leave the task out")
-        if not isinstance(visuals[0], Image.Image):
-            raise CallError(f"{where} shows a {kind_of(visuals[0])}, no image; leave the task out")
+        if not visuals:
+            raise CallError(f"{where} shows no image; nuwa answers about images: leave the task out")
+        for visual in visuals:
+            if not isinstance(visual, Image.Image):
+                raise CallError(f"{where} shows a {kind_of(visual)}, no image; leave the task out")
 
-        before, *behind = text.split(PLACEHOLDER)
-        if len(behind) > 1:
-            raise CallError(f"{where} names {len(behind)} places for its one image; leave the task out")
-        if not behind:
-            return visuals[0], text
-        told = [{"type": "text", "text": part.strip()} for part in (before, behind[0])]
-        content = [told[0], {"type": "image"}, told[1]]
-        return visuals[0], [{"role": "user", "content": [part for part in content if part.get("text") != ""]}]
+        texts = [part.strip() for part in text.split(PLACEHOLDER)]
+        if len(texts) == 1:
+            return visuals, text
+        if len(texts) != len(visuals) + 1:
+            places = f"{len(texts) - 1} place{'s' * (len(texts) > 2)}"
+            raise CallError(
+                f"{where} names {places} for {len(visuals)} image{'s' * (len(visuals) > 1)}; leave the task out"
+            )
+        content: list[dict[str, Any]] = []
+        for number, part in enumerate(texts):
+            content += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": part}] * (part != "")
+        return visuals, [{"role": "user", "content": content}]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         raise CallError("nuwa generates answers and scores none: choose tasks of output_type generate_until")

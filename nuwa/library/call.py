@@ -19,8 +19,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from nuwa.generation import Generation, ImageBatch, answer_encoded, image_id, plan, seconds_since
-from nuwa.layout import VisualLayout
+from nuwa.generation import (
+    Generation,
+    ImageBatch,
+    answer_encoded,
+    answer_interleaved,
+    image_id,
+    plan,
+    plan_interleaved,
+    seconds_since,
+)
+from nuwa.layout import InterleavedLayout, VisualLayout
 from nuwa.library.conversations import encode_question
 from nuwa.library.options import Options
 from nuwa.library.pairing import Asked, Pairing, pair
@@ -44,7 +53,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Streamed:
-    """An answer of :func:`stream`, and the numbers of its image and of its question about that image."""
+    """An answer of :func:`stream`, and the numbers of its image (or of the list of them) and of its question about it."""
 
     image: int
     question: int
@@ -61,7 +70,8 @@ def generate(model: PreTrainedModel, processor: Any, images: Any = None, questio
 
     ``images``: one image or a list; each a path, bytes of a file, a Pillow image (an animation at the frame where it
     stands), or an array or tensor ``(height, width[, channels])`` or ``(channels, height, width)`` of uint8 or of floats
-    in [0, 1]. All are read as :mod:`nuwa.images` says: turned upright, transparency on white. ``questions``: for each
+    in [0, 1]. All are read as :mod:`nuwa.images` says: turned upright, transparency on white. A list in the place of one
+    is several images that its questions are about together. ``questions``: for each
     image a text, chat messages (:mod:`nuwa.library.conversations`), or a list of these, which share the image's prefix.
     Without ``images`` the messages hold them. ``options``: see :class:`nuwa.library.Options`.
 
@@ -114,9 +124,9 @@ class Prompted:
 
 @dataclass(frozen=True)
 class Work:
-    """One image, and everything the call asks about it, wherever it stood."""
+    """One image, or several that are asked about together, and everything the call asks about them, wherever it stood."""
 
-    picture: Picture
+    pictures: tuple[Picture, ...]
     questions: tuple[Prompted, ...]
 
     def halves(self) -> tuple[Work, Work]:
@@ -189,26 +199,34 @@ class Call:
     @torch.inference_mode()
     def _answer(self, batch: Sequence[Work]) -> list[Streamed]:
         """Images are read and encoded together; prompts that begin alike share an image's prefix."""
-        began = time.perf_counter()
-        vlm, pictures = self.vlm, [work.picture.read() for work in batch]
+        began, vlm = time.perf_counter(), self.vlm
+        pictures = {one.key: one.read() for work in batch for one in work.pictures}
+        keys, read = list(pictures), list(pictures.values())
         # Which signals a method reads is the same on every layout: the first image's specification stands for all.
-        encoded = vlm.encode_images(pictures, self._spec_on(vlm.layout_of(pictures[0].size)).further_signals)
-        names = [image_id(one) for one in pictures]
+        further = self._spec_on(vlm.layout_of(read[0].size)).further_signals
+        encoded = dict(zip(keys, vlm.encode_images(read, further), strict=True))
+        names = {key: image_id(one) for key, one in pictures.items()}
         encoding = {"encode": seconds_since(vlm, began)}
 
         answers = []
-        for beginning in dict.fromkeys(one.prompt.before for work in batch for one in work.questions):
-            rows = [[one for one in work.questions if one.prompt.before == beginning] for work in batch]
-            numbers = [number for number, row in enumerate(rows) if row]
-            rows = [rows[number] for number in numbers]
-            part = ImageBatch(
-                encoded=[encoded[number] for number in numbers],
-                names=[names[number] for number in numbers],
-                questions=[[one.asked.asked.text for one in row] for row in rows],
-                pictures=[pictures[number] for number in numbers],
-                prompts=[[one.prompt for one in row] for row in rows],
-            )
-            of_rows = answer_encoded(vlm, part, self._spec_on, self.options.max_new_tokens)
+        for beginning in dict.fromkeys(one.prompt.beginning for work in batch for one in work.questions):
+            of_batch = [[one for one in work.questions if one.prompt.beginning == beginning] for work in batch]
+            works = [work for work, row in zip(batch, of_batch, strict=True) if row]
+            rows = [row for row in of_batch if row]
+            columns = []
+            for of_works in zip(*(work.pictures for work in works), strict=True):
+                column = ImageBatch(
+                    encoded=[encoded[one.key] for one in of_works],
+                    names=[names[one.key] for one in of_works],
+                    questions=[[one.asked.asked.text for one in row] for row in rows],
+                    pictures=[pictures[one.key] for one in of_works],
+                    prompts=[[one.prompt for one in row] for row in rows],
+                )
+                columns.append(column)
+            if len(columns) == 1:
+                of_rows = answer_encoded(vlm, columns[0], self._spec_on, self.options.max_new_tokens)
+            else:
+                of_rows = answer_interleaved(vlm, columns, self._spec_on, self.options.max_new_tokens)
             for row, of_row in zip(rows, of_rows, strict=True):
                 for one, answer in zip(row, of_row, strict=True):
                     answer = replace(answer, timings=encoding | answer.timings)
@@ -224,36 +242,45 @@ class _Planning:
 
     def __init__(self, vlm: Adapter, options: Options) -> None:
         self.vlm, self.options = vlm, options
-        self.pictures: dict[int, Picture] = {}  # by image: its questions follow one another
-        self.planned: dict[VisualLayout, None] = {}
+        self.pictures: dict[int, tuple[Picture, ...]] = {}  # by image: its questions follow one another
+        self.planned: dict[tuple[VisualLayout, ...], None] = {}
         self.prompts: dict[str, EncodedPrompt] = {}  # of texts, which come again
 
     def of(self, asked: Sequence[Asked]) -> Plan:
-        work: dict[str, tuple[Picture, list[Prompted]]] = {}
+        work: dict[tuple[str, ...], tuple[tuple[Picture, ...], list[Prompted]]] = {}
         failures = []
         several = len({one.image for one in asked}) > 1
         for one in asked:
             try:
-                seen = self._picture(one)
+                seen = self._pictures(one)
                 prompted = Prompted(one, self._prompt(one))
             except Exception as error:
                 if self.options.on_error == "raise":
                     raise _placed(error, one.image) if several else error from None
                 failures.append(Streamed(one.image, one.question, Failure(error)))
             else:
-                work.setdefault(seen.key, (seen, []))[1].append(prompted)
+                work.setdefault(tuple(picture.key for picture in seen), (seen, []))[1].append(prompted)
         return Plan(tuple(Work(seen, tuple(questions)) for seen, questions in work.values()), tuple(failures))
 
-    def _picture(self, one: Asked) -> Picture:
-        """Its picture, once the budget is known to be in reach on its layout."""
+    def _pictures(self, one: Asked) -> tuple[Picture, ...]:
+        """Its pictures, once the budget is known to be in reach on their layouts."""
         if one.image not in self.pictures:
-            seen = picture(one.picture)
-            layout = self.vlm.layout_of(seen.size)
-            if layout not in self.planned:
-                plan(self.vlm, self.options.spec_on(self.vlm.model.config.model_type, layout), layout)
-                self.planned[layout] = None
+            seen = tuple(picture(given) for given in one.pictures)
+            layouts = tuple(self.vlm.layout_of(picture.size) for picture in seen)
+            if layouts not in self.planned:
+                self._plan(layouts)
+                self.planned[layouts] = None
             self.pictures[one.image] = seen
         return self.pictures[one.image]
+
+    def _plan(self, layouts: tuple[VisualLayout, ...]) -> None:
+        def spec_of(layout: VisualLayout) -> MethodSpec:
+            return self.options.spec_on(self.vlm.model.config.model_type, layout)
+
+        if len(layouts) == 1:
+            plan(self.vlm, spec_of(layouts[0]), layouts[0])
+        else:  # whatever stands between them
+            plan_interleaved(self.vlm, spec_of, InterleavedLayout.of(layouts, [0] * (len(layouts) - 1)))
 
     def _prompt(self, one: Asked) -> EncodedPrompt:
         if one.asked.messages is not None:

@@ -2,19 +2,19 @@
 
 messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
 
-The decoder lays out one image a sequence, so a conversation holds one, in whichever message; turns may be many. Messages
-pass through the checkpoint's own chat template, and every text of theirs has to stand in what comes out.
+A conversation holds one image or several, in whichever messages; turns may be many. Messages pass through the checkpoint's
+own chat template, and every text of theirs has to stand in what comes out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nuwa.errors import in_one_line
 from nuwa.library.pictures import embedded
-from nuwa.library.refusal import CallError, shown
+from nuwa.library.refusal import CallError, counted, shown
 from nuwa.vlm import Adapter, EncodedPrompt, PromptError
 from nuwa.vlm.adapter import tokenize_prompt
 
@@ -25,12 +25,21 @@ PARTS = ("image", "text")
 @dataclass(frozen=True)
 class Question:
     """``text``: what is asked, which methods read that look at it before the language model; of a conversation the last
-    message's. ``messages``: the conversation in its plainest form; null: ``text`` alone. ``image``: the image that the
-    messages hold themselves."""
+    message's. ``messages``: the conversation in its plainest form; null: ``text`` alone, behind the images. ``images``:
+    those that the messages hold themselves; ``places``: how many images they speak of."""
 
     text: str
     messages: tuple[dict[str, Any], ...] | None = None
-    image: Any = None
+    images: tuple[Any, ...] = ()
+    places: int = 0
+
+    def of(self, images: int) -> Question:
+        """Asked about so many images: a text stands behind them all."""
+        if self.messages is not None or images == 1:
+            return self
+        content: list[dict[str, Any]] = [{"type": "image"}] * images
+        messages = ({"role": "user", "content": [*content, {"type": "text", "text": self.text}]},)
+        return replace(self, messages=messages, places=images)
 
 
 def is_conversation(value: Any) -> bool:
@@ -38,7 +47,7 @@ def is_conversation(value: Any) -> bool:
 
 
 def read_question(given: Any) -> Question:
-    """Raises :class:`CallError` where ``given`` is neither a text nor a conversation about one image."""
+    """Raises :class:`CallError` where ``given`` is neither a text nor a conversation about images."""
     if isinstance(given, str):
         return Question(given)
     if not is_conversation(given):
@@ -47,14 +56,16 @@ def read_question(given: Any) -> Question:
     messages = tuple(_message(one) for one in given)
     _check_order(messages)
     parts = [part for message in given if not isinstance(message["content"], str) for part in message["content"]]
-    images = [part for part in parts if part["type"] == "image"]
-    if len(images) != 1:
+    places = [part for part in parts if part["type"] == "image"]
+    if not places:
+        raise CallError('the conversation speaks of no image; give a part {"type": "image"} where each stands')
+    held = [image for image in map(embedded, places) if image is not None]
+    if held and len(held) < len(places):
         raise CallError(
-            f"the conversation holds {len(images)} images; the decoder lays out one a sequence: give exactly one part "
-            '{"type": "image"}'
+            f"the messages hold {len(held)} of their {len(places)} images; give all in the messages, or all as images"
         )
     text = " ".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
-    return Question(text, messages, embedded(images[0]))
+    return Question(text, messages, tuple(held), len(places))
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,13 +124,13 @@ def encode_question(vlm: Adapter, question: Question) -> EncodedPrompt:
     _check_shown(messages, rendered)
 
     ids = tokenize_prompt(vlm.processor.tokenizer, vlm.prompt_text(rendered))
-    if ids.count(vlm.image_token) != 1:
+    found = ids.count(vlm.image_token)
+    if found != question.places:
         raise PromptError(
-            f"the conversation comes to {ids.count(vlm.image_token)} image placeholders in the model's chat template; "
-            "take the placeholder out of its texts"
+            f"the conversation of {counted(question.places, 'image')} comes to {counted(found, 'image placeholder')} in the "
+            "model's chat template; take the placeholder out of its texts"
         )
-    at = ids.index(vlm.image_token)
-    return EncodedPrompt(tuple(ids[:at]), tuple(ids[at + 1 :]))
+    return EncodedPrompt.split(ids, vlm.image_token)
 
 
 def _check_shown(messages: list[dict[str, Any]], rendered: str) -> None:

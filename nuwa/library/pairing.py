@@ -11,18 +11,21 @@ import torch
 
 from nuwa.library.conversations import Question, is_conversation, read_question
 from nuwa.library.pictures import TAKEN, is_image
-from nuwa.library.refusal import CallError, kind_of, shown
+from nuwa.library.refusal import CallError, counted, kind_of, shown
 
 Answered = TypeVar("Answered")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question of a call: ``image`` and ``question``, its numbers in the call, and what was given for both."""
+    """One question of a call: ``image`` and ``question``, its numbers in the call, and what was given for both.
+
+    ``pictures``: the image, or those that it is about together.
+    """
 
     image: int
     question: int
-    picture: Any
+    pictures: tuple[Any, ...]
     asked: Question
 
 
@@ -71,8 +74,17 @@ def _check_length(pictures: Sequence[Any], questions: Any) -> None:
         raise CallError(f"{len(pictures)} images but {len(questions)} questions; give one, or a list, for each image")
 
 
+def _together(given: Any, number: int) -> tuple[Any, ...]:
+    """What stands for one image in ``images``: itself, or a list of several that questions are about together."""
+    if not isinstance(given, (list, tuple)):
+        return (given,)
+    if not given:
+        raise CallError(f"images[{number}] is an empty list; give an image, or a list of images")
+    return tuple(given)
+
+
 def _counted(pictures: Sequence[Any]) -> str:
-    return "a list of one image" if len(pictures) == 1 else f"{len(pictures)} images"
+    return "a list of one image" if len(pictures) == 1 else counted(len(pictures), "image")
 
 
 def _several(images: Any) -> list[Any] | None:
@@ -95,16 +107,17 @@ def _pair_embedded(questions: Any) -> Pairing:
     for number, given in enumerate(conversations):
         place = f"questions[{number}]: " if len(conversations) > 1 else ""
         question = _placed(place, read_question, given)
-        if question.image is None:
+        if not question.images:
             raise CallError(f"{place}there is no image: give images, or put it into the messages")
-        asked.append(Asked(number, 0, question.image, question))
+        asked.append(Asked(number, 0, question.images, question))
     return Pairing(tuple(asked), (None,) * len(asked), one)
 
 
 def _paired(pictures: Sequence[Any], questions: Sequence[Any], one: bool) -> Pairing:
     asked: list[Asked] = []
     counts: list[int | None] = []
-    for number, (picture, given) in enumerate(zip(pictures, questions, strict=True)):
+    for number, (shown_together, given) in enumerate(zip(pictures, questions, strict=True)):
+        together = _together(shown_together, number)
         single = isinstance(given, str) or is_conversation(given)
         listed = [given] if single else given
         if not isinstance(listed, (list, tuple)):
@@ -116,9 +129,14 @@ def _paired(pictures: Sequence[Any], questions: Sequence[Any], one: bool) -> Pai
         for rank, one_question in enumerate(listed):
             place = "" if one and single else f"questions[{number}]: " if single else f"questions[{number}][{rank}]: "
             question = _placed(place, read_question, one_question)
-            if question.image is not None:
+            if question.images:
                 raise CallError(f"{place}the messages hold an image, and images has one, too; leave one of the two out")
-            asked.append(Asked(number, rank, picture, question))
+            if question.messages is not None and question.places != len(together):
+                raise CallError(
+                    f"{place}the conversation speaks of {counted(question.places, 'image')}, and {len(together)} "
+                    f"{'is' if len(together) == 1 else 'are'} given; give one image for each part of type image"
+                )
+            asked.append(Asked(number, rank, together, question.of(len(together))))
     return Pairing(tuple(asked), tuple(counts), one)
 
 

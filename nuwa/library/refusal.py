@@ -22,3 +22,7 @@ def shown(value: Any) -> str:
 def kind_of(value: Any) -> str:
     """What a value is, where to print it would say too little or too much."""
     return type(value).__name__
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

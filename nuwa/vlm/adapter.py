@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -72,10 +73,26 @@ class UnavailableSignal(UserError, ValueError):
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids before and after the image placeholder; the part before is the same for every question."""
+    """Token ids before and after the image placeholder; the part before is the same for every question.
+
+    ``between``: of several images, those between a placeholder and the next.
+    """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+    between: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def beginning(self) -> tuple[tuple[int, ...], ...]:
+        """What questions share that are asked about the same images in one row."""
+        return self.before, *self.between
+
+    @classmethod
+    def split(cls, ids: Sequence[int], placeholder: int) -> EncodedPrompt:
+        """``ids`` taken apart at every ``placeholder``, of which there is one at least."""
+        places = [number for number, token in enumerate(ids) if token == placeholder]
+        between = tuple(tuple(ids[at + 1 : following]) for at, following in itertools.pairwise(places))
+        return cls(tuple(ids[: places[0]]), tuple(ids[places[-1] + 1 :]), between)
 
 
 @dataclass(frozen=True)
@@ -356,8 +373,7 @@ class Adapter(ABC):
                     f"the question {_shortened(text)!r} holds the model's image placeholder; reword it or take it out"
                 )
             check_template(self.processor, self.image_token)
-        at = ids.index(self.image_token)
-        return EncodedPrompt(tuple(ids[:at]), tuple(ids[at + 1 :]))
+        return EncodedPrompt.split(ids, self.image_token)
 
     def prompt_text(self, rendered: str) -> str:
         """What is tokenized of a rendered chat: with what the processor puts around an image, where it does."""

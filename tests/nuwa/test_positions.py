@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuwa.grid import PatchGrid
-from nuwa.layout import View, VisualLayout
-from nuwa.positions import STRATEGIES, text_start, visual_positions
+from nuwa.layout import InterleavedLayout, View, VisualLayout
+from nuwa.positions import STRATEGIES, sequence_positions, visual_positions
 
 
 def line(tokens: int) -> VisualLayout:
@@ -88,8 +88,7 @@ def test_everything_kept_means_the_original_ids_whatever_the_strategy(tokens):
     everything = torch.arange(tokens)[None]
     for strategy in STRATEGIES:
         assert one_axis(everything, strategy, 4, tokens).tolist() == [list(range(4, 4 + tokens))]
-        found = visual_positions(everything, strategy, 4, line(tokens))
-        assert text_start(strategy, 4, found, line(tokens)).tolist() == [4 + tokens]
+        assert sequence_positions(everything, strategy, 4, line(tokens)).after.tolist() == [4 + tokens]
 
 
 @pytest.mark.parametrize("token", [0, 7, 143])
@@ -103,8 +102,7 @@ def test_one_kept_token(token):
 def test_text_follows_directly_under_perc_and_stays_otherwise():
     kept = torch.arange(0, 144, 9)[None].expand(2, -1)
     for strategy, expected in {"perc": 21, "pesp": 149, "rpme": 149}.items():
-        found = visual_positions(kept, strategy, 5, line(144))
-        assert text_start(strategy, 5, found, line(144)).tolist() == [expected, expected]
+        assert sequence_positions(kept, strategy, 5, line(144)).after.tolist() == [expected, expected]
 
 
 def test_rows_of_a_batch_are_spread_each_by_its_own_last_token():
@@ -114,17 +112,9 @@ def test_rows_of_a_batch_are_spread_each_by_its_own_last_token():
     assert together[0].tolist() == [0, 72, 143]
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda: visual_positions(torch.tensor([[0]]), "sparse", 0, grid_of(2, 2)),
-        lambda: text_start("sparse", 0, torch.zeros(3, 1, 1), grid_of(2, 2)),
-    ],
-    ids=["visual_positions", "text_start"],
-)
-def test_an_unknown_strategy_is_named_with_what_exists(ask):
+def test_an_unknown_strategy_is_named_with_what_exists():
     with pytest.raises(ValueError) as caught:
-        ask()
+        visual_positions(torch.tensor([[0]]), "sparse", 0, grid_of(2, 2))
     assert str(caught.value) == "position strategy 'sparse' is unknown; allowed: perc, pesp, rpme"
 
 
@@ -153,11 +143,11 @@ def test_a_kept_row_and_two_kept_columns_by_hand():
     # Rows 1 and 3 close up, and so do columns 2 and 4; the text follows the longer side, 2.
     closed = visual_positions(kept, "perc", 5, layout)
     assert closed[:, 0].tolist() == [[5, 5, 5], [5, 5, 6], [5, 6, 5]]
-    assert text_start("perc", 5, closed, layout).tolist() == [7]
+    assert sequence_positions(kept, "perc", 5, layout).after.tolist() == [7]
     # Rows 1, 3 of 0...3 become 0, 3; columns 2, 4 of 0...5 become 0, 5; the text stays behind the 6 columns.
     spread = visual_positions(kept, "rpme", 5, layout)
     assert spread[:, 0].tolist() == [[5, 5, 5], [5, 5, 8], [5, 10, 5]]
-    assert text_start("rpme", 5, spread, layout).tolist() == [11]
+    assert sequence_positions(kept, "rpme", 5, layout).after.tolist() == [11]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -176,7 +166,7 @@ def test_every_axis_follows_the_formulas_of_one(height, width, seed, strategy, s
     found = visual_positions(torch.tensor(rows), strategy, start, layout)
     for row, kept in enumerate(rows):
         assert found[:, row].tolist() == rows_and_columns(kept, strategy, start, height, width)
-    behind = text_start(strategy, start, found, layout).tolist()
+    behind = sequence_positions(torch.tensor(rows), strategy, start, layout).after.tolist()
     if strategy == "perc":
         assert behind == [max(map(max, found[:, row].tolist())) + 1 for row in range(2)]
     else:
@@ -186,6 +176,45 @@ def test_every_axis_follows_the_formulas_of_one(height, width, seed, strategy, s
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_whole_grid_keeps_its_three_ids(strategy):
     layout = grid_of(3, 5)
-    found = visual_positions(torch.arange(15)[None], strategy, 7, layout)
-    assert found[:, 0].tolist() == rows_and_columns(list(range(15)), "pesp", 7, 3, 5)
-    assert text_start(strategy, 7, found, layout).tolist() == [12]
+    found = sequence_positions(torch.arange(15)[None], strategy, 7, layout)
+    assert found.visual[:, 0].tolist() == rows_and_columns(list(range(15)), "pesp", 7, 3, 5)
+    assert found.after.tolist() == [12]
+
+
+# --- several images in a sequence
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=4),
+    axes=st.sampled_from([1, 3]),
+    seed=st.integers(0, 2**32),
+    strategy=st.sampled_from(STRATEGIES),
+)
+def test_every_image_is_placed_as_if_alone_behind_the_text_before_it(shapes, axes, seed, strategy):
+    rng = np.random.default_rng(seed)
+    images = [VisualLayout((View(PatchGrid(height, width)),), axes=axes) for height, width in shapes]
+    between = rng.integers(0, 4, len(images) - 1).tolist()
+    layout = InterleavedLayout.of(images, between)
+    # Rows keep as many in all, but not of every image: some of them may lose all.
+    keep = int(rng.integers(0, layout.tokens + 1))
+    rows = [sorted(rng.choice(layout.tokens, keep, replace=False).tolist()) for _ in range(3)]
+    found = sequence_positions(torch.tensor(rows, dtype=torch.long), strategy, 5, layout)
+    for row, kept in enumerate(rows):
+        start, first, visual, texts = 5, 0, [], []
+        for image, text in zip(images, [*between, 0], strict=True):
+            own = torch.tensor([[slot - first for slot in kept if first <= slot < first + image.tokens]]).long()
+            alone = sequence_positions(own, strategy, start, image)
+            visual.append(alone.visual[:, 0])
+            texts += range(int(alone.after), int(alone.after) + text)
+            start, first = int(alone.after) + text, first + image.tokens
+        assert found.visual[:, row].tolist() == torch.cat(visual, dim=1).tolist()
+        assert found.between[row].tolist() == texts
+        assert found.after[row] == start
+
+
+def test_texts_between_images_are_counted_right():
+    image = VisualLayout((View(PatchGrid(2, 2)),))
+    with pytest.raises(ValueError) as caught:
+        InterleavedLayout.of([image, image], [3, 4])
+    assert str(caught.value) == "2 images have 1 texts between them, not 2"

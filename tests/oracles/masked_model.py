@@ -38,19 +38,23 @@ def axis_ids(ids: list[int], strategy: str, last: int) -> list[int]:
 
 
 class MaskedModel:
-    """One question about one image. ``alive``: visual tokens that may be attended to, one sorted list a layer.
+    """One question about one image, or a conversation about several.
 
-    A visual token is named by its place among all of the image's: patches, and newline tokens where there are any.
-    ``merged``: language embeddings ``(kept, dim)`` in the place of the kept tokens' own.
+    ``alive``: visual tokens that may be attended to, one sorted list a layer. A visual token is named by its place among
+    all of the images': patches, and newline tokens where there are any. ``images``: one or a list; ``question``: a text,
+    or the messages. ``merged``: language embeddings ``(kept, dim)`` in the place of the kept tokens' own.
     """
 
     @torch.inference_mode()
     def __init__(
-        self, model, processor, image, question: str, kept: list[int], strategy: str = "pesp", merged=None
+        self, model, processor, images, question, kept: list[int], strategy: str = "pesp", merged=None
     ) -> None:
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        prompt = processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+        messages = question
+        if isinstance(question, str):
+            messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        images = images if isinstance(images, list) else [images]
+        inputs = processor(images=images, text=[prompt], return_tensors="pt")
         self.model, self.strategy = model, strategy
         self.language = model.model.language_model
         self.alive = [list(kept) for _ in self.language.layers]
@@ -62,10 +66,12 @@ class MaskedModel:
         pictures = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
         encoded = model.model.get_image_features(inputs["pixel_values"], **pictures)
         # What enters the first layer, and what is added behind the first, second ...: Qwen3-VL.
-        deep = [part[0] for part in getattr(encoded, "deepstack_features", None) or ()]
-        visible = encoded.pooler_output
-        first = visible.flatten(0, 1) if model.config.model_type == "internvl" else visible[0]  # InternVL: by tiles
-        self.tokens = torch.cat([first, *deep], dim=-1)
+        deep = [torch.cat(list(part)) for part in getattr(encoded, "deepstack_features", None) or ()]
+        visible = list(encoded.pooler_output)
+        if model.config.model_type == "internvl":  # by tiles, of one image
+            visible = [torch.cat(visible)]
+        self.image_of = [number for number, tokens in enumerate(visible) for _ in tokens]
+        self.tokens = torch.cat([torch.cat(visible), *deep], dim=-1)
         if merged is not None:
             self.tokens[kept] = merged
         self.projected, *self.deep = self.tokens.chunk(1 + len(deep), dim=-1)
@@ -102,20 +108,23 @@ class MaskedModel:
 
     def positions(self, layer: int, length: int) -> list[list[int]]:
         """Position ids of every axis; dropped tokens, whom nobody sees, get zeros."""
-        start, kept = self.visual[0], self.alive[layer]
-        axes, visual = [], []
-        for stock in self.stock_ids:
-            original = [stock[at] - start for at in self.visual]
-            renewed = axis_ids([original[token] for token in kept], self.strategy, max(original))
-            ids = [0] * length
-            ids[:start] = stock[:start]
-            for token, position in zip(kept, renewed, strict=True):
-                ids[self.visual[token]] = start + position
-            axes.append(ids)
-            visual += renewed if self.strategy == "perc" else original
-        after = start + max(visual, default=-1) + 1  # nothing may be left
+        axes = [[0] * length for _ in self.stock_ids]
+        column, position = 0, 0
+        for number in range(self.image_of[-1] + 1):
+            tokens = [token for token, image in enumerate(self.image_of) if image == number]
+            kept = [token for token in self.alive[layer] if self.image_of[token] == number]
+            first, behind = self.visual[tokens[0]], self.visual[tokens[-1]] + 1
+            start, taken = position + first - column, [-1]  # nothing may be left
+            for ids, stock in zip(axes, self.stock_ids, strict=True):
+                ids[column:first] = range(position, start)
+                original = {token: stock[self.visual[token]] - stock[first] for token in tokens}
+                renewed = axis_ids([original[token] for token in kept], self.strategy, max(original.values()))
+                for token, place in zip(kept, renewed, strict=True):
+                    ids[self.visual[token]] = start + place
+                taken += renewed if self.strategy == "perc" else original.values()
+            column, position = behind, start + max(taken) + 1
         for ids in axes:
-            ids[self.visual[-1] + 1 :] = range(after, after + length - self.visual[-1] - 1)
+            ids[column:] = range(position, position + length - column)
         return axes
 
     def position_tensor(self, axes: list[list[int]]) -> Tensor:

@@ -120,6 +120,26 @@ def test_the_placeholder_of_a_task_is_where_the_image_goes(pruned, pictures):
     assert pruned.generate_until(requests_of(pruned, placed)) == pruned.generate_until(requests_of(pruned, plain))
 
 
+def test_several_images_stand_where_the_text_says_or_before_it(pruned, pictures):
+    documents = [
+        (pictures[:2], QUESTIONS[0]),
+        (pictures[:2], f"<image><image>{QUESTIONS[0]}"),
+        (pictures[:2], f"<image>\n{QUESTIONS[1]} <image>"),
+    ]
+    before, placed, between = pruned.generate_until(requests_of(pruned, documents))
+    image, words = {"type": "image"}, {"type": "text", "text": QUESTIONS[1]}
+    model = pruned.vlm
+    (expected,) = nuwa.generate(
+        model.model,
+        model.processor,
+        [pictures[:2]],
+        [[{"role": "user", "content": [image, words, image]}]],
+        average_tokens=16,
+        max_new_tokens=GREEDY["max_new_tokens"],
+    )
+    assert before == placed and between == expected.text and before != between
+
+
 def test_answers_end_where_the_task_says(pruned, pictures):
     documents = [([pictures[0]], QUESTIONS[2])]
     (whole,) = pruned.generate_until(requests_of(pruned, documents))
@@ -152,17 +172,12 @@ def test_settings_that_are_not_obeyed_are_refused_by_name(pruned, pictures, sett
 
 def test_documents_that_cannot_be_asked_are_named(pruned, pictures):
     for images, text, message in (
-        (
-            pictures[:2],
-            "?",
-            "task digits, document 0 shows 2 images; nuwa answers about exactly one: leave the task out",
-        ),
-        ([], "?", "task digits, document 0 shows 0 images; nuwa answers about exactly one: leave the task out"),
+        ([], "?", "task digits, document 0 shows no image; nuwa answers about images: leave the task out"),
         (["film.mp4"], "?", "task digits, document 0 shows a str, no image; leave the task out"),
         (
             pictures[:1],
             "<image> or <image>?",
-            "task digits, document 0 names 2 places for its one image; leave the task out",
+            "task digits, document 0 names 2 places for 1 image; leave the task out",
         ),
     ):
         with pytest.raises(ValueError) as caught:

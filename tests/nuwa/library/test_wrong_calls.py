@@ -22,7 +22,6 @@ KEYWORDS = (
     "average_tokens, batch_images, conversation, image_aspect_ratio, max_new_tokens, method, on_error, parameters, "
     "position, preset, progress, retention, seed, stage2, text_tower, without_stage2"
 )
-ONE_IMAGE = '; the decoder lays out one a sequence: give exactly one part {"type": "image"}'
 
 
 def said(*parts: Any, role: str = "user") -> list[dict[str, Any]]:
@@ -172,8 +171,27 @@ QUESTIONS: list[tuple[Any, Any, str]] = [
     ([PICTURE], [7], "7 is no question; give a text, or messages with role and content"),
     (None, ASKED, "there is no image: give images, or conversations that hold theirs"),
     (None, said(PLACE, TEXT), "there is no image: give images, or put it into the messages"),
-    ([PICTURE], [said(TEXT)], f"questions[0]: the conversation holds 0 images{ONE_IMAGE}"),
-    ([PICTURE], [said(PLACE, PLACE, TEXT)], f"questions[0]: the conversation holds 2 images{ONE_IMAGE}"),
+    (
+        [PICTURE],
+        [said(TEXT)],
+        'questions[0]: the conversation speaks of no image; give a part {"type": "image"} where each stands',
+    ),
+    (
+        [PICTURE],
+        [said(PLACE, PLACE, TEXT)],
+        "questions[0]: the conversation speaks of 2 images, and 1 is given; give one image for each part of type image",
+    ),
+    (
+        [[PICTURE, PICTURE]],
+        [said(PLACE, TEXT)],
+        "questions[0]: the conversation speaks of 1 image, and 2 are given; give one image for each part of type image",
+    ),
+    ([[]], ["?"], "images[0] is an empty list; give an image, or a list of images"),
+    (
+        None,
+        said({"type": "image", "image": PICTURE}, PLACE, TEXT),
+        "the messages hold 1 of their 2 images; give all in the messages, or all as images",
+    ),
     (
         [PICTURE],
         [[ASKED, said(PLACE, TEXT, role="human")]],
@@ -202,7 +220,7 @@ QUESTIONS: list[tuple[Any, Any, str]] = [
     (
         PICTURE,
         said(PLACE, {"type": "text", "text": "<|image_pad|>"}),
-        "the conversation comes to 2 image placeholders in the model's chat template; take the placeholder out of its texts",
+        "the conversation of 1 image comes to 2 image placeholders in the model's chat template; take the placeholder out of its texts",
     ),
     (
         [PICTURE] * 2,
