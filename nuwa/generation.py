@@ -142,6 +142,11 @@ def plan_interleaved(
     vlm: Adapter, spec_of: Callable[[VisualLayout], MethodSpec], layout: InterleavedLayout
 ) -> tuple[LayoutPlan, ...]:
     """The plan of every image; raises as :func:`plan`, and where their cuts cannot be made together."""
+    if not vlm.interleaves:
+        raise ValueError(
+            f"several images in one question are encoded in another way by {vlm.encoder} than one, which is not supported; "
+            "ask about one at a time"
+        )
     plans = tuple(plan(vlm, spec_of(image), image) for image in layout.images)
     joined([one.schedule for one in plans])
     return plans

@@ -169,6 +169,7 @@ class Adapter(ABC):
     ``cls_attention`` of the signals is the attention a token receives, which only methods that say so may read.
     ``resizes``: whether images can be encoded at a smaller size (:meth:`encode_resized`).
     ``dynamic``: whether images differ in layout.
+    ``interleaves``: whether an image among several of one question is encoded as it is alone.
     ``layout``: the layout of every image where all images have the same, else null.
     ``text``: the language model's layers and what they take (:mod:`nuwa.vlm.language`).
     ``turn``: one question about one image as the family's published chat template renders it, with the placeholders
@@ -188,6 +189,7 @@ class Adapter(ABC):
     offers_cls: ClassVar[bool]
     resizes: ClassVar[bool] = False
     dynamic: ClassVar[bool] = True
+    interleaves: ClassVar[bool] = True
     pads: ClassVar[bool] = False
     pairs_text: ClassVar[bool] = False
     turn: ClassVar[str]

@@ -44,6 +44,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     encoder = "LLaVA-OneVision's SigLIP tower"
     offers_cls = False
     pairs_text = False
+    interleaves = False  # beside others an image is shown without its crops
     turn = "{system}<|im_start|>user <image>\n{text}<|im_end|><|im_start|>assistant\n"
 
     @classmethod
