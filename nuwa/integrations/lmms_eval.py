@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from nuwa.library import Failure, Options, stream
-from nuwa.library.refusal import CallError, kind_of, shown
+from nuwa.library.refusal import CallError, counted, kind_of, shown
 from nuwa.vlm import load_adapter
 
 PLACEHOLDER = "<image>"  # what tasks write where the image belongs, whatever the model's own placeholder is
@@ -129,10 +129,8 @@ class Nuwa(lmms):
         if len(texts) == 1:
             return visuals, text
         if len(texts) != len(visuals) + 1:
-            places = f"{len(texts) - 1} place{'s' * (len(texts) > 2)}"
-            raise CallError(
-                f"{where} names {places} for {len(visuals)} image{'s' * (len(visuals) > 1)}; leave the task out"
-            )
+            places, images = counted(len(texts) - 1, "place"), counted(len(visuals), "image")
+            raise CallError(f"{where} names {places} for {images}; leave the task out")
         content: list[dict[str, Any]] = []
         for number, part in enumerate(texts):
             content += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": part}] * (part != "")
