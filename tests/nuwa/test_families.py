@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from listening import heard
 from oracles.masked_model import MaskedModel, eager_copy
 from oracles.pictures import best_first
 from PIL import Image
@@ -113,19 +114,15 @@ def run(vlm, spec, images, asked):
     selection = select(vlm, planned, layout, ImageBatch(encoded=encoded, names=ids))
     prompts = [[vlm.encode_prompt(text) for text in texts] for texts in asked]
     trunk = Trunk(vlm, selection, prompts, spec.position, ids, layout)
-    heard: list[torch.Tensor] = []
-    listener = vlm.model.lm_head.register_forward_hook(lambda _module, _inputs, out: heard.append(out.clone()))
     limits = [MAX_NEW] * sum(map(len, asked))
     cuts = spec.cuts(planned.schedule)
-    try:
+    with heard(vlm.model.lm_head) as logits:
         if cuts:
             trunk.advance(cuts[0].layer, frozenset({cuts[0].layer - 1}))
             answers = trunk.fork(cuts, limits, spec.seed)
         else:
             answers = trunk.finish(limits)
-    finally:
-        listener.remove()
-    return layout, planned.schedule, selection, answers, heard
+    return layout, planned.schedule, selection, answers, logits
 
 
 def stock_embeddings(model, selection, row, newline_like) -> torch.Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
+from listening import heard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -218,15 +219,11 @@ def test_sliding_windows_with_several_position_ids_are_refused(tiny_qwen, monkey
 
 
 def logits_of(vlm, encoded) -> tuple[list, list[torch.Tensor]]:
-    heard: list[torch.Tensor] = []
-    listener = vlm.model.lm_head.register_forward_hook(lambda _module, _inputs, out: heard.append(out.clone()))
-    try:
+    with heard(vlm.model.lm_head) as logits:
         names = [f"photo {number}" for number in range(len(encoded))]
         batch = ImageBatch(encoded=encoded, names=names, questions=[[ASKED]] * len(encoded))
         answers = answer_encoded(vlm, batch, lambda layout: specify("nuwa", budget=20), MAX_NEW)
-    finally:
-        listener.remove()
-    return [mine[0] for mine in answers], heard
+    return [mine[0] for mine in answers], logits
 
 
 def through_a_file(encoded, folder, dtype) -> list[EncodedImage]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from listening import heard
 from oracles.inside_model import InsideModel
 from oracles.masked_model import eager_copy
 from PIL import Image
@@ -87,15 +88,11 @@ def decode(vlm, spec, images, asked):
     selection = select(vlm, planned, layout, ImageBatch(encoded=encoded, names=names))
     prompts = [[vlm.encode_prompt(text) for text in texts] for texts in asked]
     trunk = Trunk(vlm, selection, prompts, spec.position, names, layout)
-    heard: list[torch.Tensor] = []
-    listener = vlm.model.lm_head.register_forward_hook(lambda _module, _inputs, out: heard.append(out.clone()))
     cuts = spec.cuts(planned.schedule)
-    try:
+    with heard(vlm.model.lm_head) as logits:
         trunk.advance(cuts[0].layer, frozenset({cuts[0].layer - 1}))
         answers = trunk.fork(cuts, [MAX_NEW] * sum(map(len, asked)), spec.seed)
-    finally:
-        listener.remove()
-    return layout, planned.schedule, cuts, answers, heard
+    return layout, planned.schedule, cuts, answers, logits
 
 
 @pytest.mark.parametrize("case", CASES)

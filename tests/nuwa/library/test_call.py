@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from listening import heard, told_before
 from PIL import Image
 
 import nuwa
@@ -98,21 +99,15 @@ def test_an_image_that_comes_again_is_encoded_and_prefilled_once(tiny_qwen, phot
     questions = [ASKED, ASKED, OTHER, [OTHER] * 2, "where is a dog"]
     seen: Counter[str] = Counter()
 
-    def see_images(_module, given, named):
+    def see_images(given, named):
         seen.update(images=len(named.get("grid_thw", given[1] if len(given) > 1 else ())))
 
-    def see_rows(_module, given):
+    def see_rows(given, named):
         seen.update(rows=len(given[0]))
 
-    listeners = [
-        tiny_qwen.model.model.visual.register_forward_pre_hook(see_images, with_kwargs=True),
-        tiny_qwen.model.model.language_model.layers[0].register_forward_pre_hook(see_rows),
-    ]
-    try:
+    model = tiny_qwen.model.model
+    with told_before(model.visual, see_images), told_before(model.language_model.layers[0], see_rows):
         answers = ask(tiny_qwen, images, questions, max_new_tokens=1)
-    finally:
-        for listener in listeners:
-            listener.remove()
     once = 1 + 1  # of two layouts each: the tokens before the image, and the image with its questions
     assert seen == {"images": 2, "rows": 2 * once}
 
@@ -164,18 +159,15 @@ def test_what_the_model_raises_for_one_image_of_a_batch_loses_that_image(tiny_qw
     """As a batch that is too large for memory: it is halved until the image stands alone."""
     calls: list[int] = []
 
-    def fail(_module, given, named):
+    def fail(given, named):
         grids = named.get("grid_thw", given[1] if len(given) > 1 else None)
         calls.append(len(grids))
         height, width = tiny_qwen.processor.image_processor(photos[2], return_tensors="pt")["image_grid_thw"][0, 1:]
         if any((row[1:] == torch.tensor([height, width])).all() for row in grids):
             raise RuntimeError("out of memory")
 
-    listener = tiny_qwen.model.model.visual.register_forward_pre_hook(fail, with_kwargs=True)
-    try:
+    with told_before(tiny_qwen.model.model.visual, fail):
         answers = ask(tiny_qwen, photos[:4], [[ASKED, OTHER]] * 4, on_error="return", batch_images=4)
-    finally:
-        listener.remove()
     assert [one.message for one in answers.pop(2)] == ["out of memory"] * 2
     assert calls[0] == 4 and len(calls) > 2
     rest = ask(tiny_qwen, [photos[0], photos[1], photos[3]], [[ASKED, OTHER]] * 3)
@@ -186,13 +178,8 @@ def test_all_layouts_are_planned_before_the_first_image_is_encoded(tiny_next, ph
     large = max(range(8), key=lambda number: tiny_next.layout_of(photos[number].size).tokens)
     images = [photos[number] for number in range(8) if number != large] + [photos[large]]
     lowest = max(tiny_next.layout_of(image.size).tokens - tiny_next.layout_of(image.size).patches for image in images)
-    encoded: list[int] = []
-    listener = tiny_next.model.model.vision_tower.register_forward_hook(lambda *seen: encoded.append(1))
-    try:
-        with pytest.raises(UnreachableBudget) as caught:
-            ask(tiny_next, images, [ASKED] * 8, average_tokens=lowest, without_stage2=True, batch_images=1)
-    finally:
-        listener.remove()
+    with heard(tiny_next.model.model.vision_tower) as encoded, pytest.raises(UnreachableBudget) as caught:
+        ask(tiny_next, images, [ASKED] * 8, average_tokens=lowest, without_stage2=True, batch_images=1)
     assert not encoded
     assert str(caught.value).startswith("images[") and f"{lowest} tokens before the first cut are out of reach" in str(
         caught.value

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from listening import heard
 from PIL import Image
 
 import nuwa
@@ -232,15 +233,10 @@ QUESTIONS: list[tuple[Any, Any, str]] = [
 
 def refused(vlm, images: Any, questions: Any, **options: Any) -> str:
     """What a call is told; nothing may have passed the vision encoder by then."""
-    encoded: list[Any] = []
-    listener = vlm.model.model.visual.register_forward_hook(lambda *seen: encoded.append(seen))
-    try:
-        with pytest.raises(ValueError) as caught:
-            nuwa.generate(
-                vlm.model, vlm.processor, images, questions, **{"average_tokens": 20, "max_new_tokens": 2, **options}
-            )
-    finally:
-        listener.remove()
+    with heard(vlm.model.model.visual) as encoded, pytest.raises(ValueError) as caught:
+        nuwa.generate(
+            vlm.model, vlm.processor, images, questions, **{"average_tokens": 20, "max_new_tokens": 2, **options}
+        )
     assert not encoded
     return str(caught.value)
 
