@@ -55,7 +55,12 @@ def wait_for(what: str, ready, process: subprocess.Popen) -> None:
     while not ready():
         if process.poll() is not None or time.monotonic() > until:
             pytest.fail(f"{what} did not start; it ended as {process.poll()}")
-        pause.wait(0.3)
+        pause.wait(0.1)
+
+
+def listens(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 def answers(url: str) -> bool:
@@ -85,7 +90,7 @@ class Servers:
     """Processes of a test, ended by their ids in the opposite order."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.running = folder, []
+        self.folder, self.running, self.awaited = folder, [], []
 
     def start(self, name: str, command: list, **options) -> subprocess.Popen:
         with open(self.folder / f"{name}.log", "wb") as log:
@@ -94,6 +99,15 @@ class Servers:
             )
         self.running.append(process)
         return process
+
+    def expect(self, what: str, ready, process: subprocess.Popen) -> None:
+        """``process`` is needed later, and others may start beside it."""
+        self.awaited.append((what, ready, process))
+
+    def wait(self) -> None:
+        """Until all that is expected is there."""
+        for what in self.awaited:
+            wait_for(*what)
 
     def stop(self) -> None:
         for process in reversed(self.running):
@@ -117,6 +131,7 @@ def servers():
 
 @pytest.fixture
 def mlflow_on_postgres(servers, monkeypatch) -> str:
+    """A server that keeps its tables in PostgreSQL: started, and expected by ``servers``."""
     tools = {name: postgres_tool(name) for name in ("initdb", "postgres", "pg_isready")}
     lacking = [name for name, path in tools.items() if path is None]
     if lacking:
@@ -138,19 +153,23 @@ def mlflow_on_postgres(servers, monkeypatch) -> str:
     )
     ready = [tools["pg_isready"], "-q", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow"]
     wait_for("PostgreSQL", lambda: subprocess.run(ready).returncode == 0, database)
+
+    # Its jobs, for scorers of its own, take eight more processes, which nothing here has work for.
+    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     web = free_port()
     serve = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", web, "--workers", "1"]
     backend = f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
     stores = ["--backend-store-uri", backend, "--artifacts-destination", servers.folder / "artifacts"]
     server = servers.start("mlflow", [*serve, *stores])
-    wait_for("MLflow", lambda: answers(f"http://127.0.0.1:{web}/health"), server)
+    servers.expect("MLflow", lambda: answers(f"http://127.0.0.1:{web}/health"), server)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{web}")
     return f"http://127.0.0.1:{web}"
 
 
 @pytest.fixture
 def cluster_address(servers, monkeypatch) -> str:
-    """A head without a processor for work and a raylet with one, so that what runs, runs where the job does not."""
+    """A head without a processor for work and a raylet with one, so that what runs, runs where the job does not: started,
+    and expected by ``servers``."""
     token = servers.folder / "token"
     token.write_text(TOKEN)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -161,15 +180,16 @@ def cluster_address(servers, monkeypatch) -> str:
     begin = [BIN / "ray", "start", "--block", "--object-store-memory", 100 * 1024**2, "--disable-usage-stats"]
     board = ["--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard]
 
-    def node(number: int, *options) -> None:
+    def node(number: int, *options) -> subprocess.Popen:
         # Every node has a loopback address of its own; 127.0.0.1 itself Ray would take for this machine's outer one.
         place = ["--node-ip-address", f"127.0.0.{number}", "--dashboard-agent-listen-port", free_port()]
         own = ["--temp-dir", servers.folder / f"ray{number}"]  # as machines have; else nodes unpack over each other
-        started = servers.start(f"node{number}", [*begin, *place, *own, "--num-gpus", "0", *options])
-        wait_for(f"node {number}", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == number - 1, started)
+        return servers.start(f"node{number}", [*begin, *place, *own, "--num-gpus", "0", *options])
 
-    node(2, "--head", "--port", port, "--num-cpus", "0", *board)
-    node(3, "--address", f"127.0.0.2:{port}", "--num-cpus", "1")
+    head = node(2, "--head", "--port", port, "--num-cpus", "0", *board)
+    wait_for("node 2", lambda: listens("127.0.0.2", port), head)  # a raylet joins before there is a dashboard
+    raylet = node(3, "--address", f"127.0.0.2:{port}", "--num-cpus", "1")
+    servers.expect("node 3", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == 2, raylet)
     return f"http://127.0.0.1:{dashboard}"
 
 
@@ -209,8 +229,9 @@ def run(top: Path, *arguments: str | Path) -> str:
 
 
 def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
-    cluster_address, mlflow_on_postgres, repository, tmp_path, monkeypatch
+    servers, cluster_address, mlflow_on_postgres, repository, tmp_path, monkeypatch
 ):
+    servers.wait()
     storage = tmp_path / "shared"
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
