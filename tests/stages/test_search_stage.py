@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -54,7 +55,8 @@ def work(tiny_vlm, tmp_path, monkeypatch) -> Path:
 
 def test_a_search_leaves_its_tables_and_runs_and_asks_nothing_twice(work, capsys, monkeypatch):
     settings = settings_of(work)
-    search(settings)  # on Ray; the searches below have nothing to ask of workers
+    work_here(monkeypatch)
+    search(settings)
     trials, points = (pd.read_csv(work / "data" / "search" / name) for name in ("trials.csv", "swarm.csv"))
     summary = json.loads((work / "data" / "search" / "search.json").read_text())
     assert len(trials) == 5 and trials["rung"].between(1, 2).all()
@@ -80,13 +82,25 @@ def test_a_search_leaves_its_tables_and_runs_and_asks_nothing_twice(work, capsys
 
     held = {path.name: path.read_bytes() for path in (work / "data" / "search").iterdir()}
     units = ResultStore(work / "cache" / "results").done()
-    work_here(monkeypatch)
     search(settings)
     assert "0 answers were new" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (work / "data" / "search").iterdir()} == held
     assert ResultStore(work / "cache" / "results").done() == units
     search(settings_of(work, swarm=None))
     assert not (work / "data" / "search" / "swarm.csv").exists(), "what is not of this search goes"
+
+
+def test_workers_of_ray_race_to_the_same_table(work, monkeypatch):
+    settings, table = settings_of(work, swarm=None), work / "data" / "search" / "trials.csv"
+    with monkeypatch.context() as here:
+        work_here(here)
+        search(settings)
+    alone = table.read_bytes()
+    shutil.rmtree(work / "cache" / "results")
+    table.unlink()
+    search(settings)
+    assert table.read_bytes() == alone
+    assert ResultStore(work / "cache" / "results").done()
 
 
 def test_a_first_slice_too_small_is_refused_before_any_work(work):
