@@ -22,7 +22,7 @@ from nuwa.stage2.recycling import cluster_noise
 from nuwa.stage2.scorers import raters
 
 torch.set_num_threads(1)
-MAX_NEW = 12
+MAX_NEW = 6
 # Of different lengths, so that rows and blocks are padded.
 ASKED = [["locate the red 3 on the left"], ["what digit is blue?", "locate the digit that is red and looks like a 3"]]
 SELECTING = {"random": {}, "uniform": {}, "nuwa": {"aggregation": False}}  # methods that merge nothing

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import socket
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-
-from nuwa.training import PhaseSchedule, _parameter_groups, step_rng
-
-ROOT = Path(__file__).parents[2]
-SCHEDULE = PhaseSchedule(steps=7, batch_size=8, learning_rate=0.05, warmup=2, checkpoint_every=3)
-SCRIPT = """
-import sys, torch
-from dataclasses import replace
-from pathlib import Path
 from accelerate import PartialState
-sys.path.insert(0, sys.argv[2])
-from test_training_processes import SCHEDULE, Line, draw
-from nuwa.training import train_phase
-module, folder = Line(), Path(sys.argv[1])
-train_phase("line", module, draw, SCHEDULE, seed=3, checkpoint=folder / "checkpoint", log=lambda step, values: None)
-process = PartialState().process_index
-torch.save(module.state_dict(), folder / f"process-{process}.pt")
-try:
-    odd = replace(SCHEDULE, batch_size=7)
-    train_phase("odd", Line(), draw, odd, seed=3, checkpoint=folder / "odd", log=lambda step, values: None)
-except ValueError as refused:
-    (folder / f"refused-{process}.txt").write_text(str(refused))
-"""
+from accelerate.state import AcceleratorState
+from forked import begin
+
+from nuwa.training import PhaseSchedule, _parameter_groups, step_rng, train_phase
+
+SCHEDULE = PhaseSchedule(steps=7, batch_size=8, learning_rate=0.05, warmup=2, checkpoint_every=3)
 
 
 class Line(torch.nn.Module):
@@ -49,17 +34,33 @@ def draw(rng, size: int, progress: float) -> dict[str, torch.Tensor]:
     return {"x": x, "y": x.sum(1, keepdim=True) + 0.5}
 
 
+def train(folder: Path, port: int, process: int) -> None:
+    """One of two processes, as a launcher begins it: it leaves its weights, and what a batch of seven came to."""
+    places = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process this is a copy of
+
+    module = Line()
+    train_phase("line", module, draw, SCHEDULE, seed=3, checkpoint=folder / "checkpoint", log=lambda step, values: None)
+    assert PartialState().process_index == process and PartialState().num_processes == 2
+    torch.save(module.state_dict(), folder / f"process-{process}.pt")
+    try:
+        odd = replace(SCHEDULE, batch_size=7)
+        train_phase("odd", Line(), draw, odd, seed=3, checkpoint=folder / "odd", log=lambda step, values: None)
+    except ValueError as refused:
+        (folder / f"refused-{process}.txt").write_text(str(refused))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """What two processes leave: their weights, and what a batch of seven came to."""
+    """What two processes leave; that a launcher begins the stage in two is shown by tests/stages/test_pruner_stage.py."""
     folder = tmp_path_factory.mktemp("trained")
-    script = folder / "train.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    where = [str(folder), str(Path(__file__).parent)]
-    done = subprocess.run([*command, *where], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [begin(partial(train, folder, port, process)) for process in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes] == [0, 0]
     return folder
 
 

@@ -13,6 +13,7 @@ from pipelines.data.datasets import choose_questions
 from pipelines.features.encoding import encode_missing
 from pipelines.features.loading import Loading
 from pipelines.settings import ClusterSettings, FeatureSettings
+from pipelines.sweep import results
 from pipelines.sweep.answers import SweepSpec, run_sweep
 from pipelines.sweep.results import ResultStore
 from pipelines.sweep.trials import Trial
@@ -45,7 +46,7 @@ class HalfBench:
 
     def run(
         self,
-        results: Path,
+        results: Path | str,
         images: int | None = None,
         cluster: ClusterSettings = ONE,
         speed: float = SLOW,
@@ -122,9 +123,10 @@ def test_a_killed_sweep_of_more_images_than_before_goes_on_to_the_same_bytes(hal
 
 
 @pytest.mark.parametrize("half", [("bfloat16", 7)], indirect=True)
-def test_workers_of_a_cluster_give_the_same_bytes(half, whole, cluster, tmp_path):
+def test_workers_of_a_cluster_give_the_same_bytes_on_a_bucket(half, whole, cluster, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOOTERS", tmp_path / "footers")
     assert cluster.workers == 2
-    assert same(half.run(tmp_path, cluster=cluster)[0], whole)
+    assert same(half.run(bucket, cluster=cluster)[0], whole)
 
 
 # How questions are cut

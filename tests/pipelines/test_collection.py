@@ -65,7 +65,7 @@ some_units = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(some_units, st.integers(1, 40), st.sampled_from([0, 1500, 10**9]))
 def test_rows_are_those_asked_for_sorted_and_once(units, chunk_rows, run_bytes):
     """Overlapping units, trials and words nobody asks for, chunks and runs of any size; against sets in memory."""

@@ -248,14 +248,22 @@ def scaled_model(model_folder, factor, folder):
     return folder
 
 
+@pytest.fixture
+def one_worker(cluster):
+    """What a worker of Ray raises reaches the driver from one as from several, and each imports everything anew."""
+    return cluster.model_copy(update={"workers": 1})
+
+
 @pytest.mark.parametrize("in_process", [True, False])
-def test_a_signal_that_float16_cannot_hold_is_refused(model_folder, prepared, cluster, one_ray, tmp_path, in_process):
+def test_a_signal_that_float16_cannot_hold_is_refused(
+    model_folder, prepared, one_worker, one_ray, tmp_path, in_process
+):
     folder = scaled_model(model_folder, 1e8, tmp_path / "model")
     images = prepared / "images.parquet"
 
     def encode(dtype, in_process=True):
         settings = FeatureSettings(dtype=dtype, shard_images=12, batch_size=3)
-        return encode_missing(str(folder), images, tmp_path / "store", settings, cluster, in_process=in_process)
+        return encode_missing(str(folder), images, tmp_path / "store", settings, one_worker, in_process=in_process)
 
     with pytest.raises(SignalNotFinite) as raised:
         encode("float16", in_process)
@@ -311,7 +319,7 @@ def truncated(kind: str, seed: int) -> bytes:
 
 
 @pytest.mark.parametrize("in_process", [True, False])
-def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, cluster, one_ray, tmp_path, in_process):
+def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, one_worker, one_ray, tmp_path, in_process):
     """A JPEG and a PNG cut short: every whole image of every shard is stored, those of their own shards too."""
     table = pq.read_table(prepared / "benchmarks" / "pope.parquet")
     rows = table.to_pylist()
@@ -333,7 +341,7 @@ def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, clu
             images,
             tmp_path / "store",
             SETTINGS,
-            cluster,
+            one_worker,
             lambda *done: progress.append(done),
             in_process=in_process,
         )
@@ -359,7 +367,7 @@ def test_broken_images_are_named_and_all_others_kept(model_folder, prepared, clu
     mended, encoded = encode()  # in other batches than at once, which may round otherwise
     new = set(pq.read_table(images, columns=["image"])["image"].to_pylist()) - set(names)
     assert encoded == len(new) <= 2, "the mended images and no other"
-    fresh, _ = encode_missing(str(model_folder), images, tmp_path / "fresh", SETTINGS, cluster, in_process=True)
+    fresh, _ = encode_missing(str(model_folder), images, tmp_path / "fresh", SETTINGS, one_worker, in_process=True)
     everything = sorted(pq.read_table(images, columns=["image"])["image"].to_pylist())
     for name, value in mended.read(everything).items():
         assert torch.allclose(value, fresh.read(everything)[name], atol=1e-5), name

@@ -281,7 +281,8 @@ def flaky(monkeypatch):
 
 
 def test_a_sweep_on_a_bucket_equals_one_on_a_folder(bench, undisturbed, cluster, bucket):
-    assert same(bench.run(bucket, cluster, in_process=False), undisturbed)
+    """That Ray's workers reach a bucket, test_blocks.py shows."""
+    assert same(bench.run(bucket, cluster), undisturbed)
     again = []
     assert same(bench.run(bucket, cluster, done=lambda unit, report: again.append(unit)), undisturbed)
     assert not again

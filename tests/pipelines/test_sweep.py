@@ -1,12 +1,13 @@
-"""The sweep: parallel equals serial, an interrupted one continues, sharing changes nothing."""
+"""The sweep: an interrupted one continues, sharing changes nothing. That workers of Ray give the bytes of one process is
+shown by test_chaos.py, while they are killed, and by test_blocks.py in half precision.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-import pickle
 import signal
-import subprocess
 import sys
 import time
 import weakref
@@ -19,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from bench import BENCHMARKS, PATHS, ROOT, SLOW, same
-from forked import begin
+from bench import BENCHMARKS, SLOW, same
+from forked import begin, forked
 
 from nuwa.decoder import Trunk
 from nuwa.grid import PatchGrid
@@ -36,6 +37,7 @@ from pipelines.features.images import read_images
 from pipelines.features.loading import Loading
 from pipelines.features.store import FeatureStore
 from pipelines.files.lock import exclusive
+from pipelines.files.storage import StorageFull
 from pipelines.settings import FeatureSettings, SweepSettings
 from pipelines.sweep import answers as answering
 from pipelines.sweep.answers import branch
@@ -44,6 +46,8 @@ from pipelines.sweep.results import ResultStore, file_of
 from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.sweep.units import WorkUnit, read_examples
 from pipelines.workers import UnitsFailed, run_units
+
+NO_MOUNT = 77  # of a process that may not mount
 
 
 def test_every_trial_answers_every_question_once(bench, undisturbed):
@@ -149,12 +153,6 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
     assert same(outcome, undisturbed)
 
 
-def test_ray_workers_equal_one_process_bit_for_bit(bench, undisturbed, cluster, one_ray, tmp_path):
-    outcome = bench.run(tmp_path, cluster, in_process=False)
-    assert not outcome.failures
-    assert same(outcome, undisturbed)
-
-
 def test_only_what_is_missing_is_computed(bench, undisturbed, cluster, tmp_path):
     """First some trials on one benchmark, then all of everything in other units, then nothing is left."""
     first = [example for example in bench.examples if example.example_id.startswith("pope")]
@@ -223,38 +221,40 @@ def test_an_example_that_raises_is_given_up_alone(few, undisturbed_few, cluster,
     assert outcome.predictions.to_pandas().equals(rest)
 
 
-FULL = """
-import pickle, sys
-from pathlib import Path
-from pipelines.files.storage import StorageFull
-from pipelines.settings import ClusterSettings
-bench = pickle.loads(Path(sys.argv[1]).read_bytes())
-try:
-    bench.run(Path(sys.argv[2]), ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
-except StorageFull as error:
-    print(len(list(Path(sys.argv[2]).rglob("*.unit.parquet"))), error)
-"""
+def mount_small(folder: Path) -> None:
+    """Put a file system of 64 kB at ``folder``, for this process alone; raises ``OSError`` where nobody may."""
+    libc, who = ctypes.CDLL(None, use_errno=True), (os.getuid(), os.getgid())
+    new_user, new_mounts, private = 0x10000000, 0x00020000, (1 << 18) | (1 << 14)
+
+    def check(result: int) -> None:
+        if result:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    check(libc.unshare(new_user | new_mounts))
+    for name, line in {"setgroups": "deny", "uid_map": f"0 {who[0]} 1", "gid_map": f"0 {who[1]} 1"}.items():
+        Path("/proc/self", name).write_text(line)
+    check(libc.mount(b"none", b"/", None, private, None))
+    check(libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=64k"))
 
 
-def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, tmp_path):
-    """On a file system of 64 kB of its own."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size=64k tmpfs {small}"
-    if subprocess.run([*mounted, mount], capture_output=True).returncode:
+def test_a_full_disk_stops_the_sweep_and_keeps_what_is_done(bench, cluster, tmp_path):
+    """On a file system of 64 kB of its own, in a copy of this process, which no test has started Ray in yet."""
+
+    def fill() -> None:
+        try:
+            mount_small(tmp_path)
+        except OSError:
+            sys.exit(NO_MOUNT)
+        try:
+            bench.run(tmp_path, cluster)
+        except StorageFull as error:
+            print(len(list(tmp_path.rglob("*.unit.parquet"))), error)
+
+    ran = forked(fill)
+    if ran.code == NO_MOUNT:
         pytest.skip("this system lets nobody mount a file system in a namespace of their own")
-    (tmp_path / "bench.pickle").write_bytes(pickle.dumps(bench))
-    command = f'{mount} && exec "$0" -c "$1" "$2" "$3"'
-    ran = subprocess.run(
-        [*mounted, command, sys.executable, FULL, str(tmp_path / "bench.pickle"), str(small)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": PATHS},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0 and ran.stdout, ran.stderr[-2000:]
-    finished, message = ran.stdout.split(" ", 1)
+    assert ran.code == 0 and ran.out, ran.err[-2000:]
+    finished, message = ran.out.split(" ", 1)
     assert int(finished) > 0
     assert "no space is left" in message and "run the same command again" in message
 
