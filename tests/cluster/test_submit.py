@@ -271,9 +271,11 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     assert len(runs) == len(trials) + 1
 
     # The work folder outlives the job: the same sweep again computes nothing, and is the same.
-    units = {path: path.stat().st_mtime_ns for path in (storage / "work" / "cache" / "results").iterdir()}
+    held = storage / "work" / "cache" / "results"
+    units = {path: path.stat().st_mtime_ns for path in held.rglob("*.unit.parquet")}
+    assert units
     run(repository, "-m", "cluster.submit", "--address", cluster_address, "--storage", storage)
-    assert {path: path.stat().st_mtime_ns for path in (storage / "work" / "cache" / "results").iterdir()} == units
+    assert {path: path.stat().st_mtime_ns for path in held.rglob("*.unit.parquet")} == units
     pd.testing.assert_frame_equal(predictions, pd.read_parquet(repository / "data" / "predictions.parquet"))
 
 
