@@ -9,6 +9,7 @@ row, every image, every tensor.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import socket
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
+
+import torch
 
 from nuwa.benchmarks import RecordError
 from nuwa.benchmarks.own_tables import JsonLines
@@ -36,6 +39,7 @@ from stages.entry import CACHE, DATA, REPORT, check_tracking, feature_store, pub
 
 REACH_S = 5.0  # for a server to take a connection
 SQLITE = b"SQLite format 3\0"
+ACTIVATIONS = 0.2  # what a worker needs beside its weights, as a share of them
 LITTLE_ROOM = 1_000_000_000  # bytes below which a disk is nearly full
 
 
@@ -85,6 +89,39 @@ def room_for(settings: Settings, features: int, results: int) -> Iterator[Findin
             )
         elif free - size < LITTLE_ROOM:
             yield Finding("warning", f"{place}: {max(0, free - size) / 1e9:.1f} GB would be left free; make room")
+
+
+def memory_for(settings: Settings, numbers: int, *, gpu: int | None, machine: int) -> Iterator[Finding]:
+    """Whether a model of so many ``numbers`` fits each worker, where workers run on this machine.
+
+    ``gpu``: bytes of one GPU here; null where there is none, and nothing is known. ``machine``: bytes of memory.
+    """
+    cluster, dtype = settings.cluster, settings.model.dtype
+    weights = numbers * getattr(torch, dtype).itemsize
+    told = f"model.path = {settings.model.path!r}: its weights take {weights / 1e9:.1f} GB in {dtype}"
+    if cluster.resolved_address is not None:
+        return
+
+    if cluster.gpus and gpu is not None and weights > gpu * cluster.gpus:
+        count = math.ceil(weights * (1 + ACTIVATIONS) / gpu)
+        yield Finding(
+            "warning",
+            f"{told}, and a worker has {gpu * cluster.gpus / 1e9:.1f} GB (cluster.gpus = {cluster.gpus:g}); set cluster.gpus: "
+            f"{count}, over which its layers are spread, or take a smaller model",
+        )
+    workers = 1 if cluster.workers == "auto" else cluster.workers
+    if not cluster.gpus and weights * workers > machine:
+        yield Finding(
+            "warning",
+            f"{told}, {weights * workers / 1e9:.1f} GB for cluster.workers = {workers}, and this machine has "
+            f"{machine / 1e9:.1f} GB; take fewer workers or a smaller model",
+        )
+
+
+def memory_here() -> dict[str, Any]:
+    """``gpu`` and ``machine`` of :func:`memory_for`, of this machine; of unlike GPUs the smallest."""
+    sizes = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    return {"gpu": min(sizes, default=None), "machine": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
 
 
 def _rights(_settings: Settings, _deep: bool) -> Iterator[Finding]:

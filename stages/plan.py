@@ -29,6 +29,7 @@ from nuwa.vlm import Adapter, adapter_class
 from nuwa.vlm.processors import load_processor
 from nuwa.vlm.remembered import folder_memory
 from nuwa.vlm.shapes import SHAPES, model_shape
+from nuwa.vlm.weights import shape_numbers, stored_numbers
 from pipelines.addresses import BenchmarkName
 from pipelines.data.datasets import Questions, choose_questions
 from pipelines.data.left_out import without
@@ -49,7 +50,7 @@ from pipelines.sweep.results import ResultStore, StoredUnit
 from pipelines.sweep.reuse import Changes, explain, summary
 from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.sweep.units import WorkUnit, plan_units, read_examples
-from stages.doctor import Finding, examine, room_for
+from stages.doctor import Finding, examine, memory_for, memory_here, room_for
 from stages.entry import BAD_INPUT, EXAMPLES, UNITS_LOG, known_shape, places, planned_trials, published, run_stage
 from stages.experiment import experiment
 from stages.prepare import prepare_testbed
@@ -85,6 +86,16 @@ def plan(settings: Settings) -> None:
     for line in lines:
         say(line)
     tell(room_for(settings, outlook.feature_bytes, outlook.forecast.result_bytes))
+    if numbers := weight_numbers(settings.model.path):
+        tell(memory_for(settings, numbers, **memory_here()))
+
+
+def weight_numbers(path: str) -> int | None:
+    """How many numbers a model's weights are; null where its files do not say."""
+    if Path(path).is_dir():
+        return stored_numbers(Path(path))
+    config = known_shape(path)
+    return shape_numbers(adapter_class(config.model_type).model_class, config)
 
 
 def tell(findings: Iterable[Finding]) -> None:

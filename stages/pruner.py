@@ -1,7 +1,7 @@
 """``pruner``: train LearnPruner's module on the model of ``model.path`` (two minutes on two CPU cores; resumes).
 
 ``pruner.data`` says with what: the testbed's scenes, which teach the testbed's model, or published instruction data,
-which teach any LLaVA-1.5. Runs within ``dvc repro`` whenever the model, the recipe or the code of the training has
+which teach any LLaVA-1.5, LLaVA-NeXT, Qwen2-VL or Qwen2.5-VL. Runs within ``dvc repro`` whenever the model, the recipe or the code of the training has
 changed; the testbed's weights are in git, so a fresh clone has them. ``make pruner`` trains anyway. On several GPUs:
 ``accelerate launch --multi_gpu -m stages.pruner``.
 """
@@ -19,11 +19,13 @@ from accelerate import PartialState
 
 from nuwa.pruner.conversations import Scenes
 from nuwa.pruner.instructions import Conversations, InstructionDataError, Instructions, read_instructions
-from nuwa.pruner.train import build_learner, train_pruner
+from nuwa.pruner.layouts import LayoutConversations
+from nuwa.pruner.train import TAUGHT, build_learner, train_pruner
 from nuwa.source import closure, digest_of
 from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS, WeightsError, read_lpm
 from nuwa.training import PhaseSchedule
-from nuwa.vlm import LlavaAdapter
+from nuwa.vlm import adapter_class
+from nuwa.vlm.language import TEXT_FAMILIES
 from nuwa.vlm.shapes import model_shape
 from pipelines.settings import SCENES, Settings, SettingsError
 from pipelines.tracking.training import shown_training
@@ -53,18 +55,26 @@ def _train(settings: Settings) -> None:
         print(instructions, flush=True)
 
     model = settings.model
-    framing = {"conversation": model.conversation, "image_aspect_ratio": model.image_aspect_ratio}
-    vlm = LlavaAdapter.load(model.path, dtype=getattr(torch, model.dtype), **framing)
+    shape = model_shape(model.path)
+    # Pictures as the sweep prepares them, or the weights would be another encoder's.
+    framing: dict[str, Any] = {
+        "conversation": model.conversation,
+        "image_aspect_ratio": model.image_aspect_ratio,
+        "image_rules": model.images,
+    }
+    vlm: Any = adapter_class(shape.model_type).load(model.path, dtype=getattr(torch, model.dtype), **framing)
     data: Scenes | Conversations
     if instructions is None:
         data = Scenes(vlm, recipe.seed, recipe.images, recipe.share)
     else:
-        data = Conversations(vlm, instructions, recipe.max_tokens)
+        data = (LayoutConversations if vlm.dynamic else Conversations)(vlm, instructions, recipe.max_tokens)
 
     facts = {"parameters": recipe.model_dump(), "model": vlm.fingerprint()}
     if instructions is not None:
         facts["data"] = instructions.digest
-    facts["code"] = digest_of(closure([build_learner, train_pruner, type(data)], {"model type": ["llava"]}))
+    # Families that are not this model's change nothing of its training.
+    entries = {"model type": [shape.model_type], TEXT_FAMILIES.kind: [shape.text_config.model_type]}
+    facts["code"] = digest_of(closure([build_learner, train_pruner, type(data)], entries))
     if _carries(Path(DEFAULT_WEIGHTS), facts, vlm.encoder_identity):
         print(f"{DEFAULT_WEIGHTS} is of this recipe, data, model and code already; `make pruner` trains it again")
         return
@@ -116,9 +126,9 @@ def _instructions(settings: Settings) -> Instructions:
     """The data of ``pruner.data``, checked; nothing of the model but its configuration has been read."""
     recipe, model = settings.pruner, settings.model
     family = model_shape(model.path).model_type
-    if family != "llava":
+    if family not in TAUGHT:
         raise SettingsError(
-            f"pruner.data = {recipe.data!r}: instruction data teach models of family llava, and model.path = "
+            f"pruner.data = {recipe.data!r}: instruction data teach models of family {', '.join(TAUGHT)}, and model.path = "
             f"{model.path!r} is of family {family}; allowed for it: {SCENES}, which trains nothing, with weights of your "
             "own in the grids' parameters.weights"
         )

@@ -28,8 +28,7 @@ from nuwa.errors import UserError
 from nuwa.images import ImageError, read_image
 from nuwa.pruner.conversations import draw_subset
 from nuwa.testbed.instruction import IGNORE, Packed, collate
-from nuwa.vlm import LlavaAdapter
-from nuwa.vlm.adapter import tokenize_prompt
+from nuwa.vlm.adapter import Adapter, tokenize_prompt
 
 PLACEHOLDER = "<image>"
 ROLES = ("human", "gpt")
@@ -236,7 +235,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
-def encode_turns(vlm: LlavaAdapter, turns: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
+def encode_turns(vlm: Adapter, turns: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
     """Token ids of every turn, asked and answered, as the model meets them when it is asked one after the other.
 
     What is asked first are the tokens of :meth:`nuwa.vlm.Adapter.encode_prompt`, with one placeholder for the image. An
@@ -273,17 +272,23 @@ def encode_turns(vlm: LlavaAdapter, turns: Sequence[tuple[str, str]]) -> Iterato
         before = whole
 
 
-def pack_conversation(vlm: LlavaAdapter, turns: Sequence[tuple[str, str]], max_tokens: int) -> Packed | None:
+def pack_conversation(
+    vlm: Adapter, turns: Sequence[tuple[str, str]], max_tokens: int, image_tokens: int | None = None
+) -> Packed | None:
     """One conversation as one sequence, the answers of all turns as labels; null if not even the first turn fits.
 
+    ``image_tokens``: tokens that its image has in the sequence; null: as many as every image of the model.
     Turns from the first on that would end beyond ``max_tokens`` (text and image) are left out.
     """
+    if image_tokens is None:
+        assert vlm.layout is not None  # images of this model have one layout
+        image_tokens = vlm.layout.tokens
     ids: list[int] = []
     is_answer: list[bool] = []
     for question, answer in encode_turns(vlm, turns):
         if not ids:
             at = question.index(vlm.image_token)
-            question = [*question[:at], *[vlm.image_token] * vlm.grid.tokens, *question[at + 1 :]]
+            question = [*question[:at], *[vlm.image_token] * image_tokens, *question[at + 1 :]]
         if len(ids) + len(question) + len(answer) > max_tokens:
             break
         ids += question + answer
@@ -304,7 +309,7 @@ class Conversations:
     the next of the draw takes its place.
     """
 
-    def __init__(self, vlm: LlavaAdapter, instructions: Instructions, max_tokens: int) -> None:
+    def __init__(self, vlm: Any, instructions: Instructions, max_tokens: int) -> None:
         self.vlm, self.instructions, self.max_tokens = vlm, instructions, max_tokens
 
     def draw(self, rng: np.random.Generator, size: int) -> dict[str, Tensor]:
@@ -316,24 +321,39 @@ class Conversations:
 
     def _batch(self, rows: np.ndarray, size: int) -> dict[str, Tensor]:
         """The first ``size`` conversations of ``rows`` that fit; from the first again where there are fewer."""
-        chosen: list[tuple[Conversation, Packed]] = []
+        chosen = self.chosen(rows, size)
+        batch = collate([packed for _, packed, _ in chosen], pad=self.vlm.end_tokens[0])
+        return {**batch, "pixels": self.vlm.pixels([image or open_image(one) for one, _, image in chosen])}
+
+    def chosen(self, rows: np.ndarray, size: int) -> list[tuple[Conversation, Packed, Image.Image | None]]:
+        """``size`` conversations as sequences, and their images where packing has opened them."""
+        chosen: list[tuple[Conversation, Packed, Image.Image | None]] = []
+        fewest = None
         for conversation in map(self.instructions.conversation, rows):
-            packed = pack_conversation(self.vlm, conversation.turns, self.max_tokens)
+            packed, image, tokens = self.pack(conversation)
+            fewest = tokens if fewest is None else min(fewest, tokens)
             if packed is not None:
-                chosen.append((conversation, packed))
+                chosen.append((conversation, packed, image))
             if len(chosen) == size:
                 break
+
         if not chosen:
             raise InstructionDataError(
                 f"{self.instructions.path}: no conversation fits into max_tokens = {self.max_tokens}; "
-                f"an image alone takes {self.vlm.grid.tokens}"
+                f"an image alone takes {fewest}"
             )
-        chosen = [chosen[number % len(chosen)] for number in range(size)]
-        batch = collate([packed for _, packed in chosen], pad=self.vlm.end_tokens[0])
-        return {**batch, "pixels": self.vlm.pixels([_open(conversation) for conversation, _ in chosen])}
+        return [chosen[number % len(chosen)] for number in range(size)]
+
+    def pack(self, conversation: Conversation) -> tuple[Packed | None, Image.Image | None, int]:
+        """A conversation as one sequence, where it fits, its image if that was opened, and how many tokens it has."""
+        layout = self.vlm.layout
+        if layout is None:
+            raise ValueError("images of this model differ in layout: their conversations are LayoutConversations")
+        return pack_conversation(self.vlm, conversation.turns, self.max_tokens, layout.tokens), None, layout.tokens
 
 
-def _open(conversation: Conversation) -> Image.Image:
+def open_image(conversation: Conversation) -> Image.Image:
+    """The image, as a person sees it; raises :class:`InstructionDataError` where it cannot be read."""
     try:
         return read_image(conversation.image)
     except ImageError as error:

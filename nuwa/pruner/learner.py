@@ -31,7 +31,6 @@ from transformers import AttentionInterface
 from nuwa.signals import top_indices
 from nuwa.stage1.learnpruner import Lpm
 from nuwa.testbed.instruction import IGNORE, block_mask
-from nuwa.vlm import LlavaAdapter
 
 Sparsity = Literal["topk_ste", "ratio_penalty"]
 ATTENTION = "attend_to_kept"
@@ -136,7 +135,7 @@ class PrunerLearner(nn.Module):
     def __init__(
         self,
         lpm: Lpm,
-        vlm: LlavaAdapter,
+        vlm: Any,
         sparsity: Sparsity,
         keep_share: float,
         penalty_weight: float,
@@ -145,8 +144,16 @@ class PrunerLearner(nn.Module):
         super().__init__()
         self.lpm, self.vlm, self.recompute = lpm, vlm, recompute
         self.sparsity, self.keep_share, self.penalty_weight = sparsity, keep_share, penalty_weight
+        self._found = vlm.language.config._attn_implementation, [one.requires_grad for one in vlm.model.parameters()]
         vlm.model.requires_grad_(False)
         vlm.language.set_attn_implementation(ATTENTION)
+
+    def release(self) -> None:
+        """Leave the model as it was found; nothing can be learned from then on."""
+        attention, learning = self._found
+        self.vlm.language.set_attn_implementation(attention)
+        for parameter, flag in zip(self.vlm.model.parameters(), learning, strict=True):
+            parameter.requires_grad_(flag)
 
     @property
     def keep(self) -> int:
@@ -162,7 +169,15 @@ class PrunerLearner(nn.Module):
         """``(batch, tokens, dim)`` → log-odds of keeping ``(batch, tokens)``, in float32 whatever the model's dtype."""
         return self.lpm.keep_logit(features.float())
 
-    def mask(self, features: Tensor) -> Tensor:
+    def best(self, scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """1 at each image's best tokens by ``scores`` ``(batch, tokens)``, as many as ``keep_share`` stands for, else 0."""
+        return best_tokens(scores, self.keep)
+
+    def kept_share(self, mask: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The mean of ``mask`` over all tokens."""
+        return mask.mean()
+
+    def mask(self, features: Tensor, batch: dict[str, Tensor] | None = None) -> Tensor:
         """The straight-through mask m of visual tokens, ``(batch, tokens)``."""
         logit = self.keep_logit(features)
         if self.sparsity == "topk_ste":
@@ -198,8 +213,9 @@ class PrunerLearner(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses, and as a reading the share of visual tokens kept."""
         features = self.features(batch)
-        mask = self.mask(features)
-        scalars = {"answers": self.answer_loss(batch, features, mask), "keep_rate": mask.detach().mean()}
+        mask = self.mask(features, batch)
+        share = self.kept_share(mask, batch)
+        scalars = {"answers": self.answer_loss(batch, features, mask), "keep_rate": share.detach()}
         if self.sparsity == "ratio_penalty":
-            scalars["sparsity"] = self.penalty_weight * (mask.mean() - self.keep_share) ** 2
+            scalars["sparsity"] = self.penalty_weight * (share - self.keep_share) ** 2
         return scalars

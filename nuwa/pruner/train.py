@@ -13,13 +13,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from nuwa.pruner.learner import PrunerLearner, Sparsity, best_tokens
+from nuwa.pruner.layouts import LayoutLearner
+from nuwa.pruner.learner import PrunerLearner, Sparsity
 from nuwa.signals import seeded_generator
 from nuwa.stage1.learnpruner import Lpm, save_lpm
 from nuwa.training import Log, Metrics, PhaseSchedule, train_phase
-from nuwa.vlm import LlavaAdapter
+from nuwa.vlm import Adapter
+from nuwa.vlm.language import SLIDING
 
 PHASE = "pruner"
+TAUGHT = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")  # families, by model_type
 VALIDATION_SEED, VALIDATION_IMAGES = 13, 32
 
 
@@ -37,18 +40,29 @@ class TrainingData(Protocol):
 
 
 def build_learner(
-    vlm: LlavaAdapter,
+    vlm: Adapter,
     seed: int,
     sparsity: Sparsity,
     keep_share: float,
     penalty_weight: float,
     recompute: bool = False,
 ) -> PrunerLearner:
-    """A fresh LPM, seeded, in front of the frozen ``vlm``."""
+    """A fresh LPM, seeded, in front of the frozen ``vlm``.
+
+    Raises ``ValueError`` for a model of a family that cannot be taught, or whose layers see a sliding window.
+    """
+    family = vlm.model.config.model_type
+    if family not in TAUGHT:
+        raise ValueError(f"LearnPruner's module is trained for models of family {', '.join(TAUGHT)}, not {family}")
+    if SLIDING in vlm.text.kinds:
+        raise ValueError(
+            "LearnPruner's module is trained where all layers see the whole sequence, and some of these do not"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        lpm = Lpm(vlm.model.config.vision_config.hidden_size)
-    return PrunerLearner(lpm, vlm, sparsity, keep_share, penalty_weight, recompute)
+        lpm = Lpm(vlm.signal_widths(vlm.model.config)["features"])
+    kind = LayoutLearner if vlm.layout is None else PrunerLearner
+    return kind(lpm, vlm, sparsity, keep_share, penalty_weight, recompute)
 
 
 def train_pruner(
@@ -64,24 +78,30 @@ def train_pruner(
 ) -> None:
     """Train ``learner.lpm`` on ``data``, from ``checkpoints`` if there are any.
 
-    Writes the weights to ``output``, tied to the encoder's fingerprint and with ``facts`` of the training.
+    Writes the weights to ``output``, tied to the encoder's fingerprint and with ``facts`` of the training. The model is
+    left as it was found.
     """
-    vlm = learner.vlm
+    vlm, place = learner.vlm, learner.vlm.device
+    encoder = vlm.encoder_identity  # hashed once, where the weights are
     vlm.model.to(Accelerator(cpu=not torch.cuda.is_available()).device)
 
     def draw(rng: np.random.Generator, size: int, progress: float) -> dict[str, Tensor]:
         return data.draw(rng, size)
 
-    train_phase(
-        PHASE, learner, draw, schedule, seed=seed, checkpoint=checkpoints, log=log, evaluate=evaluator(vlm, data)
-    )
+    try:
+        train_phase(
+            PHASE, learner, draw, schedule, seed=seed, checkpoint=checkpoints, log=log, evaluate=evaluator(vlm, data)
+        )
+    finally:
+        learner.release()
+        vlm.model.to(place)
     if PartialState().is_main_process:
-        save_lpm(learner.lpm, output, vlm.encoder_fingerprint(), facts)
+        save_lpm(learner.lpm, output, encoder, facts)
         shutil.rmtree(checkpoints)  # a finished training has nothing to resume
     PartialState().wait_for_everyone()
 
 
-def evaluator(vlm: LlavaAdapter, data: TrainingData) -> Callable[[PrunerLearner], Metrics] | None:
+def evaluator(vlm: Adapter, data: TrainingData) -> Callable[[PrunerLearner], Metrics] | None:
     """A function that says how well a learner's ranking serves answers on fixed validation images, if there are any.
 
     ``loss_lpm`` and ``loss_random``: answer loss with the best ``keep`` tokens by the LPM, and with as many random
@@ -102,7 +122,7 @@ def evaluator(vlm: LlavaAdapter, data: TrainingData) -> Callable[[PrunerLearner]
         )
         scores = torch.from_numpy(noise).to(everything)
         return {
-            "validation_loss_random": float(learner.answer_loss(batch, features, best_tokens(scores, learner.keep))),
+            "validation_loss_random": float(learner.answer_loss(batch, features, learner.best(scores, batch))),
             "validation_loss_all": float(learner.answer_loss(batch, features, everything)),
         }
 
@@ -111,8 +131,8 @@ def evaluator(vlm: LlavaAdapter, data: TrainingData) -> Callable[[PrunerLearner]
         features = learner.features(batch)
         logit = learner.keep_logit(features)
         return {
-            "validation_loss_lpm": float(learner.answer_loss(batch, features, best_tokens(logit, learner.keep))),
-            "validation_argmax_share": float((logit > 0).float().mean()),
+            "validation_loss_lpm": float(learner.answer_loss(batch, features, learner.best(logit, batch))),
+            "validation_argmax_share": float(learner.kept_share((logit > 0).float(), batch)),
             **controls(learner),
         }
 

@@ -416,7 +416,7 @@ class Adapter(ABC):
 
     def fingerprint(self) -> str:
         """Digest of all weights and of the prompt format."""
-        digest = hashlib.sha256(self.encoder_fingerprint().encode())
+        digest = hashlib.sha256(self.encoder_identity.encode())
         digest.update(json.dumps(self.encode_prompt("?").__dict__).encode())
         _digest_weights(digest, self.model.state_dict())
         return digest.hexdigest()

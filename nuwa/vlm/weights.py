@@ -124,6 +124,20 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no {WEIGHTS} or {WEIGHTS}.index.json{hint}; fetch the checkpoint's weights")
 
 
+def stored_numbers(folder: Path) -> int | None:
+    """How many numbers the weights in ``folder`` are, by the headers of its files; null where they have none."""
+    files = weight_files(folder)
+    if any(path.suffix != ".safetensors" for path in files):
+        return None
+    return sum(tensor.numel() for path in files for tensor in _safetensors_header(path).values())
+
+
+def shape_numbers(model_class: type[PreTrainedModel], config: Any) -> int:
+    """How many numbers the weights of a configuration are."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_class(config).parameters())
+
+
 def refuse_pointer(path: Path) -> None:
     """Raises :class:`CheckpointError` for a file that only points to where git-lfs keeps the content, and for what is no
     file, such as a pipe, to which nothing may ever write."""

@@ -19,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nuwa.benchmarks import get_benchmark
+from nuwa.vlm import LlavaAdapter
+from nuwa.vlm.weights import shape_numbers
 from pipelines.settings import Settings, load_settings
 from stages import doctor
-from stages.doctor import examine, room_for
+from stages.doctor import examine, memory_for, room_for
 from stages.entry import run_stage
-from stages.plan import plan
+from stages.plan import plan, weight_numbers
 
 ROOT = Path(__file__).parents[2]
 
@@ -322,3 +324,42 @@ def test_disks_that_are_too_small(project):
     (finding,) = room_for(load_settings(), free, 10**9)
     assert finding.level == "warning" and "features and results of the whole grid need" in finding.line
     assert list(room_for(changed(features={"store": "s3://b/f"}, sweep={"store": "s3://b/r"}), free, free)) == []
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("cluster", "numbers", "line"),
+    [
+        ({"gpus": 1}, 7 * GB, None),
+        ({"gpus": 2}, 36 * GB, None),
+        ({"gpus": 0, "workers": 2}, 7 * GB, None),
+        (
+            {"gpus": 1},
+            72 * GB,
+            "its weights take 144.0 GB in bfloat16, and a worker has 80.0 GB (cluster.gpus = 1); set cluster.gpus: 3, over "
+            "which its layers are spread, or take a smaller model",
+        ),
+        ({"gpus": 0.25}, 13 * GB, "its weights take 26.0 GB in bfloat16, and a worker has 20.0 GB (cluster.gpus = 0.25); set "
+         "cluster.gpus: 1, over which its layers are spread, or take a smaller model"),
+        (
+            {"gpus": 0, "workers": 3},
+            13 * GB,
+            "its weights take 26.0 GB in bfloat16, 78.0 GB for cluster.workers = 3, and this machine has 64.0 GB; take fewer "
+            "workers or a smaller model",
+        ),
+        ({"gpus": 1, "address": "head:6379"}, 72 * GB, None),
+    ],
+)  # fmt: skip
+def test_a_model_that_no_worker_here_can_hold(project, cluster, numbers, line):
+    settings = changed(model={"dtype": "bfloat16"}, cluster=cluster)
+    found = list(memory_for(settings, numbers, gpu=80 * GB, machine=64 * GB))
+    assert [finding.line for finding in found] == ([] if line is None else [f"model.path = 'models/testbed': {line}"])
+    assert not list(memory_for(settings, 1, gpu=None, machine=64 * GB))
+
+
+def test_weights_are_counted_by_their_files_and_by_their_shape_alike(project):
+    vlm = LlavaAdapter.load("models/testbed")
+    count = sum(parameter.numel() for parameter in vlm.model.parameters())
+    assert weight_numbers("models/testbed") == count == shape_numbers(type(vlm.model), vlm.model.config)

@@ -17,13 +17,13 @@ import yaml
 from commands import run_here
 from instruction_data import tiny_llava, write_data
 from mlflow import MlflowClient
-from transformers import LlavaNextConfig, Qwen2_5_VLConfig
+from transformers import InternVLConfig, Qwen3VLConfig
 
 from nuwa.pruner.instructions import Conversations, read_instructions
 from nuwa.pruner.train import build_learner
 from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS, LearnPruner, WeightsError, check, read_lpm
 from nuwa.training import PhaseSchedule, step_rng
-from nuwa.vlm import LlavaAdapter
+from nuwa.vlm import ImageRules, LlavaAdapter, LlavaNextAdapter
 from pipelines.presets import compose
 from pipelines.settings import SettingsError, load_settings, parse_settings
 from stages.entry import planned_trials
@@ -190,13 +190,27 @@ def test_damage_that_shows_while_training_is_one_line_and_the_training_goes_on_w
     assert Path(DEFAULT_WEIGHTS).read_bytes() == expected
 
 
-@pytest.mark.parametrize(("config", "family"), [(LlavaNextConfig, "llava_next"), (Qwen2_5_VLConfig, "qwen2_5_vl")])
+def test_a_llava_next_is_taught_by_the_same_stage(tiny_next, published, monkeypatch):
+    """Pictures of three shapes; the weights are those of its encoder and of the rules by which pictures are prepared."""
+    vlm = copy.deepcopy(tiny_next)
+    template = vlm.processor.chat_template
+    vlm.processor.chat_template = template.replace("user :", "{{ '' if loop.first else ' ' }}{{ message['role'] }} :")
+    vlm.model.save_pretrained("next")
+    vlm.processor.save_pretrained("next")
+    pruner(taught_with(published, {"path": "next", "image_grid": "llava"}, steps=2, share=1.0))
+    rules = ImageRules(grid="llava")
+    file, model = read_lpm(Path(DEFAULT_WEIGHTS)), LlavaNextAdapter.load("next", image_rules=rules)
+    assert file.encoder == model.encoder_fingerprint() != LlavaNextAdapter.load("next").encoder_fingerprint()
+    assert file.training["model"] == model.fingerprint() and file.lpm.hidden.in_features == 32
+
+
+@pytest.mark.parametrize(("config", "family"), [(InternVLConfig, "internvl"), (Qwen3VLConfig, "qwen3_vl")])
 def test_families_that_cannot_be_taught_are_refused_before_anything_is_read(config, family, published):
     config().save_pretrained("other")
     before = Path(DEFAULT_WEIGHTS).read_bytes()
     assert refusal(taught_with(published, {"path": "other"}, data="nowhere.json")) == (
-        "pruner.data = 'nowhere.json': instruction data teach models of family llava, and model.path = 'other' is of "
-        f"family {family}; allowed for it: scenes, which trains nothing, with weights of your own in the grids' "
+        "pruner.data = 'nowhere.json': instruction data teach models of family llava, llava_next, qwen2_vl, "
+        f"qwen2_5_vl, and model.path = 'other' is of family {family}; allowed for it: scenes, which trains nothing, with weights of your own in the grids' "
         "parameters.weights"
     )
     assert Path(DEFAULT_WEIGHTS).read_bytes() == before
