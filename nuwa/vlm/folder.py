@@ -27,6 +27,7 @@ from nuwa.vlm.adapter import (
 )
 from nuwa.vlm.checkpoint import TEXTS, CheckpointError
 from nuwa.vlm.generation_settings import check_generation, check_values
+from nuwa.vlm.processors import check_torchvision
 from nuwa.vlm.weights import check_weights, refuse_pointer
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -142,6 +143,8 @@ def read_folder(path: Path, families: Callable[[str], type[Adapter]]) -> ModelFo
     try:
         return ModelFolder(path, AutoConfig.from_pretrained(path), family)
     except Exception as error:  # values of wrong type or range raise whatever the configuration class makes of them
+        if isinstance(error, ImportError):  # of a library, not of this file
+            check_torchvision()
         raise CheckpointError(f"{path / 'config.json'}: no valid configuration ({_words(error)})") from None
 
 

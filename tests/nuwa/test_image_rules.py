@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 
 from nuwa.image_rules import PINS, ImageRules, ImageRulesError
 from nuwa.vlm import LlavaNextAdapter, Qwen2_5VLAdapter, usual_image_processor
-from nuwa.vlm.processors import load_processor
+from nuwa.vlm.processors import check_torchvision, load_processor
 from nuwa.vlm.shapes import model_shape
 
 QWEN, NEXT = "Qwen/Qwen2.5-VL-7B-Instruct", "llava-hf/llava-v1.6-vicuna-7b-hf"
@@ -150,6 +151,25 @@ def test_the_encoder_sees_what_the_layout_says(tiny_qwen):
     assert encoded.layout == framed.layout_of(image.size) != plain.layout_of(image.size)
     assert torch.isfinite(encoded.signals["features"]).all()
     assert framed.encoder_identity != plain.encoder_identity
+
+
+def test_a_torchvision_of_another_build_is_one_line(tmp_path, monkeypatch):
+    """As PyPI's wheel fails beside a torch for CPUs alone."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    check_torchvision()  # none, or a sound one
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(ImageRulesError) as caught:
+        check_torchvision()
+    assert str(caught.value) == (
+        f"torchvision is installed, but not for this torch ({torch.__version__}): operator torchvision::nms does not exist; "
+        "install the wheel of the same build, or uninstall it where no model needs it"
+    )
 
 
 def test_torchvision_is_refused_where_it_is_not_installed(tmp_path):
