@@ -70,7 +70,11 @@ def stock_answers(vlm, images, asked) -> list[tuple[int, ...]]:
     return [tuple(row[: next((at for at, token in enumerate(row) if token in ends), len(row))]) for row in rows]
 
 
+FAMILIES = ["tiny_vlm", "tiny_next", "tiny_qwen", "tiny_qwen3", "tiny_internvl"]
+
+
 @pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
 def test_unpruned_equals_stock_generate(family, pictures, batch):
     images = [[pictures[(row + step) % len(pictures)] for step in (0, 3, 5)] for row in range(batch)]
     asked = [conversations(family)[row % 4] for row in range(batch)]
