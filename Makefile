@@ -8,7 +8,7 @@ COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 |
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submission submit dashboard track testbed pruner clean profile search experiment
+.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submission submit dashboard track testbed pruner clean profile search experiment compact
 
 setup: $(READY)
 
@@ -111,6 +111,10 @@ search: $(READY)
 experiment: $(READY)
 	$(RUN) python -m stages.experiment "$(PRESET)"
 	$(RUN) dvc repro
+
+# Small units of the result store in fewer files; those that were replaced go when that is a day old.
+compact: $(READY)
+	$(RUN) python -m stages.compact
 
 # Cached features and results, not the environment.
 clean:

@@ -158,6 +158,10 @@ class ResultStore:
         replaced = {name for unit in units.values() for name in unit.replaces}
         return [units[name] for name in sorted(units) if name not in replaced]
 
+    def present(self) -> list[StoredUnit]:
+        """Every finished unit, those too that another one replaces."""
+        return list({unit.unit: unit for unit in self._known().values()}.values())
+
     def _known(self, tidy: bool = False) -> dict[str, StoredUnit]:
         """Every finished unit by its file, replaced or not."""
         stamps = self.storage.stamps(SUFFIX)
