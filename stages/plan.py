@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,6 +56,8 @@ from stages.entry import BAD_INPUT, EXAMPLES, UNITS_LOG, known_shape, places, pl
 from stages.experiment import experiment
 from stages.prepare import prepare_testbed
 
+NAMED_LAYOUTS = 5  # of images, in a plan
+
 
 def plan(settings: Settings) -> None:
     console = Console()
@@ -80,7 +83,8 @@ def plan(settings: Settings) -> None:
     if Path(settings.model.path).is_dir():
         folder_memory(settings.model.path).save()  # what was asked of its processor
     speed = worker_speed(UNITS_LOG, settings.cluster)
-    lines = outlook.left_out + describe(outlook.forecast, outlook.feature_bytes, settings, speed)
+    lines = [*outlook.left_out, image_tokens(outlook.layouts.values())]
+    lines += describe(outlook.forecast, outlook.feature_bytes, settings, speed)
     if exact:
         lines += compare(outlook, settings, speed, each=bool(os.environ.get("EXPLAIN")))
     for line in lines:
@@ -252,6 +256,25 @@ def describe(expected: Forecast, feature_bytes: int, settings: Settings, speed: 
         f"GPU hours: {seconds / 3600 * cluster.gpus:,.2f}",
         f"disk: {_size(feature_bytes)} features, {_size(expected.result_bytes)} results",
     ]
+
+
+def image_tokens(layouts: Iterable[VisualLayout]) -> str:
+    """How many tokens an image has before anything is pruned, newline tokens included: on average and layout by layout,
+    the most frequent first."""
+    counts = Counter(layouts)
+    average = sum(layout.tokens * count for layout, count in counts.items()) / counts.total()
+    named = [
+        f"{_grids_of(layout)} = {layout.tokens:,} of {count:,} images"
+        for layout, count in counts.most_common(NAMED_LAYOUTS)
+    ]
+    if len(counts) > NAMED_LAYOUTS:
+        named.append(f"{len(counts) - NAMED_LAYOUTS:,} further layouts")
+    return f"tokens an image: {average:,.1f} on average; {', '.join(named)}"
+
+
+def _grids_of(layout: VisualLayout) -> str:
+    grids = ((view.grid.height, view.grid.width + view.newline) for view in layout.views)
+    return " + ".join(f"{rows} x {columns}" for rows, columns in grids)
 
 
 def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = False) -> list[str]:

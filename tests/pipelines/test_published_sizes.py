@@ -18,6 +18,8 @@ from PIL import Image
 from nuwa.benchmarks import BENCHMARKS, get_benchmark
 from nuwa.benchmarks.gqa import IMAGES, INSTRUCTIONS
 from nuwa.benchmarks.protocols import PROTOCOLS, TESTBED
+from nuwa.grid import PatchGrid
+from nuwa.layout import View, VisualLayout
 from nuwa.vlm.shapes import model_shape
 from pipelines.addresses import BenchmarkName
 from pipelines.data.datasets import write_examples
@@ -27,7 +29,7 @@ from pipelines.settings import Settings, parse_settings
 from pipelines.sweep.costs import forecast
 from pipelines.sweep.progress import usual_speed
 from stages.entry import run_stage
-from stages.plan import Outlook, expected, plan, plan_experiment
+from stages.plan import Outlook, expected, image_tokens, plan, plan_experiment
 from stages.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +184,35 @@ def test_every_experiment_has_an_estimate_without_weights_or_tables(overlay):
     assert len(outlook.trials) > 3
     assert outlook.forecast.answers == pytest.approx(len(outlook.trials) * len(table), rel=1e-3)
     assert hours > 1 and outlook.feature_bytes > 1e9 and outlook.forecast.result_bytes > 1e6
+
+
+def test_pixel_limits_change_what_a_sweep_of_qwen_costs():
+    """Twenty photos of MME."""
+    params = yaml.safe_load(compose(PARAMS, OVERLAYS["nuwa_table14"]))
+    params["prepare"]["tables"] = {"mme/test": "tables/MME"}
+    params["sweep"] |= {"benchmarks": ["mme/test"], "images": 20, "grids": params["sweep"]["grids"][:1]}
+
+    def outlook(least: int, most: int) -> Outlook:
+        params["model"] |= {"min_pixels": least, "max_pixels": most}
+        settings = parse_settings(yaml.safe_dump(params), "table 14")
+        return Outlook.of(settings, expected(settings)[0], exact=False)
+
+    small, large = outlook(3136, 200_704), outlook(1_003_520, 12_845_056)
+    tokens = [sum(layout.tokens for layout in one.layouts.values()) for one in (small, large)]
+    assert tokens[1] > 5 * tokens[0]
+    assert large.feature_bytes > 5 * small.feature_bytes
+    assert large.forecast.shared_flops > 3 * small.forecast.shared_flops
+
+
+def test_a_plan_tells_the_tokens_of_an_image_by_layout():
+    one, other = (VisualLayout((View(PatchGrid(rows, 3)),)) for rows in (2, 4))
+    crops = VisualLayout((View(PatchGrid(24, 24)), View(PatchGrid(36, 48), 6, newline=True)))
+    assert image_tokens([one, other, one]) == (
+        "tokens an image: 8.0 on average; 2 x 3 = 6 of 2 images, 4 x 3 = 12 of 1 images"
+    )
+    assert image_tokens([crops]) == "tokens an image: 2,340.0 on average; 24 x 24 + 36 x 49 = 2,340 of 1 images"
+    many = [VisualLayout((View(PatchGrid(1, columns)),)) for columns in range(1, 8)]
+    assert image_tokens(many).endswith(", 2 further layouts")
 
 
 def test_half_the_images_are_half_the_work():
