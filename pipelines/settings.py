@@ -411,6 +411,15 @@ class AgainstSettings(Section):
         return self
 
 
+class PlannedSettings(Section):
+    """A pair of main trials that is held apart from all others because it was named before the run."""
+
+    trial: AgainstSettings
+    """Whose retention."""
+    less: AgainstSettings
+    """What is taken off."""
+
+
 class EvaluateSettings(Section):
     """Bootstrap over images."""
 
@@ -422,6 +431,8 @@ class EvaluateSettings(Section):
     """A file of grades for benchmarks that a judge scores, such as ``mmvet:judged`` (:mod:`pipelines.scores.grades`)."""
     against: AgainstSettings = AgainstSettings()
     """What every other main trial of a budget is compared with, pair by pair (:mod:`pipelines.scores.comparisons`)."""
+    planned: list[PlannedSettings] = []
+    """Pairs named before the run, at every budget that has both: each budget's are corrected with one another alone."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Of retention: a trial this near the unpruned model, surely, is called equivalent to it."""
     processes: Positive = 1

@@ -67,7 +67,7 @@ def evaluate(settings: Settings) -> None:
         recipe.resamples,
         recipe.seed,
         grades,
-        pairs_of(trials, recipe.against),
+        pairs_of(trials, recipe.against, recipe.planned),
         recipe.margin,
         headline,
         settings.plugins,

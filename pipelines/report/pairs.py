@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from nuwa import UNPRUNED
 from pipelines.report.finding import p_text
 from pipelines.report.outcomes import FAMILIES, Difference, Outcomes, TrialRow
+from pipelines.report.style import FAMILIES as FAMILY_NAMES
 from pipelines.report.style import method_style, percent, plain_number
 from pipelines.report.tables import DASH
-from pipelines.scores.comparisons import AGAINST, AHEAD, BEHIND, EQUIVALENT
+from pipelines.scores.comparisons import AGAINST, AHEAD, BEHIND, EQUIVALENT, PLANNED
 
 OTHER_IDS = "With other position ids than their authors’"
 
@@ -44,6 +46,7 @@ class PairTable:
     together: int
     rows: list[PairRow]
     none_equivalent: bool
+    planned: list[str]
 
     @property
     def parts(self) -> list[tuple[str, list[PairRow]]]:
@@ -69,7 +72,29 @@ def pair_table(outcomes: Outcomes, budget: float) -> PairTable | None:
         together=max(one.together for known in compared.values() for one in known),
         rows=rows,
         none_equivalent=not any(flag for row in rows for flag in row.equivalent.values()),
+        planned=_planned(outcomes, budget),
     )
+
+
+def _planned(outcomes: Outcomes, budget: float) -> list[str]:
+    """A sentence for each pair that was named before the run."""
+    trials = outcomes.at_budget(budget)
+    sentences = []
+    for trial, other in itertools.permutations(trials, 2):
+        found = {family: outcomes.difference(PLANNED, budget, trial, other, family) for family in FAMILIES}
+        parts = [
+            f"{FAMILY_NAMES[family]} {_signed(one.value)} points [{_signed(one.low)}, {_signed(one.high)}], "
+            f"{p_text(one.p)}, {one.verdict}"
+            for family, one in found.items()
+            if one is not None
+        ]
+        if parts:
+            together = max(one.together for one in found.values() if one is not None)
+            pair = " less ".join(f"{outcomes.name(one)} ({one.position.upper()})" for one in (trial, other))
+            sentences.append(
+                f"Named before the run: {pair}: {'; '.join(parts)}; p corrected for these {together} alone."
+            )
+    return sentences
 
 
 def _lead(outcomes: Outcomes, trial: TrialRow, reference: TrialRow, budget: float, family: str) -> Difference | None:

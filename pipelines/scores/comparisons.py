@@ -7,6 +7,7 @@ compared with what follows from the trials, at every budget of the main grid, an
 * ``against``: every other trial less the named one;
 * ``position``: a method's trial less its own with compressed ids, which keep the same tokens;
 * ``control``: LearnPruner less random tokens behind the same stage 2;
+* ``planned``: pairs that ``evaluate.planned`` names before the run, corrected with one another alone;
 * ``unpruned``: every trial less the unpruned model, and whether it lies within a margin of it.
 """
 
@@ -29,7 +30,7 @@ from pipelines.scores.summary import main_trials
 SURE = 0.05  # p-values below are differences, all of a family of pairs together
 MEAN = "mean"  # stands for a benchmark where a pair differs in its family's mean retention
 AHEAD, BEHIND, NOT_TOLD_APART, EQUIVALENT = "ahead", "behind", "not told apart", "equivalent"
-AGAINST, POSITION, CONTROL = "against", "position", "control"
+AGAINST, PLANNED, POSITION, CONTROL = "against", "planned", "position", "control"
 COMPRESSED, OWN = "perc", "own"
 SAME_STAGE2 = ("position", "stage1_keep", "stage2_cuts", "stage2_scorer")
 COLUMNS = {
@@ -61,6 +62,16 @@ class Named(Protocol):
     position: PositionName
 
 
+class Planned(Protocol):
+    """A pair that was named before the run: ``trial`` less ``less``."""
+
+    @property
+    def trial(self) -> Named: ...
+
+    @property
+    def less(self) -> Named: ...
+
+
 @dataclass(frozen=True)
 class Pair:
     """``trial`` less ``reference``, both trial ids, as an answer to one of the questions above at one budget."""
@@ -71,7 +82,7 @@ class Pair:
     reference: str
 
 
-def pairs_of(trials: pd.DataFrame, against: Named) -> list[Pair]:
+def pairs_of(trials: pd.DataFrame, against: Named, planned: Sequence[Planned] = ()) -> list[Pair]:
     """What is compared with what.
 
     ``trials``: rows of ``data/trials.parquet``.
@@ -87,6 +98,8 @@ def pairs_of(trials: pd.DataFrame, against: Named) -> list[Pair]:
         if reference is not None:
             others = there.loc[there["trial_id"] != reference, "trial_id"]
             pairs += [Pair(AGAINST, budget, trial, reference) for trial in others]
+        ends = [(_named(there, pair.trial), _named(there, pair.less)) for pair in planned]
+        pairs += [Pair(PLANNED, budget, one, other) for one, other in ends if one and other and one != other]
         pairs += [Pair(POSITION, budget, *pair) for pair in _by_position(there)]
         pairs += [Pair(CONTROL, budget, *pair) for pair in _controls(there, trials)]
         pairs += [Pair(UNPRUNED, budget, trial, unpruned) for trial in there["trial_id"]]

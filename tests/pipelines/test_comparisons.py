@@ -9,7 +9,7 @@ from test_evidence import world
 
 from pipelines.scores.comparisons import COLUMNS, Pair, compare, pairs_of, with_verdicts
 from pipelines.scores.evidence import evaluate, gather
-from pipelines.settings import AgainstSettings
+from pipelines.settings import AgainstSettings, PlannedSettings
 
 
 def trial(trial_id, method, preset, position, budgets, grids=("main",), cuts=None):
@@ -56,6 +56,27 @@ def test_pairs_follow_from_the_trials():
 def test_what_others_are_held_against_is_named(against, reference):
     found = {pair.reference for pair in pairs_of(TRIALS, against) if pair.question == "against" and pair.budget == 16}
     assert found == ({reference} if reference else set())
+
+
+def test_pairs_named_before_the_run_are_corrected_alone():
+    """At every budget that has both; what is not there, and a trial less itself, are no pairs."""
+    nuwa, zipped = {"method": "nuwa", "preset": "paper"}, {"method": "visionzip", "preset": None}
+    named = [(nuwa, zipped), (nuwa, {"method": "divprune", "preset": None}), (nuwa, nuwa)]
+    planned = [PlannedSettings.model_validate({"trial": trial, "less": less}) for trial, less in named]
+    pairs = pairs_of(TRIALS, AgainstSettings(), planned)
+    assert [pair for pair in pairs if pair.question == "planned"] == [Pair("planned", 16.0, "p16", "v16")]
+    assert set(pairs) > set(pairs_of(TRIALS, AgainstSettings()))
+
+    rows = pd.DataFrame(
+        {
+            "question": ["planned"] + ["against"] * 9, "budget": 16.0, "trial_id": list("abcdefghij"), "reference": "n",
+            "family": "vqa", "benchmark": "mean", "difference": -0.06, "low": -0.11, "high": -0.01, "images": 200,
+            "p": 0.02, "p_margin": np.nan,
+        }
+    )  # fmt: skip
+    verdicts = with_verdicts(rows).set_index("trial_id")
+    assert verdicts.loc["a", ["together", "p_corrected", "verdict"]].tolist() == [1, 0.02, "behind"]
+    assert set(verdicts.drop("a")["verdict"]) == {"not told apart"}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from pipelines.report.inputs import ReportInputs
 from pipelines.report.page import build_report
 from pipelines.scores.comparisons import MEASURED, pairs_of, with_verdicts
 from pipelines.scores.groups import COLUMNS as GROUPS
-from pipelines.settings import AgainstSettings
+from pipelines.settings import AgainstSettings, PlannedSettings
 
 TOKENS, SIDE = 144, 12
 BUDGETS = (16, 32, 48)
@@ -59,6 +59,8 @@ class Synthetic:
     ) -> None:
         self.rng = np.random.default_rng(7)
         self.against = AgainstSettings(method=against, preset="released" if against == "nuwa" else "default")
+        paper = {"trial": {"method": "visionzip", "preset": None}, "less": {"preset": "paper"}}
+        self.planned = [PlannedSettings.model_validate(paper)]
         self.trials: list[dict] = []
         self.known: dict[tuple, dict] = {}
         self.scores: list[dict] = []
@@ -219,7 +221,7 @@ class Synthetic:
         """Differences of the trials' retentions, each as sure as a standard error of 1.5 points makes it."""
         kept = {(row["trial_id"], row["family"]): row["score"] for row in self.scores if row["benchmark"] == "mean"}
         rows = []
-        for pair in pairs_of(pd.DataFrame(self.trials), self.against):
+        for pair in pairs_of(pd.DataFrame(self.trials), self.against, self.planned):
             for family in ("grounding", "vqa"):
                 trial, reference = (kept.get((one, family), np.nan) for one in (pair.trial, pair.reference))
                 difference = trial - reference

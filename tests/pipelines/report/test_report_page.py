@@ -69,6 +69,21 @@ def test_every_number_of_the_budget_tables_is_the_files(full_run, full_report):
             assert cells == expected_cells(trial, scores)
 
 
+def test_a_pair_named_before_the_run_is_told_apart_from_the_others(full_run, full_report):
+    pairs = pd.read_parquet(full_run / "comparisons.parquet")
+    pairs = pairs[(pairs["question"] == "planned") & (pairs["budget"] == 16)].set_index("family")
+    parts = [
+        f"{name} −{abs(100 * row.difference):.1f} points [−{abs(100 * row.low):.1f}, −{abs(100 * row.high):.1f}], "
+        f"p\u00a0<\u00a00.001, {row.verdict}"
+        for name, row in (("Grounding", pairs.loc["grounding"]), ("VQA", pairs.loc["vqa"]))
+    ]
+    said = [line.text_content() for line in read_page(full_report).xpath('//section[@id="pairs"]/p')]
+    assert (
+        f"Named before the run: VisionZip (PERC) less Nüwa (paper) (PESP): {'; '.join(parts)}; "
+        "p corrected for these 2 alone." in said
+    )
+
+
 def test_every_number_of_the_pairs_is_the_files(full_run, full_report):
     """Every other main trial of the headline budget, held against Nüwa as released."""
     trials = pd.read_parquet(full_run / "trials.parquet").set_index("trial_id")
