@@ -25,6 +25,7 @@ KINDS = ("worker", "node", "driver")
 NODES = 2  # beside the head, each with room for one worker
 SPEED = 3e8 if KILLS == 3 else 3e7  # FLOP/s that units are cut by: more kills need more units
 PATIENCE_S = 600
+BARE = {"include_log_monitor": False}  # nobody reads what workers print
 
 DRIVER = """
 import pickle, sys
@@ -56,8 +57,9 @@ class Chaos:
         self.folder, self.results, self.log = folder, folder / "results", folder / "units.log"
         self.log.touch()
         (folder / "bench.pickle").write_bytes(pickle.dumps(bench))
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(NODES)]
+        head = BARE | {"num_cpus": 0, "include_dashboard": False, "no_monitor": True}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self.cluster.add_node(wait=False, num_cpus=1, **BARE) for _ in range(NODES)]
         self.start_driver()
 
     def start_driver(self):
@@ -98,7 +100,7 @@ class Chaos:
         elif kind == "node":
             node = self.nodes.pop(rng.integers(len(self.nodes)))
             self.cluster.remove_node(node, allow_graceful=False)
-            self.nodes.append(self.cluster.add_node(num_cpus=1))
+            self.nodes.append(self.cluster.add_node(wait=False, num_cpus=1, **BARE))
         else:
             self.driver.kill()
             self.driver.wait()

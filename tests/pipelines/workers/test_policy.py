@@ -41,12 +41,16 @@ def two(gpus: float = 0) -> ClusterSettings:
 
 @dataclass(frozen=True)
 class Unit:
-    """``what`` its worker shall do, and for how many of its tries; ``seconds`` it takes otherwise."""
+    """``what`` its worker shall do, and for how many of its tries; ``seconds`` it takes otherwise.
+
+    ``after``: how often GPU 0 has to have been tried before it is done.
+    """
 
     name: str
     what: str = ""
     times: int = 99
     seconds: float = 0.0
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,14 @@ class FaultyWorker:
             raise RuntimeError(STICKY)
         if unit.what and tries < unit.times:
             {"die": die, "hang": hang, "open": too_many_files, "storage": no_storage, "memory": no_memory}[unit.what]()
+        while len(tried_on(self.notes, "0")) < unit.after:
+            time.sleep(0.02)
         time.sleep(unit.seconds)
         return unit.name
+
+
+def tried_on(notes: Path, gpu: str) -> list[Path]:
+    return [path for path in notes.iterdir() if path.name.split(".")[2] == gpu]
 
 
 def die():
@@ -130,11 +140,10 @@ def names(units: list[Unit]) -> list[str]:
 
 
 def test_a_gpu_with_a_sticky_error_is_left_aside_and_the_other_does_all(tmp_path, capsys):
-    units = numbered(60, 0.15)
+    units = [replace(unit, after=SOON.place_failures) for unit in numbered(12)]
     run = Run(tmp_path, units, Faulty("", sick="0", when="run"), two(gpus=1))
     assert sorted(run.finished) == names(units) and not run.given_up
-    on_sick = [path.name for path in run.notes.iterdir() if path.name.split(".")[2] == "0"]
-    assert 1 <= len(on_sick) <= SOON.place_failures
+    assert len(tried_on(run.notes, "0")) == SOON.place_failures
     line = capsys.readouterr().err
     assert f"GPU 0: 3 workers in a row failed there, last: RuntimeError: {STICKY}; it gets no more work" in line
 
