@@ -7,10 +7,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import numpy as np
 import pytest
-import torch
-from isolation import _leaves_nothing_behind, _random_numbers_begin_alike  # noqa: F401  (for all tests)
+from isolation import _leaves_nothing_behind, _one_thread, _random_numbers_begin_alike  # noqa: F401  (for all tests)
 from running_order import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
 from tiny_families import (  # noqa: F401  (fixtures for all tests)
+    families,
     family,
     newer,
     photos,
@@ -24,7 +24,6 @@ from tiny_families import (  # noqa: F401  (fixtures for all tests)
 )
 from wheels import library_wheel  # noqa: F401  (a fixture)
 
-torch.set_num_threads(1)
 collect_ignore = ["accelerator"]  # changes torch: tests/nuwa/test_device_placement.py gives it a process of its own
 
 

@@ -1,7 +1,8 @@
 """Nothing that one test file leaves behind reaches the next: what is registered, set or started is as it was, or the file
 that left it fails by name.
 
-Random numbers begin alike in every test, so that no test depends on how many were drawn before it.
+Random numbers begin alike in every test, so that no test depends on how many were drawn before it. What takes seconds to
+import is imported by who runs tests: the process that deals files to others reads ``conftest.py`` too.
 """
 
 from __future__ import annotations
@@ -15,23 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from nuwa import methods
-from nuwa.benchmarks import BENCHMARKS
-from nuwa.benchmarks.own_tables import RULES
-from nuwa.benchmarks.protocols import PROTOCOLS
-from nuwa.registry import Registry
-from nuwa.stage1 import METHODS
-from nuwa.stage2 import SCORERS
-from nuwa.vlm import ADAPTERS
-from nuwa.vlm.language import TEXT_FAMILIES
-from nuwa.vlm.shapes import SHAPES
-from pipelines.axes import AXES, COLUMNS
-
-REGISTRIES: tuple[Registry[Any], ...] = (
-    METHODS, SCORERS, BENCHMARKS, RULES, PROTOCOLS, ADAPTERS, TEXT_FAMILIES, SHAPES,
-)  # fmt: skip
 # Variables that decide what the project does. Libraries set others once, as they are imported.
 WATCHED = re.compile(
     r"(NUWA|AWS|HF|TRANSFORMERS|OMP|CUDA|MLFLOW_TRACKING|RAY_AUTH)_\w+|RAY_ADDRESS|HOME|PATH|PYTHONPATH|COLUMNS|DEEP"
@@ -44,7 +29,21 @@ def _entries(table: Mapping[str, Any]) -> dict[str, int]:
 
 def state() -> dict[str, Any]:
     """What files share, by name."""
-    tables: dict[str, Mapping[str, Any]] = {registry.kind: registry for registry in REGISTRIES}
+    import torch
+
+    from nuwa import methods
+    from nuwa.benchmarks import BENCHMARKS
+    from nuwa.benchmarks.own_tables import RULES
+    from nuwa.benchmarks.protocols import PROTOCOLS
+    from nuwa.stage1 import METHODS
+    from nuwa.stage2 import SCORERS
+    from nuwa.vlm import ADAPTERS
+    from nuwa.vlm.language import TEXT_FAMILIES
+    from nuwa.vlm.shapes import SHAPES
+    from pipelines.axes import AXES, COLUMNS
+
+    registries = (METHODS, SCORERS, BENCHMARKS, RULES, PROTOCOLS, ADAPTERS, TEXT_FAMILIES, SHAPES)
+    tables: dict[str, Mapping[str, Any]] = {registry.kind: registry for registry in registries}
     tables |= {"method": methods.RECIPES, "axis": AXES, "column": COLUMNS}
     held: dict[str, Any] = {
         f"{kind} {name!r}": entry for kind, table in tables.items() for name, entry in _entries(table).items()
@@ -69,6 +68,13 @@ def left_behind(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = state()
@@ -79,6 +85,8 @@ def _leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _random_numbers_begin_alike() -> None:
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

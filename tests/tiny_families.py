@@ -1,55 +1,68 @@
-"""The tiny models of ``benchmarks.gpu.families``, made once a session."""
+"""The tiny models of ``benchmarks.gpu.families``, made once a session. What takes seconds to import is imported by who runs
+tests: see ``isolation.py``.
+"""
 
 from __future__ import annotations
 
-import pytest
-from PIL import Image
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from benchmarks.gpu import families
-from nuwa.vlm import (
-    Adapter,
-    InternVLAdapter,
-    LlavaAdapter,
-    LlavaNextAdapter,
-    LlavaOnevisionAdapter,
-    Qwen2_5VLAdapter,
-    Qwen2VLAdapter,
-    Qwen3VLAdapter,
-)
+import pytest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from nuwa.vlm import (
+        Adapter,
+        InternVLAdapter,
+        LlavaAdapter,
+        LlavaNextAdapter,
+        LlavaOnevisionAdapter,
+        Qwen2_5VLAdapter,
+        Qwen2VLAdapter,
+        Qwen3VLAdapter,
+    )
 
 
 @pytest.fixture(scope="session")
-def tiny_vlm() -> LlavaAdapter:
+def families() -> ModuleType:
+    from benchmarks.gpu import families
+
+    return families
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(families) -> LlavaAdapter:
     return families.tiny_llava()
 
 
 @pytest.fixture(scope="session")
-def tiny_next() -> LlavaNextAdapter:
+def tiny_next(families) -> LlavaNextAdapter:
     return families.tiny_next()
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen() -> Qwen2_5VLAdapter:
+def tiny_qwen(families) -> Qwen2_5VLAdapter:
     return families.tiny_qwen()
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2() -> Qwen2VLAdapter:
+def tiny_qwen2(families) -> Qwen2VLAdapter:
     return families.tiny_qwen2()
 
 
 @pytest.fixture(scope="session")
-def tiny_onevision() -> LlavaOnevisionAdapter:
+def tiny_onevision(families) -> LlavaOnevisionAdapter:
     return families.tiny_onevision()
 
 
 @pytest.fixture(scope="session")
-def tiny_internvl() -> InternVLAdapter:
+def tiny_internvl(families) -> InternVLAdapter:
     return families.tiny_internvl()
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen3() -> Qwen3VLAdapter:
+def tiny_qwen3(families) -> Qwen3VLAdapter:
     return families.tiny_qwen3()
 
 
@@ -60,7 +73,7 @@ def newer(request) -> Adapter:
 
 
 @pytest.fixture(scope="session")
-def photos() -> list[Image.Image]:
+def photos(families) -> list[Image.Image]:
     return families.draw_photos()
 
 
