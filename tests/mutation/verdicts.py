@@ -13,6 +13,12 @@ ADAPTERS = {
     "nuwa/vlm/llava.py": {"llava"},
     "nuwa/vlm/llava_next.py": {"llava_next"},
     "nuwa/vlm/qwen2_5_vl.py": {"qwen2_5_vl"},
+    # Of these families no model is mutated.
+    "nuwa/vlm/internvl.py": set(),
+    "nuwa/vlm/llava_onevision.py": set(),
+    "nuwa/vlm/qwen2_vl.py": set(),
+    "nuwa/vlm/qwen3_vl.py": set(),
+    "nuwa/vlm/received.py": set(),
 }
 # What a stage 2 runs because its settings say so, beside its scorer.
 OPTIONAL = {"nuwa/stage2/coordinates.py": "coordinates", "nuwa/stage2/recycling.py": "recycling"}
