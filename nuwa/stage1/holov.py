@@ -96,13 +96,16 @@ def _split(numbers: list[int], count: int) -> list[list[int]]:
     return [numbers[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
-def scores(signals: VisionSignals, members: list[list[int]], config: HoloV) -> Tensor:
+def scores(
+    attention: Tensor, compared: Tensor, members: list[list[int]], config: HoloV, rough: bool
+) -> tuple[Tensor, Tensor]:
     """The score of every token in its run, ``(batch, tokens)`` float64; runs of one length are computed together.
 
-    Similarities are rounded to multiples of 2⁻²⁴, so that their sums do not depend on the batch.
+    Also the largest error of a run's mean score, as a share of it, ``(batch,)``: not zero where similarities are rough.
     """
-    attention = signals.cls_attention.double()
-    totals = torch.zeros_like(attention)
+    attention = attention.double()
+    totals, error = torch.zeros_like(attention), attention.new_zeros(len(attention))
+    doubt = rough * (2 * compared.shape[2] + 8) * 2**-24
 
     for size in sorted({len(run) for run in members}):
         alike = torch.tensor([run for run in members if len(run) == size], device=attention.device)
@@ -111,17 +114,25 @@ def scores(signals: VisionSignals, members: list[list[int]], config: HoloV) -> T
         if size == 1:
             totals.scatter_(1, places, (own if config.scale_single else own / SCALE).flatten(1))
             continue
-        similarity = similarities(signals.compared(signals.projected), alike)
+        similarity = (rough_similarities if rough else similarities)(compared, alike).double()
         similarity.diagonal(dim1=2, dim2=3).zero_()
         mean = similarity.sum(dim=3, keepdim=True) / (size - 1)
         variance = (similarity - mean).square().sum(dim=3) / (size - 1)
-        scale = own.mean(dim=2, keepdim=True) / (variance.mean(dim=2, keepdim=True) + EPSILON)
+        of_run = variance.mean(dim=2, keepdim=True)
+        scale = own.mean(dim=2, keepdim=True) / (of_run + EPSILON)
         totals.scatter_(1, places, (own + config.beta * variance * scale).flatten(1))
-    return totals
+        # A run's mean is that of its attention times 1 + β v / (v + ε), and the root of v is off by the doubt at most.
+        off = 2 * doubt * of_run.sqrt() + 3 * doubt**2
+        slope = config.beta * EPSILON / ((of_run - off).clamp_(min=0) + EPSILON).square()
+        error = torch.maximum(error, (off * slope).amax(dim=(1, 2)))
+    return totals, error
 
 
 def similarities(projected: Tensor, members: Tensor) -> Tensor:
-    """Of the tokens of every run ``(runs, size)`` to one another, ``(batch, runs, size, size)`` float64."""
+    """Of the tokens of every run ``(runs, size)`` to one another, ``(batch, runs, size, size)`` float64.
+
+    Rounded to multiples of 2⁻²⁴, so that their sums do not depend on the batch.
+    """
     # On a CPU few tokens at a time, which stay in the processor's cache from one pass over them to the next.
     at_once = max(1, 64 // members.shape[1]) if projected.device.type == "cpu" else len(members)
     made = []
@@ -131,6 +142,37 @@ def similarities(projected: Tensor, members: Tensor) -> Tensor:
             norm = vectors.norm(dim=-1).add_(EPSILON)
             made.append((vectors @ vectors.mT) / (norm[:, :, None] * norm[:, None]))
     return torch.cat(made).mul_(2**24).round_().mul_(2**-24).unflatten(0, (len(projected), -1))
+
+
+def rough_similarities(projected: Tensor, members: Tensor) -> Tensor:
+    """The same in float32, each off by ``(2 dim + 8) / 2²⁴`` at most: products and, of tokens with themselves, lengths."""
+    made = []
+    parts = members.split(max(1, 64 // members.shape[1]))
+    # Runs that lie behind one another need not be copied.
+    whole = [torch.equal(part.flatten(), torch.arange(part.numel()) + part[0, 0]) for part in parts]
+    for image in projected:
+        for part, row in zip(parts, whole, strict=True):
+            first = int(part[0, 0])
+            vectors = image[first : first + part.numel()].unflatten(0, part.shape) if row else image[part]
+            vectors = vectors.float()
+            product = vectors @ vectors.mT
+            norm = product.diagonal(dim1=1, dim2=2).sqrt() + EPSILON
+            made.append(product / (norm[:, :, None] * norm[:, None]))
+    return torch.cat(made).unflatten(0, (len(projected), -1))
+
+
+def certain(means: Tensor, error: Tensor, sizes: Tensor, keep: int) -> Tensor:
+    """Whether means that are off by ``error`` ``(batch,)`` of themselves lead to the same quotas, ``(batch,)``.
+
+    They do where no share rounds down to another number, no two shares change their order and no run overflows.
+    """
+    share = means / (means.sum(dim=1, keepdim=True) + EPSILON)
+    off = share * (2 * error[:, None] + 1e-12) + 2**-32
+    whole, least = share * keep, off.amax(dim=1, keepdim=True)
+    over = whole - whole.floor()
+    rising = share.sort(dim=1).values
+    apart = (rising[:, 1:] - rising[:, :-1] > 2 * least).all(dim=1)
+    return ((over > off * keep) & (over < 1 - off * keep) & (whole + 1 < sizes)).all(dim=1) & apart
 
 
 def quotas(means: Tensor, sizes: Tensor, keep: int, config: HoloV) -> Tensor:
@@ -176,15 +218,24 @@ def select(signals: VisionSignals, keep: int, config: HoloV, seed: int = 0) -> S
     """The quota of every run, by falling attention or score; with ``overflow: zeros``, zero vectors up to ``keep``."""
     members = runs(signals.grid, keep, config)
     device = signals.features.device
-    score = scores(signals, members, config)
     sizes = torch.tensor([len(run) for run in members], device=device)
     tokens = torch.tensor([token for run in members for token in run], device=device)
     run_of = torch.empty_like(tokens).scatter_(
         0, tokens, torch.arange(len(members), device=device).repeat_interleave(sizes, output_size=len(tokens))
     )
-    means = torch.zeros(len(score), len(members), dtype=score.dtype, device=device)
-    means = means.scatter_add(1, run_of.expand(len(score), -1), score) / sizes
-    quota = quotas(means, sizes, keep, config)
+
+    def quotas_of(attention: Tensor, compared: Tensor, rough: bool) -> tuple[Tensor, Tensor, Tensor]:
+        score, error = scores(attention, compared, members, config, rough)
+        means = torch.zeros(len(score), len(members), dtype=score.dtype, device=device)
+        means = means.scatter_add(1, run_of.expand(len(score), -1), score) / sizes
+        return score, quotas(means, sizes, keep, config), certain(means, error, sizes, keep)
+
+    # Where attention alone decides inside a run, rough scores mostly give the quotas that exact ones give.
+    rough = device.type == "cpu" and config.inside == "attention" and torch.get_float32_matmul_precision() == "highest"
+    attention, compared = signals.cls_attention, signals.compared(signals.projected)
+    score, quota, sure = quotas_of(attention, compared, rough)
+    for row in (~sure).nonzero()[:, 0].tolist() if rough else []:
+        quota[row] = quotas_of(attention[row : row + 1], compared[row : row + 1], False)[1][0]
 
     signal = score if config.inside == "score" else signals.cls_attention.float()
     order = ranked(signal)

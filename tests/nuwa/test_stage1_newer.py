@@ -15,7 +15,7 @@ from oracles import hiprune as hiprune_oracle
 from oracles import holov as holov_oracle
 from oracles import scope as scope_oracle
 from oracles import vscan as vscan_oracle
-from oracles.agreement import assert_same_outcome, keeps, pictures_and_keep, select
+from oracles.agreement import assert_same_outcome, keeps, pictures_and_keep, select, signals_of
 from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
 
 from nuwa import generate
@@ -25,7 +25,7 @@ from nuwa.signals import directions, products_of_pairs, rounded
 from nuwa.stage1 import cdpruner, get_method, scope, vscan
 from nuwa.stage1.cdpruner import CDPruner
 from nuwa.stage1.hiprune import HiPrune, anchor_count, neighbours
-from nuwa.stage1.holov import HoloV, runs
+from nuwa.stage1.holov import HoloV, certain, runs
 from nuwa.stage1.scope import Scope, salience
 from nuwa.stage1.vscan import VScan, kept, local_split
 
@@ -137,6 +137,26 @@ def test_holov_matches_its_description_whatever_its_hyper_parameters(case, confi
     picture, keep = case
     expected = holov_oracle.select(picture, keep, **asdict(config))
     assert_same_outcome(select("holov", picture, keep, config), expected, picture)
+
+
+@pytest.mark.parametrize("overflow", ["redistribute", "zeros"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_holov_by_rough_scores_keeps_what_exact_ones_keep(kind, overflow, monkeypatch):
+    pictures = [draw_picture(seed, 12, 12, kind, dim=64) for seed in range(8)]
+    config = HoloV(count=6, overflow=overflow)
+    rough = [select("holov", signals_of(*pictures), keep, config) for keep in (5, 33, 48)]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    for selection, keep in zip(rough, (5, 33, 48), strict=True):
+        exact = select("holov", signals_of(*pictures), keep, config)
+        assert torch.equal(selection.indices, exact.indices) and torch.equal(selection.pillars, exact.pillars)
+
+
+def test_rough_scores_of_holov_suffice_for_ordinary_pictures_and_not_for_alike_runs():
+    sizes = torch.full((3,), 20)
+    means = torch.tensor([[3.3, 2.4, 1.1], [2.0, 2.0, 1.1], [5.0, 3.0, 2.0], [30.0, 1.1, 1.3]]).double()
+    assert certain(means, torch.full((4,), 1e-5).double(), sizes, 10).tolist() == [True, False, False, True]
+    assert certain(means, torch.full((4,), 0.1).double(), sizes, 10).tolist() == [False] * 4
+    assert certain(means[3:], torch.zeros(1).double(), sizes, 24).tolist() == [False]  # the first run overflows
 
 
 def test_runs_of_the_published_grids():
