@@ -406,7 +406,8 @@ def heatmap(
 
         for (row, column), value in np.ndenumerate(values):
             text = percent(float(value))
-            color = "white" if np.isfinite(value) and 100 * value > middle else ON_PALE
+            # A hole has no ground of its own: its dash stands on the page's.
+            color = MUTED if not np.isfinite(value) else "white" if 100 * value > middle else ON_PALE
             ax.text(column, row, text, ha="center", va="center", color=color)
             if value == best:
                 corner = (column - 0.5, row - 0.5)

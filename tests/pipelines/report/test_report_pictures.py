@@ -71,9 +71,9 @@ def test_colours_of_a_chart_are_the_pages_variables_and_a_heat_maps_are_its_own(
     curve = draw_panel(line("t", [Point(0.1, "", 0.5), Point(0.2, "", 0.6)], "x", "#0072B2", marked=0.1), "a").svg
     assert {"var(--m-0072b2)", "var(--ink)", "var(--muted)", "var(--rule)"} <= set(re.findall(r"var\(--[^)]+\)", curve))
     assert not re.search(r"#[0-9a-f]{6}", re.sub(r'(href="|id="|url\()#?\w+', "", curve))
-    cells = draw_panel(heatmap("t", ["a"], ["b", "c"], np.array([[0.1, 0.9]]), ("x", "y")), "h").svg
-    fills = [re.search('fill: ([^;"]+)', tag)[1] for tag in re.findall(r"<text[^>]*>(?=10\.0|90\.0)", cells)]
-    assert sorted(fills) == ["#101014", "#ffffff"]
+    cells = draw_panel(heatmap("t", ["a"], ["b", "c", "d"], np.array([[0.1, 0.9, np.nan]]), ("x", "y")), "h").svg
+    fills = [re.search('fill: ([^;"]+)', tag)[1] for tag in re.findall(r"<text[^>]*>(?=10\.0|90\.0|–)", cells)]
+    assert sorted(fills) == ["#101014", "#ffffff", "var(--muted)"], "a hole lies on the page itself"
 
 
 def test_small_multiples_have_a_panel_a_selection_and_a_name_at_every_line(full_run):
