@@ -63,16 +63,27 @@ def metrics(sums: Sums) -> Sums:
     }
 
 
+def _scores(said: bool | None, truth: Truth) -> Scores:
+    is_yes = truth["answer"] == "yes"
+    return {
+        "correct": float(said is is_yes),
+        "said_yes": float(said is True),
+        "is_yes": float(is_yes),
+        "hit": float(said is True and is_yes),
+        "parse_failure": float(said is None),
+    }
+
+
+def _harness_score(prediction: str, truth: Truth) -> Scores:
+    """As lmms-eval: recall, and with it F1, is of the questions answered with yes or no alone."""
+    said = exact(prediction)
+    scores = _scores(said, truth)
+    return scores if said is not None else scores | {"is_yes": 0.0}
+
+
 def _benchmark(variant: str, parse: Callable[[str], bool | None], rules: Mapping[str, Rules]) -> Benchmark:
     def score(prediction: str, truth: Truth) -> Scores:
-        said, is_yes = parse(prediction), truth["answer"] == "yes"
-        return {
-            "correct": float(said is is_yes),
-            "said_yes": float(said is True),
-            "is_yes": float(is_yes),
-            "hit": float(said is True and is_yes),
-            "parse_failure": float(said is None),
-        }
+        return _scores(parse(prediction), truth)
 
     return Benchmark(
         name="pope",
@@ -96,7 +107,7 @@ def _benchmark(variant: str, parse: Callable[[str], bool | None], rules: Mapping
     )
 
 
-HARNESS = Rules("pope_f1_score", 128)
+HARNESS = Rules("pope_f1_score", 128, score=_harness_score)
 
 VARIANTS = (
     _benchmark("exact", exact, {"lmms_eval": HARNESS, "lmms_eval_0_3": HARNESS}),

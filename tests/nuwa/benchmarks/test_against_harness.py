@@ -102,6 +102,39 @@ def test_mmmus_letters_are_the_harness_s_but_for_texts_and_ends_of_words():
     assert seen == {"DVD": ("C", "D"), **{answer: (letter, None) for answer, letter in texts.items()}}
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_figures_of_many_answers_are_the_harness_s(protocol):
+    """Sixty answers or so to questions of every field; among POPE's some that are neither yes nor no."""
+    held = HARNESS["aggregates"]
+
+    def figures(name: str, answers: list[str], truths: list[Any], categories: list[str]) -> dict[str, float]:
+        benchmark = get_benchmark(name, None, protocol)
+        return benchmark.aggregate(benchmark.score_table(answers, truths, categories))
+
+    truths, answers = zip(*held["pope"]["rows"], strict=True)
+    pope = figures("pope", list(answers), [{"answer": truth} for truth in truths], ["random"] * len(answers))
+    for ours, theirs in {
+        "accuracy": "accuracy",
+        "precision": "precision",
+        "recall": "recall",
+        "f1": "f1_score",
+    }.items():
+        assert pope[ours] == pytest.approx(held["pope"][theirs], abs=1e-9), ours
+    assert get_benchmark("pope").score("well", {"answer": "yes"})["is_yes"] == 1, "elsewhere it counts as missed"
+
+    categories, pairs, truths, answers = zip(*held["mme"]["rows"], strict=True)
+    told = [{"answer": truth.lower(), "group": pair} for truth, pair in zip(truths, pairs, strict=True)]
+    mme = figures("mme", list(answers), told, list(categories))
+    assert [mme[part] for part in ("perception", "cognition")] == pytest.approx(
+        [held["mme"][part] for part in ("perception", "cognition")]
+    )
+
+    fields, finer, truths, answers = zip(*held["mmstar"]["rows"], strict=True)
+    names = [f"{field}: {one}" for field, one in zip(fields, finer, strict=True)]
+    mmstar = figures("mmstar", list(answers), [{"answer": truth} for truth in truths], names)
+    assert mmstar["average"] == pytest.approx(held["mmstar"]["average"])
+
+
 def test_sixty_sizes_are_shown_to_qwen_as_the_harness_shows_them():
     """Width and height after ``qwen_vl_utils`` 0.0.14 and the processor, under 0.7.2's chat class and 0.3.5's."""
     config = model_shape("Qwen/Qwen2.5-VL-7B-Instruct")
