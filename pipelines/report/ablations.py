@@ -22,6 +22,7 @@ from pipelines.report.style import (
     PUBLISHED,
     method_style,
     parameter_name,
+    percent,
     plain_number,
     position_name,
     setting_text,
@@ -50,6 +51,7 @@ class Ablation:
     panels: list[Panel]
     rows: list[AblationRow]
     published: str
+    seeds: str  # a sentence where the seed alone differs, else nothing
 
 
 def ablation(outcomes: Outcomes, grid: str, scores: pd.DataFrame) -> Ablation:
@@ -66,7 +68,24 @@ def ablation(outcomes: Outcomes, grid: str, scores: pd.DataFrame) -> Ablation:
         panels=[*_panels(outcomes, trials, parameters, "This run: " if twin else ""), *twin],
         rows=[_row(outcomes, trial, parameters) for trial in trials],
         published=source,
+        seeds=_over_seeds(outcomes, trials) if parameters == ["seed"] else "",
     )
+
+
+def _over_seeds(outcomes: Outcomes, trials: list[TrialRow]) -> str:
+    """What another seed changes beside what other images would, where trials differ in nothing but the seed."""
+    parts = []
+    for family in FAMILIES:
+        known = [kept for trial in trials if (kept := outcomes.retention(trial, family))]
+        if len(known) > 1:
+            values = [kept.value for kept in known]
+            reach = np.mean([(kept.high - kept.low) / 2 for kept in known])
+            parts.append(
+                f"{FAMILY_NAMES[family]} {percent(float(np.mean(values)))} on average, {percent(min(values))} to "
+                f"{percent(max(values))}, standard deviation {percent(float(np.std(values, ddof=1)))}, where an interval "
+                f"over images reaches {percent(float(reach))} to either side"
+            )
+    return f"Over {len(trials)} seeds: {'; '.join(parts)}." if parts else ""
 
 
 def _sortable(value: Any) -> tuple:
@@ -88,7 +107,11 @@ def _panels(outcomes: Outcomes, trials: list[TrialRow], parameters: list[str], p
     for family in families:
         points, color = _points(outcomes, trials, parameters, family), method_style(trials[0].method).color
         title = f"{prefix}{FAMILY_NAMES[family]}"
-        if len(parameters) == 1 and _is_numeric([trial.setting(parameters[0]) for trial in trials]):
+        if (
+            len(parameters) == 1
+            and parameters != ["seed"]
+            and _is_numeric([trial.setting(parameters[0]) for trial in trials])
+        ):
             name = parameters[0]
             panels.append(line(title, points, parameter_name(name), color, _preset_value(trials, name)))
         elif len(points) <= MOST_DOTS and max(len(point.label) for point in points) <= LONGEST_LABEL:
