@@ -138,8 +138,9 @@ def collection(folder: Path) -> dict[str, float]:
     targets = {part: folder / f"{part}.parquet" for part in PARTS}
 
     for name in ("collect", "compacted"):
+        held = store.done()
         with Watched() as watched:
-            collect(store, trials, examples, targets, folder / "collecting")
+            collect(store, trials, examples, targets, folder / "collecting", stored=held)
         figures |= {f"{name}_us": 1e6 * watched.cpu / answers, f"{name}_open_files": watched.most}
         if name == "collect":
             with Watched() as watched:

@@ -1,15 +1,20 @@
 """What the units of a store hold → sorted Parquet files, in memory that does not grow with the answers.
 
 Units hold a few trials on a few images, in any order; a table wants all rows of a trial together. So rows are sorted on
-disk: trials are cut into chunks; what is read is gathered up to a bound and left as a *run*, an Arrow file with one
-batch a chunk; then each chunk is taken from all runs, sorted and written as a row group. Chunks follow from trials and
+disk: trials are cut into chunks; what is read is gathered up to a bound and left as a *run*, one batch a chunk; then each
+chunk is taken from all runs, sorted and written as a row group. The runs of a table lie in one file, one behind the other,
+so that however many there are, few files are open. Chunks follow from trials and
 examples alone, so the same answers give the same bytes, whatever units they came in.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,10 +73,14 @@ def collect(
     ordered, origins = sorted(known.values()), Origins()
 
     shutil.rmtree(scratch, ignore_errors=True)
+    files = contextlib.ExitStack()
     try:
         with room_in(scratch):
             scratch.mkdir(parents=True)
-            runs = {part: _Runs(scratch / part, PARTS[part], ordered, len(examples)) for part in KEYS}
+            runs = {
+                part: files.enter_context(_Runs(scratch / f"{part}.runs", PARTS[part], ordered, len(examples)))
+                for part in KEYS
+            }
             held = store.done() if stored is None else stored
             for rows in _relevant(store, held, own, known, examples, reuse, origins):
                 for part, table in rows.items():
@@ -87,6 +96,7 @@ def collect(
                     chunk = _sorted_once(rows, KEYS[part])
                     writer.write_table(chunk, row_group_size=max(len(chunk), 1))
     finally:
+        files.close()
         shutil.rmtree(scratch, ignore_errors=True)
     return origins
 
@@ -132,6 +142,9 @@ def _relevant(
 
     for unit, trials, tables in zip(units, taken, store.read_all(unit.unit for unit in units), strict=True):
         here = [by_digest[digest] for digest in unit.examples if digest in by_digest]
+        if len(trials) == len(unit.trials) and len(here) == len(unit.examples):
+            yield tables
+            continue
         wanted = {"example_id": {example.example_id for example in here}, "image": {example.image for example in here}}
         rows = {}
         for part, (_, key) in KEYS.items():
@@ -143,16 +156,21 @@ def _relevant(
 
 
 class _Runs:
-    """Rows of one part, on their way to chunks of ``trials``."""
+    """Rows of one part, on their way to chunks of ``trials``, in the file at ``path``."""
 
-    def __init__(self, folder: Path, schema: pa.Schema, trials: Sequence[str], examples: int) -> None:
-        folder.mkdir()
-        self.folder, self.schema, self.trials = folder, schema, pa.array(trials, pa.string())
+    def __init__(self, path: Path, schema: pa.Schema, trials: Sequence[str], examples: int) -> None:
+        self.file, self.schema, self.trials = open(path, "w+b"), schema, pa.array(trials, pa.string())  # noqa: SIM115
         self.chunk_trials = max(1, CHUNK_ROWS // max(examples, 1))
         self.count = -(-len(trials) // self.chunk_trials)
         self.gathered: list[pa.Table] = []
         self.bytes = 0
-        self.files: list[Path] = []
+        self.places: list[np.ndarray] = []  # of each run: where its chunks begin, and where the last one ends
+
+    def __enter__(self) -> _Runs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def add(self, rows: pa.Table) -> None:
         self.gathered.append(rows)
@@ -162,28 +180,50 @@ class _Runs:
 
     def _put_down(self) -> None:
         """Leave what is gathered as a run; the order of rows within a chunk stays."""
-        rows = pa.concat_tables([self.schema.empty_table(), *self.gathered]).combine_chunks()
+        pieces = collections.defaultdict[int, list[pa.Table]](list)
+        for rows in self.gathered:
+            chunk = pc.index_in(rows["trial_id"], self.trials).to_numpy() // self.chunk_trials
+            if (chunk[1:] < chunk[:-1]).any():
+                order = np.argsort(chunk, kind="stable")
+                rows, chunk = rows.take(order), chunk[order]
+            starts = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(rows)]
+            for start, end in itertools.pairwise(starts):
+                if end > start:
+                    pieces[int(chunk[start])].append(rows.slice(start, end - start))
         self.gathered, self.bytes = [], 0
-        chunk = pc.index_in(rows["trial_id"], self.trials).to_numpy() // self.chunk_trials
-        order = np.argsort(chunk, kind="stable")
-        ends = np.cumsum(np.bincount(chunk, minlength=self.count))
-        self.files.append(self.folder / f"{len(self.files)}.arrow")
-        with pa.OSFile(str(self.files[-1]), "wb") as sink, pa.ipc.new_file(sink, self.schema) as writer:
-            for start, end in zip([0, *ends], ends, strict=False):
-                batch = rows.take(order[start:end]).combine_chunks().to_batches()
-                writer.write_batch(batch[0] if batch else pa.RecordBatch.from_pylist([], self.schema))
+
+        places = np.full(self.count + 1, self.file.seek(0, os.SEEK_END))
+        for number in range(self.count):
+            if number in pieces:
+                (batch,) = pa.concat_tables(pieces.pop(number)).combine_chunks().to_batches()
+                self.file.write(batch.serialize())
+            places[number + 1] = self.file.tell()
+        self.places.append(places)
 
     def chunks(self) -> Iterator[pa.Table]:
         """The rows of each chunk, in the order they were added."""
         self._put_down()
-        readers = [pa.ipc.open_file(pa.OSFile(str(path))) for path in self.files]
         for number in range(self.count):
-            yield pa.Table.from_batches([reader.get_batch(number) for reader in readers])
+            batches = []
+            for places in self.places:
+                start, end = places[number : number + 2].tolist()
+                if end > start:
+                    self.file.seek(start)
+                    batches.append(pa.ipc.read_record_batch(pa.py_buffer(self.file.read(end - start)), self.schema))
+            yield pa.Table.from_batches(batches, self.schema)
 
 
 def _sorted_once(table: pa.Table, key: tuple[str, str]) -> pa.Table:
-    table = table.sort_by([(name, "ascending") for name in key]).combine_chunks()
-    if len(table) < 2:
-        return table
-    again = [pc.equal(table[name].slice(1), table[name].slice(0, len(table) - 1)) for name in key]
-    return table.filter(pa.concat_arrays([pa.array([True]), pc.invert(pc.and_(*again)).combine_chunks()]))
+    """The rows by ``key``, the first of those that have the same."""
+    # Texts of a key repeat, so numbers are sorted for them; they are ordered as their texts are.
+    codes = np.zeros(len(table), np.int64)
+    for name in key:
+        texts = table[name].combine_chunks().dictionary_encode()
+        rank = np.empty(len(texts.dictionary), np.int64)
+        rank[pc.sort_indices(texts.dictionary).to_numpy()] = np.arange(len(rank))
+        codes = codes * max(len(rank), 1) + rank[texts.indices.to_numpy()]
+
+    order = np.argsort(codes, kind="stable")
+    first = np.ones(len(order), bool)
+    first[1:] = codes[order[1:]] != codes[order[:-1]]
+    return table.take(order[first]).combine_chunks()

@@ -18,6 +18,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -171,9 +172,15 @@ class ResultStore:
         # Units of one batch of images hold the same examples, and many hold the same trials: each list is held once.
         listed = functools.cache(lambda text: tuple(json.loads(text)))
 
+        def footers(names: Sequence[str]) -> list[StoredUnit | NoParquet | None]:
+            return [self._footer(name, stamps[name].size, listed) for name in names]
+
+        # Files of this machine come by the handful: what a thread costs to be given one is as much as to read it.
+        step = 1 if self.storage.local is None else 64
+        parts = [unread[start : start + step] for start in range(0, len(unread), step)]
         with ThreadPoolExecutor(READERS, thread_name_prefix="footers") as pool:
-            footers = pool.map(lambda name: self._footer(name, stamps[name].size, listed), unread)
-            for name, unit in zip(unread, footers, strict=True):
+            found = itertools.chain.from_iterable(pool.map(footers, parts))
+            for name, unit in zip(unread, found, strict=True):
                 if isinstance(unit, StoredUnit):
                     known[name] = unit
                 elif tidy and unit is not None and self.storage.is_old(name):
@@ -307,8 +314,9 @@ class ResultStore:
 def _read_whole(content: bytes) -> dict[str, pa.Table]:
     """The parts in the bytes of a unit's file; raises :class:`NoParquet`."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
-        groups = [file.read_row_group(number, schema.names) for number, schema in enumerate(PARTS.values())]
+        # Of bytes at hand, small ones: nothing to fetch ahead, and no work for several threads.
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True, pre_buffer=False)
+        groups = [file.read_row_group(at, schema.names, use_threads=False) for at, schema in enumerate(PARTS.values())]
     except (OSError, pa.ArrowException) as error:  # of bytes at hand: input and output have no part in it
         raise NoParquet(str(error)) from None
     return {part: _whole(group, schema) for group, (part, schema) in zip(groups, PARTS.items(), strict=True)}
@@ -316,6 +324,8 @@ def _read_whole(content: bytes) -> dict[str, pa.Table]:
 
 def _whole(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """``table`` as ``schema`` has it; a column that an older store lacks is null."""
+    if table.schema.equals(schema):
+        return table.replace_schema_metadata()
     for name in schema.names:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))

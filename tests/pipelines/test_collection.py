@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -154,6 +155,25 @@ def test_memory_hardly_grows_with_the_answers(tmp_path, monkeypatch):
     assert many - few < (large - small) / 10
 
 
+def test_few_files_are_open_however_many_runs_there_are(tmp_path, monkeypatch):
+    """As long as units are read and as chunks are written, from hundreds of runs."""
+    monkeypatch.setattr(collection, "CHUNK_ROWS", 6)
+    monkeypatch.setattr(collection, "RUN_BYTES", 1)
+    store, names = ResultStore(tmp_path / "store"), [f"t{number:02}" for number in range(40)]
+    for trial in names:
+        for example in EXAMPLES[:3]:
+            store_unit(store, [trial], [example])
+
+    at_first, most = len(os.listdir("/proc/self/fd")), []
+    for name in ("_put_down", "chunks"):
+        wrapped = getattr(collection._Runs, name)
+        watched = lambda runs, do=wrapped: (most.append(len(os.listdir("/proc/self/fd"))), do(runs))[1]  # noqa: E731
+        monkeypatch.setattr(collection._Runs, name, watched)
+    collected(store, tmp_path, names, EXAMPLES[:3])
+    assert len(most) > 3 * 100
+    assert max(most) - at_first <= 20
+
+
 def test_a_damaged_unit_leaves_the_tables_as_they_were(tmp_path):
     store = ResultStore(tmp_path / "store")
     store_unit(store, TRIALS, EXAMPLES)
@@ -173,6 +193,6 @@ def test_a_damaged_unit_leaves_the_tables_as_they_were(tmp_path):
 def test_what_a_killed_run_left_is_removed(tmp_path):
     store = ResultStore(tmp_path / "store")
     store_unit(store, TRIALS, EXAMPLES)
-    (tmp_path / "collecting" / "predictions").mkdir(parents=True)
-    (tmp_path / "collecting" / "predictions" / "0.arrow").write_bytes(b"half a run")
+    (tmp_path / "collecting").mkdir()
+    (tmp_path / "collecting" / "predictions.runs").write_bytes(b"half a run")
     assert pq.read_metadata(collected(store, tmp_path)["predictions"]).num_rows == len(TRIALS) * len(EXAMPLES)
