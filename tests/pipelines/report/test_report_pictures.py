@@ -222,6 +222,22 @@ def test_kept_patches_keep_their_pixels_and_roles_their_outline(duel):
     assert np.abs(roles[264:288, 0:24] - faded).max() <= 1
 
 
+def test_of_a_method_that_reads_the_question_the_tokens_of_this_answer_are_shown(duel):
+    """It has no row an image: what it kept was another question's too."""
+    nuwa, random = duel.ids
+    duel.answers[random, "refcoco:001"] = "[0.4, 0.0, 0.5, 0.05]"
+    duel.kept = [row for row in duel.kept if row["trial_id"] != nuwa]
+    for row in duel.predictions:
+        if row["trial_id"] == nuwa:
+            row["kept_final"] = [0, 11, 12] if row["example_id"] == "refcoco:001" else [5]
+    case = duel.cases()[0]
+    assert case.example_id == "refcoco:001" and case.pictures[1].tokens == "3 tokens"
+    plain, own = (np.asarray(Image.open(io.BytesIO(picture.png)), dtype=int) for picture in case.pictures[:2])
+    cells = np.abs(own - plain).reshape(12, 24, 12, 24, 3)[:, 8:16, :, 8:16].max(axis=(1, 3, 4))
+    assert (cells[0, 0], cells[0, 11], cells[1, 0]) == (0, 0, 0), "kept"
+    assert cells[0, 5] > 50 and (cells > 50).sum() > 100, "another question's token fades like all others"
+
+
 def test_the_first_picture_is_the_image_enlarged_by_whole_pixels(duel):
     duel.answers[duel.ids[1], "refcoco:001"] = "none"
     case = duel.cases()[0]
