@@ -92,13 +92,21 @@ def headline_table(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) ->
 def budget_curves(trials: pd.DataFrame, scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Per family, retention against realised average tokens: a row a main trial, sorted for one line a method.
 
-    ``method`` names the preset too where a method has several; position strategies are panels beside each other.
+    ``method`` names the preset too where a method has several, and the layer of the cut; position strategies are panels beside each other.
     """
     retention = _retention(scores)
     chosen = main_trials(trials).copy()
     chosen = chosen[chosen["method"] != UNPRUNED]
     several = chosen.groupby("method")["preset"].transform("nunique") > 1
-    chosen["method"] = chosen["method"].where(~several, chosen["method"] + " (" + chosen["preset"] + ")")
+    details = chosen["preset"].where(several, "")
+    # Of one selection with cuts at several layers each is a line.
+    twice = chosen.assign(budget=chosen["average_tokens"].round()).duplicated(
+        ["method", "preset", "position", "budget"]
+    )
+    apart = chosen["method"].isin(chosen.loc[twice, "method"]) & chosen["preset"].isin(chosen.loc[twice, "preset"])
+    layers = "layer " + chosen["stage2_layer"].map(lambda layer: "off" if pd.isna(layer) else f"{layer:g}")
+    details = details.where(~apart, (details + ", " + layers).str.removeprefix(", "))
+    chosen["method"] = chosen["method"].where(details == "", chosen["method"] + " (" + details + ")")
 
     tables = {}
     for family in retention["score"].columns:

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from nuwa.methods import RECIPES
 from pipelines.scores.summary import budget_curves, headline_metrics, headline_table, headline_trials
 from pipelines.settings import parse_settings
 
@@ -26,7 +27,7 @@ METHODS = {"nuwa (paper)", "nuwa (released)", "visionzip"}
 def sweep_tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Unpruned, VisionZip under two position strategies and two presets of Nüwa, at two budgets."""
     trials = [{"trial_id": "u", "label": "unpruned", "method": "unpruned", "preset": "", "position": "pesp"}]
-    trials[0] |= {"average_tokens": 144.0, "budgets": [144.0], "grids": ["main"]}
+    trials[0] |= {"stage2_layer": None, "average_tokens": 144.0, "budgets": [144.0], "grids": ["main"]}
     scores = [row("u", "pope", "vqa", 0.9), row("u", "refcoco", "grounding", 0.8)]
     for (method, position), retention in RETENTION.items():
         for preset in ("released", "paper") if method == "nuwa" else ("released",):
@@ -34,7 +35,7 @@ def sweep_tables() -> tuple[pd.DataFrame, pd.DataFrame]:
                 trial = f"{method} {preset} {position} {budget:g}"
                 trials.append({"trial_id": trial, "label": trial, "method": method, "preset": preset})
                 trials[-1] |= {"position": position, "average_tokens": budget - 0.25, "budgets": [budget]}
-                trials[-1] |= {"grids": ["main"]}
+                trials[-1] |= {"grids": ["main"], "stage2_layer": 4 if method == "nuwa" else None}
                 share = retention + 0.1 * (budget == 32) - 0.05 * (preset == "paper")
                 scores += [row(trial, "mean", "grounding", share), row(trial, "mean", "vqa", share + 0.2)]
     return pd.DataFrame(trials), pd.DataFrame(scores)
@@ -191,6 +192,19 @@ def test_a_difference_across_budgets_is_by_the_same_names(repository):
     assert difference["nuwa.vg"] == {"old": 0.7, "new": 0.8, "diff": pytest.approx(0.1)}
 
 
+def test_a_selection_with_cuts_at_two_layers_is_two_lines():
+    trials, scores = sweep_tables()
+    third = trials[trials["label"].str.startswith("nuwa paper")].assign(stage2_layer=3)
+    third["trial_id"] += " third"
+    more = scores[scores["trial_id"].str.startswith("nuwa paper")].assign(
+        trial_id=lambda rows: rows["trial_id"] + " third"
+    )
+    table = budget_curves(pd.concat([trials, third]), pd.concat([scores, more]))["vqa"]
+    assert set(table["method"]) == {"nuwa (paper, layer 3)", "nuwa (paper, layer 4)", "nuwa (released)", "visionzip"}
+    lines = table.groupby(["method", "position"])["average_tokens"]
+    assert (lines.nunique() == lines.size()).all()
+
+
 def test_plots_draw_one_line_a_method(repository):
     dvc(repository, "plots", "show", "--out", "plots")
     page = (repository / "plots/index.html").read_text()
@@ -199,6 +213,8 @@ def test_plots_draw_one_line_a_method(repository):
     for spec in specs:
         rows = spec["data"]["values"]
         assert spec["spec"]["encoding"]["color"]["field"] == "method"
+        colors = spec["spec"]["encoding"]["color"]["scale"]["range"]
+        assert len(set(colors)) == len(colors) >= len(RECIPES), "each method has its own"
         assert spec["facet"]["column"]["field"] == "position" and spec["facet"]["row"]["field"] == "rev"
         assert {point["method"] for point in rows} == METHODS
         lines = pd.DataFrame(rows).groupby(["rev", "position", "method"])["average_tokens"]
