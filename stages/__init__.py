@@ -10,7 +10,13 @@ import ast
 import sys
 from pathlib import Path
 
-USAGE = {"plan": "[EXPERIMENT]", "experiment": "EXPERIMENT", "compare": "A B [TABLE.csv]"}  # stages that take words
+# stages that take words
+USAGE = {
+    "plan": "[EXPERIMENT]",
+    "experiment": "EXPERIMENT",
+    "compare": "A B [TABLE.csv]",
+    "grades": "[ADDRESS MODEL]",
+}
 
 
 def _answer_help_and_refuse_arguments(argv: list[str]) -> None:

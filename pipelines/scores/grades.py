@@ -76,6 +76,7 @@ def ungraded(examples: pd.DataFrame, predictions: pd.DataFrame, grades: Grades) 
                     "example_id": row.example_id,
                     "benchmark": row.benchmark,
                     "question": row.question,
+                    **({"options": truth["options"]} if "options" in truth else {}),
                     "answer": truth.get("details") or truth["answer"],
                     "prediction": prediction,
                     "grade": None,
