@@ -147,7 +147,7 @@ def similarities(projected: Tensor, members: Tensor) -> Tensor:
 def rough_similarities(projected: Tensor, members: Tensor) -> Tensor:
     """The same in float32, each off by ``(2 dim + 8) / 2²⁴`` at most: products and, of tokens with themselves, lengths."""
     made = []
-    parts = members.split(max(1, 64 // members.shape[1]))
+    parts = members.split(max(1, 600 // members.shape[1]))
     # Runs that lie behind one another need not be copied.
     whole = [torch.equal(part.flatten(), torch.arange(part.numel()) + part[0, 0]) for part in parts]
     for image in projected:
