@@ -8,7 +8,7 @@ COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 |
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submission submit dashboard track testbed pruner clean profile search experiment compact
+.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submission rescore submit dashboard track testbed pruner clean profile search experiment compact
 
 setup: $(READY)
 
@@ -74,6 +74,12 @@ submission: $(READY)
 	$(RUN) python -m stages.plan
 	$(RUN) dvc repro sweep
 	$(RUN) python -m stages.submission
+
+# Another rule of scoring over stored answers (prepare.protocol, a benchmark's variant, evaluate.grades): what reads or
+# limits a question as before is not asked again, and the plan says first what is.
+rescore: $(READY)
+	$(RUN) python -m stages.plan
+	$(RUN) dvc repro evaluate
 
 # The sweep on a Ray cluster, its results back here: make submit ARGS="--address ... --storage ... --work ..."
 submit: $(READY)
