@@ -27,7 +27,7 @@ from nuwa.vlm.adapter import WHOLE, Adapter, EncodedImage, Frame, FromTransforme
 from nuwa.vlm.checkpoint import CheckpointError
 from nuwa.vlm.clip import FURTHER_LAYERS, SIMILARITY_FROM, earlier_layer
 from nuwa.vlm.received import received
-from nuwa.vlm.shapes import SHAPES
+from nuwa.vlm.shapes import QWEN2_7B, SHAPES
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig, InternVLForConditionalGeneration
@@ -235,17 +235,7 @@ def _shape() -> InternVLConfig:
 
     return InternVLConfig(
         # As config.json of the checkpoint has it; what is not named is the default of transformers.
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": 151674,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
+        text_config=QWEN2_7B | {"vocab_size": 151674},
         vision_config={"attention_bias": True},
         tie_word_embeddings=False,
     )

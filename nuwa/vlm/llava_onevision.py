@@ -28,7 +28,7 @@ from nuwa.vlm.checkpoint import CheckpointError
 from nuwa.vlm.clip import FURTHER_LAYERS, SIMILARITY_FROM, ClipAdapter, earlier_layer
 from nuwa.vlm.llava_next import LlavaNextAdapter
 from nuwa.vlm.received import received
-from nuwa.vlm.shapes import SHAPES
+from nuwa.vlm.shapes import QWEN2_7B, SHAPES
 
 if TYPE_CHECKING:
     from transformers import LlavaOnevisionConfig
@@ -159,15 +159,5 @@ def _shape() -> LlavaOnevisionConfig:
 
     return LlavaOnevisionConfig(
         # As config.json of the checkpoint has it; what is not named is the default of transformers.
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": 152128,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
+        text_config=QWEN2_7B | {"vocab_size": 152128},
     )

@@ -47,18 +47,23 @@ VICUNA_13B = VICUNA_7B | {
 QWEN_PATCHES = {"num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
+QWEN2_7B = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+
+
 def qwen2_7b(positions: int) -> dict[str, Any]:
     """The language model of Qwen2-VL-7B and of Qwen2.5-VL-7B, which differ in how many ``positions`` they name."""
-    return {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    sizes = {name: size for name, size in QWEN2_7B.items() if name != "model_type"}  # each family has a type of its own
+    return sizes | {"vocab_size": 152064, "max_position_embeddings": positions, "rope_parameters": rope}
 
 
 def model_shape(path: str) -> PretrainedConfig:
