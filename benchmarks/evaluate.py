@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -106,7 +105,8 @@ def _answer(truth: dict, right: bool, rng: np.random.Generator) -> str:
 
 
 def score(folder: Path, processes: int = 1) -> dict[str, float]:
-    """Read, score, compare and write as the stage does; seconds and peak memory of this process and of what it started.
+    """Read, score, compare and write as the stage does; seconds, and CPU and peak memory of this process, not of others that
+    score for it.
 
     Every trial is held against the unpruned one and against the first of the others; those of the headline budget by what
     was asked.
@@ -116,7 +116,7 @@ def score(folder: Path, processes: int = 1) -> dict[str, float]:
     from stages.evaluate import write_table
 
     before = _peak_gib()
-    started, cpu = time.perf_counter(), _cpu_seconds()
+    started, cpu = time.perf_counter(), time.process_time()
     trials, examples = pd.read_parquet(folder / "trials.parquet"), pd.read_parquet(folder / "examples.parquet")
     whole, first, *others = trials["trial_id"]
     pairs = [Pair("unpruned", HEADLINE, trial, whole) for trial in (first, *others)]
@@ -128,21 +128,15 @@ def score(folder: Path, processes: int = 1) -> dict[str, float]:
         write_table(table, folder / f"{name}.parquet")
     return {
         "seconds": time.perf_counter() - started,
-        "cpu_seconds": _cpu_seconds() - cpu,
+        "cpu_seconds": time.process_time() - cpu,
         "peak_gib": _peak_gib(),
         "imports_gib": before,
         "score_rows": len(tables.scores),
     }
 
 
-def _cpu_seconds() -> float:
-    """Of this process and of those it waited for."""
-    return sum(os.times()[:4])
-
-
 def _peak_gib() -> float:
-    """The most that this process held, or one that it waited for."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024**2
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
 def main() -> None:

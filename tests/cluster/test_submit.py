@@ -21,7 +21,9 @@ import pandas as pd
 import pytest
 import yaml
 from dvc.repo import Repo
+from forked import forked
 from mlflow import MlflowClient
+from ray._raylet import GcsClient
 
 from cluster.submit import SubmissionFailed, choose_authentication, connect, main, passed_on
 from pipelines.settings import load_settings
@@ -240,7 +242,8 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
 
     megabytes = float(re.search(r"^code: ([\d.]+) MB$", printed, re.MULTILINE)[1])
     assert 0.2 < megabytes <= 5
-    # Nothing that a cluster's API or a process list shows holds a secret, and nobody without the token is answered.
+    # Nothing that a cluster's API, which `ray job list` prints, or a process list shows holds a secret, and nobody without
+    # the token is answered.
     jobs = told(cluster_address, "api/jobs/")
     assert "cluster.job" in jobs and "MLFLOW_TRACKING_URI" in jobs
     processes = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
@@ -249,6 +252,12 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{cluster_address}/api/jobs/", timeout=30)
     assert refused.value.code in (401, 403)
+    own = "".join(line for line in processes.splitlines(keepends=True) if str(servers.folder) in line)
+    (gcs,) = set(re.findall(r"--gcs-address=(127\.0\.0\.2:\d+)", own))
+    stranger = forked(
+        lambda: GcsClient(address=gcs)
+    )  # this process has no token: Ray asked for one when it was imported
+    assert stranger.code == 1 and "InvalidAuthToken" in stranger.err
 
     trials = pd.read_parquet(repository / "data" / "trials.parquet")
     examples = pd.read_parquet(repository / "data" / "examples.parquet")
