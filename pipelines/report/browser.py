@@ -159,7 +159,8 @@ def _answer(
     given = texts.loc[(example["example_id"], trial.trial_id)]
     tokens = Tokens.of(places, row, given["kept_final"], trial.stage1_keep < trial.image_tokens)
     said, right = judged(given["prediction"], example)
-    box = predicted_box(given["prediction"], example["truth"]) if example["family"] == "grounding" else None
+    is_box = example["family"] == "grounding"
+    box = predicted_box(given["prediction"], example["truth"], example["benchmark"]) if is_box else None
     first, last = len(tokens.kept), len(tokens.last)
     ids = f" {trial.position.upper()}" if trial.pruned else ""
     return Answer(
@@ -175,11 +176,9 @@ def _extent(size: Size) -> Size:
 
 
 def _dropped(places: TokenPlaces, kept: set[int], size: Size) -> str:
-    """Cells of the last view that were dropped, neighbours of a row in one rectangle."""
-    view = len(places.layout.views) - 1
-    slots = places.layout.slots[view].tolist()
+    """Cells of the crops that were dropped, neighbours of a row in one rectangle."""
     runs: list[list[int]] = []
-    for slot, (left, top, right, bottom) in zip(slots, places.cells(view, *size).tolist(), strict=True):
+    for slot, (left, top, right, bottom) in places.cells_by_slot(places.panels[-1], *size).items():
         if slot in kept or left >= right or top >= bottom:
             continue
         if runs and runs[-1][1:] == [top, left, bottom]:  # it begins where the last one ends

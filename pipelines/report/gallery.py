@@ -1,6 +1,7 @@
 """The gallery: a few test images with the tokens that several trials kept and the answers they gave.
 
-Where a model sees an image in several views, the last one (LLaVA-NeXT's crops) is drawn large, the others small beside it.
+Where a model sees an image in several views, its crops (LLaVA-NeXT's local grid, InternVL3's tiles) are drawn large in one
+picture, the view of the whole small beside it.
 
 Cases are chosen by rule from the examples that every shown trial answered. Boxes: two that Nüwa gets right and
 others miss, two the other way round; questions: two with the most different answers. Ties fall to the lower example id.
@@ -20,6 +21,7 @@ import pyarrow.dataset as ds
 from PIL import Image, ImageDraw
 
 from nuwa.benchmarks.boxes import parse_box, unpad_box
+from nuwa.benchmarks.grounding import FRAME
 from nuwa.grid import PatchGrid
 from nuwa.images import read_image
 from pipelines.data.datasets import parse_name
@@ -38,6 +40,7 @@ SIDE = 288  # pixels of a picture's longer side, about
 SMALL, GAP = 0.5, 6  # scale of the other views, and pixels around them
 FINE = 12  # pixels of a patch, below which outlines are thin
 FADE, PAPER = 0.80, 255  # dropped patches: this share of the way to white
+THOUSANDTHS = "thousandths"  # the variant whose boxes are told on a frame of their own
 TRUTH, ANSWER = (255, 255, 255), (255, 92, 0)
 PILLAR, COLLECTOR, CASING = (86, 180, 233), (240, 228, 66), (20, 20, 22)
 
@@ -179,11 +182,11 @@ def true_box(truth: str) -> list[float]:
     return json.loads(truth)["box"]
 
 
-def predicted_box(text: str, truth: str) -> list[float] | None:
-    """As the benchmark reads it: in pixels where the truth carries a size, else in shares of the image or of the square
-    it is padded to."""
+def predicted_box(text: str, truth: str, benchmark: str) -> list[float] | None:
+    """As the benchmark reads it: in pixels where the truth carries a size, in thousandths where these are asked for, else
+    in shares of the image or of the square it is padded to."""
     told = json.loads(truth)
-    size = told.get("size")
+    size = FRAME if parse_name(benchmark).variant == THOUSANDTHS else told.get("size")
     box = parse_box(text, "pixels" if size else "normalized", tuple(size) if size else None)
     return unpad_box(box, tuple(told["padded"])) if box and "padded" in told else box
 
@@ -223,7 +226,8 @@ def _case(
         text = answers.texts.at[name, trial.trial_id]
         row = kept.get((trial.trial_id, example["image"]))
         tokens = Tokens.of(there, row, answers.last.at[name, trial.trial_id], trial.stage1_keep < trial.image_tokens)
-        drawn = _drawn(pixels, there, tokens, truth, predicted_box(text, example["truth"]) if is_box else None)
+        box = predicted_box(text, example["truth"], example["benchmark"]) if is_box else None
+        drawn = _drawn(pixels, there, tokens, truth, box)
         answer, right = judged(text, example)
         stage1, last = len(tokens.kept), len(tokens.last)
         count = f"{stage1} tokens" if stage1 == last else f"{stage1} → {last} tokens"
@@ -279,13 +283,13 @@ def _enlarge(pixels: Image.Image, extent: Size) -> Image.Image:
 def _drawn(
     pixels: Image.Image, places: TokenPlaces, tokens: Tokens, truth: list[float] | None, box: list[float] | None
 ) -> Image.Image:
-    """The last view with both boxes; smaller, below it or at the right of a tall one, the others."""
+    """The crops with both boxes; smaller, below them or at the right of a tall picture, the other views."""
     width, height = extent = _extent(places.size)
-    *others, main = range(len(places.layout.views))
+    *others, main = places.panels
     canvas = _with_boxes(_with_patches(pixels, extent, places, main, tokens), truth, box)
     small = (max(1, round(SMALL * width)), max(1, round(SMALL * height)))
-    for view in others:
-        beside = _with_patches(pixels, small, places, view, tokens)
+    for views in others:
+        beside = _with_patches(pixels, small, places, views, tokens)
         tall = height > width
         at = (canvas.width + GAP, 0) if tall else (0, canvas.height + GAP)
         sheet = Image.new("RGB", (max(canvas.width, at[0] + small[0]), max(canvas.height, at[1] + small[1])), "white")
@@ -295,12 +299,13 @@ def _drawn(
     return canvas
 
 
-def _with_patches(pixels: Image.Image, extent: Size, places: TokenPlaces, view: int, tokens: Tokens) -> Image.Image:
-    """One view's kept patches as they are, the others faded to paper; outlines tell roles apart, dots mark the last
-    layer's."""
+def _with_patches(
+    pixels: Image.Image, extent: Size, places: TokenPlaces, views: Sequence[int], tokens: Tokens
+) -> Image.Image:
+    """Kept patches of views that lie side by side as they are, the others faded to paper; outlines tell roles apart, dots
+    mark the last layer's."""
     image = np.array(_enlarge(pixels, extent), dtype=np.float32)
-    cells, slots = places.cells(view, *extent), places.layout.slots[view].tolist()
-    kept = {slot: cell for slot, cell in zip(slots, cells.tolist(), strict=True) if slot in tokens.kept}
+    kept = {slot: cell for slot, cell in places.cells_by_slot(views, *extent).items() if slot in tokens.kept}
     mask = np.zeros((*image.shape[:2], 1), dtype=bool)
     for left, top, right, bottom in kept.values():
         mask[top:bottom, left:right] = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from transformers import LlavaNextConfig, Qwen2_5_VLConfig
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from nuwa.vlm import adapter_class, usual_image_processor
-from pipelines.report.gallery import COLLECTOR, GAP, PILLAR, TRUTH, gallery
+from pipelines.data.datasets import parse_name
+from pipelines.report.browser import questions
+from pipelines.report.gallery import COLLECTOR, GAP, PILLAR, TRUTH, gallery, predicted_box
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes
 from pipelines.report.page import build_report
@@ -196,6 +199,47 @@ def test_kept_tokens_stay_and_dropped_ones_fade_at_their_places(drawn, request, 
                 assert tuple(pixels[top, left]) == (PILLAR if roles[slot] else COLLECTOR)
                 assert middle == ((255, 255, 255) if slot in last else FLAT)
         assert seen == layout.tokens
+
+
+def test_tiles_lie_side_by_side_in_one_picture_and_the_thumbnail_beside_it(drawn, tiny_internvl):
+    """Two tiles of 3 x 3 tokens and the thumbnail's 3 x 3."""
+    layout, (_, (kept, *_)), case, inputs = drawn(tiny_internvl, (48, 24))
+    assert len(layout.views) == case.views == 3
+    assert case.pictures[0].size == (288, 144) and case.pictures[2].size == (288, 144 + GAP + 72)
+    pixels = pixels_of(case.pictures[2])
+    for slot in range(layout.tokens):
+        view, (row, column) = slot // 9, divmod(slot % 9, 3)
+        left, top, height = (144 * view + 48 * column, 48 * row, 48)
+        if view == 2:
+            left, top, height = 48 * column, 144 + GAP + 24 * row, 24
+        assert (pixels[top : top + height, left : left + 48] == (FLAT if slot in kept else FADED)).all()
+
+    for one in questions(inputs, Outcomes(inputs), 16):  # these show the tiles alone
+        (answer,) = [answer for answer in one.answers if answer.trial.startswith("Random")]
+        covered = {
+            (int(left) // 8 + step, int(top) // 8)
+            for left, top, width, _ in re.findall(r"M(\d+) (\d+)h(\d+)v(\d+)h-\d+z", answer.dropped)
+            for step in range(int(width) // 8)
+        }
+        places = {(slot // 9 * 3 + slot % 3, slot % 9 // 3) for slot in range(18) if slot not in kept}
+        assert one.size == (48, 24) and covered == places
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "told"),
+    [
+        ("refcoco/val", "[0.25, 0.5, 0.75, 1.0]"),
+        ("refcoco/val:pixels", '{"bbox_2d": [20, 20, 60, 40]}'),
+        ("refcoco/val:thousandths", '{"bbox_2d": [250, 500, 750, 1000]}'),
+        ("refcoco/val:unpadded", "[0.25, 0.5, 0.75, 0.75]"),
+    ],
+)
+def test_a_box_is_drawn_where_the_benchmark_reads_it(benchmark, told):
+    """Of a photo of 80 x 40 pixels; who scores it says it is the true one."""
+    truth = {"box": [0.25, 0.5, 0.75, 1.0]}
+    truth |= {"size": [80, 40]} if "pixels" in benchmark else {"padded": [80, 40]} if "unpadded" in benchmark else {}
+    assert predicted_box(told, json.dumps(truth), benchmark) == truth["box"]
+    assert parse_name(benchmark).score(told, truth)["iou"] == 1.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
