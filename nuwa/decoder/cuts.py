@@ -311,19 +311,21 @@ class MeasuredEvidence(CutEvidence):
     def projections(self, tokens: Tokens, rotated: bool = True, ahead: bool = False) -> Projections:
         below, rows = self.below, self.rows[:, None]
         number = below.layer if ahead else below.layer - 1
-        if tokens == "before" and below.prefix is not None:
-            hidden = below.prefix.inputs[number].expand(len(rows), -1, -1)
-            positions = below.prefix.columns.positions.expand(-1, len(rows), -1)
-            return project(self.trunk.vlm, number, hidden, positions, rotated)
         columns = self._columns_of(tokens)
         entering = below.hidden if ahead else below.inputs[number]
-        hidden = take(entering, rows, columns)
-        return project(self.trunk.vlm, number, hidden, below.positions[:, rows, columns], rotated)
+        hidden, positions = take(entering, rows, columns), below.positions[:, rows, columns]
+        if tokens == "before" and below.prefix is not None:
+            first = below.prefix
+            hidden = torch.cat([first.inputs[number].expand(len(rows), -1, -1), hidden], dim=1)
+            positions = torch.cat([first.columns.positions.expand(-1, len(rows), -1), positions], dim=2)
+        return project(self.trunk.vlm, number, hidden, positions, rotated)
 
     def _columns_of(self, tokens: Tokens) -> Tensor:
         """Columns of the stretch, ``(questions, tokens)``; those of padding are any."""
         if tokens == "before":
-            return torch.arange(len(self.trunk.before), device=self.columns.device).expand(len(self.rows), -1)
+            start = 0 if self.below.prefix is not None else len(self.trunk.before)
+            first = torch.arange(start, device=self.columns.device).expand(len(self.rows), -1)
+            return torch.cat([first, self.below.between[self.rows]], dim=1)
         return self.columns if tokens == "visual" else self.below.text[self.part].clamp(min=0)
 
     def _positions_of(self, tokens: Literal["text", "visual"]) -> Tensor:

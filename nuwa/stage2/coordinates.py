@@ -8,7 +8,7 @@ What is kept is one selection for all layers: generated tokens see it in the lay
 Differences from the released code: seeds and coordinates are filled up in order of the foreground to the number that a
 cut keeps, as released for Qwen2.5-VL; of LLaVA-1.5's union of seeds, coordinates and the best fifth that is the same set
 where the numbers agree. The image begins where it begins. All questions of a batch are scored, ties go to the lower slot.
-On InternVL3 the tokens of all tiles are ranked together. Of texts between several images no values are read.
+On InternVL3 the tokens of all tiles are ranked together.
 """
 
 from __future__ import annotations

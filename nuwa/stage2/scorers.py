@@ -38,10 +38,10 @@ class CutEvidence:
 
     What a cut's layer shows beside attention; null only where evidence is made by hand. ``projections(tokens, rotated,
     ahead)``: queries, keys and values, as the model's own attention module makes them, of ``"before"`` (the tokens before
-    the image), ``"visual"`` or ``"text"`` (as many tokens as ``text_mask`` has rows, anything at padding), with the rotary
-    embedding or without it, at the layer before the cut or the one ``ahead``. ``states``: hidden states of the visual
-    tokens entering the layer behind the cut, ``(questions, visual, dim)``; ``normed(tokens)``: those of visual or text
-    tokens through the language model's final norm. ``positions``: position ids, ``(axes, questions, visual)``.
+    the image, and those between several), ``"visual"`` or ``"text"`` (as many tokens as ``text_mask`` has rows, anything at
+    padding), with the rotary embedding or without it, at the layer before the cut or the one ``ahead``. ``states``: hidden
+    states of the visual tokens entering the layer behind the cut, ``(questions, visual, dim)``; ``normed(tokens)``: those of
+    visual or text tokens through the language model's final norm. ``positions``: position ids, ``(axes, questions, visual)``.
     ``rotary(tokens)``: cosines and sines that rotate visual or text tokens at the layer before the cut, ``(questions,
     tokens, rotated dim)``; ``rotary_by_axis()``: those of the visual tokens by every axis of position ids on its own,
     ``(axes, questions, visual, rotated dim)``. ``slots``: places of the visual tokens in the unpruned image, ``(questions,

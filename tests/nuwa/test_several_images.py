@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles.inside_model import InsideModel
 from oracles.masked_model import MaskedModel, eager_copy
 from PIL import Image
 
@@ -12,7 +13,7 @@ from nuwa.decoder import Trunk
 from nuwa.generation import ImageBatch, plan_interleaved, select
 from nuwa.layout import InterleavedLayout, interleave
 from nuwa.library.conversations import encode_question, read_question
-from nuwa.methods import specify
+from nuwa.methods import RECIPES, specify
 from nuwa.schedule import joined
 from nuwa.vlm import EncodedPrompt, LlavaAdapter
 
@@ -168,6 +169,51 @@ def test_methods_inside_the_model_answer_about_several_images_as_in_any_batch(fa
         (alone,) = nuwa.generate(family.model, family.processor, [row], [one], **options)
         assert (alone.tokens, alone.kept, alone.kept_last) == (answer.tokens, answer.kept, answer.kept_last)
         assert len(answer.kept_last) == answer.schedule.entering[-1]
+
+
+INSIDE = {
+    "ivc_prune": {},
+    "ivc_prune, among visual tokens": {"parameters": {"affinity": "visual"}},
+    "feather": {},
+    "fastv_without_rope": {},
+    "dart": {},
+    "fastv, by the next layer's projections": {"stage2": {"scorer": "attention_last_token_next_layer"}},
+    "fastv, by the next layer's without rope": {"stage2": {"scorer": "attention_last_token_next_layer_without_rope"}},
+    "pyramiddrop, without rope": {
+        "stage2": {"layer": [1, 3, 5], "scorer": "attention_last_token_next_layer_without_rope"},
+        "position": "perc",
+    },
+}
+
+
+@pytest.mark.parametrize("case", INSIDE)
+@pytest.mark.parametrize("family", ["tiny_vlm", "tiny_next", "tiny_qwen"], indirect=True)
+def test_methods_inside_the_model_choose_by_all_that_is_seen(family, twin, pictures, case):
+    """As a masked stock model, from whose layers the methods choose: texts between images are seen like any other."""
+    images, method = [pictures[number] for number in (0, 3, 5)], case.split(",")[0]
+    options = {"preset": RECIPES[method].presets[0]} | INSIDE[case]
+    for messages in conversations(family)[:2]:
+        (answer,) = nuwa.generate(
+            family.model, family.processor, [images], [messages],
+            method=method, retention=0.6, max_new_tokens=MAX_NEW, **options,
+        )  # fmt: skip
+        layouts = [family.layout_of(image.size) for image in images]
+        places = [
+            (row, column) if column < view.grid.width else None
+            for layout in layouts
+            for view in layout.views
+            for row in range(view.grid.height)
+            for column in range(view.grid.width + view.newline)
+        ]
+        spec = specify(method, budget=0.6 * layouts[0].tokens, **options).on(layouts[0], family.layers).spec
+        reference = InsideModel(
+            twin, family.processor, images, messages, list(range(len(places))), spec.position,
+            places=places, trims=spec.stage2.trims,
+        )  # fmt: skip
+        for cut in spec.cuts(answer.schedule):
+            reference.choose(cut.layer, cut.keep, cut.scorer.name, cut.scorer.parameters)
+        assert list(answer.kept_last) == reference.alive[-1]
+        assert list(answer.tokens) == reference.answer(MAX_NEW, family.end_tokens, answer.tokens)[0]
 
 
 def test_a_text_stands_behind_all_images(family, pictures):

@@ -105,8 +105,10 @@ class InsideModel(MaskedModel):
         return self.alive[-1]
 
     def _columns(self, layer: int) -> dict[str, list[int]]:
+        """``before``: the texts before and between images."""
         visual = [self.visual[token] for token in self.alive[layer - 1]]
-        return {"before": list(range(self.visual[0])), "visual": visual, "text": self.text}
+        before = [at for at in range(self.text[0]) if at not in set(self.visual)]
+        return {"before": before, "visual": visual, "text": self.text}
 
     def _scores(self, layer: int, scorer: str, options: dict[str, Any]) -> list[float]:
         columns = self._columns(layer)
