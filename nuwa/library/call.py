@@ -31,6 +31,7 @@ from nuwa.generation import (
 )
 from nuwa.layout import InterleavedLayout, VisualLayout
 from nuwa.library.conversations import encode_question
+from nuwa.library.identity import encoder_identity
 from nuwa.library.options import Options
 from nuwa.library.pairing import Asked, Pairing, pair
 from nuwa.library.pictures import Picture, picture
@@ -319,6 +320,7 @@ def _check_method(vlm: Adapter, options: Options) -> None:
     check_encoder(spec, vlm)
     check = get_method(spec.stage1).check
     if check is not None:
+        vlm.encoder_identity = encoder_identity(vlm)  # which planning asks again
         check(spec.config, vlm.encoder_identity)
     if spec.stage2 is not None:
         for layer in spec.stage2.layers or ():

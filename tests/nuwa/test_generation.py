@@ -22,7 +22,7 @@ from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
 from nuwa.stage1.learnpruner import Lpm, WeightsError, save_lpm
-from nuwa.vlm import EncodedImage, LlavaAdapter, adapt, load_adapter
+from nuwa.vlm import Adapter, EncodedImage, LlavaAdapter, adapt, load_adapter
 
 torch.set_num_threads(1)
 MAX_NEW = 6
@@ -308,6 +308,26 @@ def test_a_trained_method_knows_its_encoder(tiny_next, tiny_qwen, photos, tmp_pa
     with pytest.raises(WeightsError) as caught:
         ask(tiny_qwen, photos[:1], **options)
     assert "were trained on encoder" in str(caught.value)
+
+
+def test_an_encoders_weights_are_read_once_and_again_when_they_changed(tiny_next, photos, tmp_path, monkeypatch):
+    model, read = copy.deepcopy(tiny_next.model), []
+    vlm = adapt(model, tiny_next.processor)
+    path = tmp_path / "lpm.safetensors"
+    save_lpm(Lpm(32), path, vlm.encoder_identity, {})
+    options = {"method": "learnpruner", "average_tokens": 30, "parameters": {"weights": str(path)}}
+    whole = Adapter.encoder_fingerprint
+    monkeypatch.setattr(Adapter, "encoder_fingerprint", lambda *one: read.append(1) or whole(*one))
+    first, again = (ask(vlm, photos[:1], **options) for _ in range(2))
+    assert [one.tokens for one in first] == [one.tokens for one in again] and len(read) == 1
+
+    vlm.tower.load_state_dict(vlm.tower.state_dict())  # written to, with what was there
+    ask(vlm, photos[:1], **options)
+    assert len(read) == 2
+    with torch.no_grad():
+        next(vlm.tower.parameters()).mul_(2)
+    with pytest.raises(WeightsError, match="were trained on encoder"):
+        ask(vlm, photos[:1], **options)
 
 
 def test_the_released_settings_for_qwen(tiny_qwen, photos):
