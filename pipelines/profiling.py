@@ -10,6 +10,7 @@ and encoded images, in a run of its own.
 from __future__ import annotations
 
 import gc
+import inspect
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -180,11 +181,13 @@ class MethodTimer:
         ids = [*prompt.before, *[self.adapter.image_token] * self.layout.tokens, *prompt.after]
         tokens = torch.tensor([ids] * self.workload.batch, device=device)
         mask = torch.ones_like(tokens)
+        taken = inspect.signature(model.forward).parameters  # InternVL's image processor counts tiles, too
 
         def inputs() -> dict[str, torch.Tensor]:
             return {
                 name: value.to(device, model.dtype if value.is_floating_point() else None)
                 for name, value in self.pixels.items()
+                if name in taken
             }
 
         def embed() -> torch.Tensor:

@@ -219,6 +219,15 @@ def test_stock_is_prefilled_with_what_its_own_forward_makes_of_the_pixels(counte
     torch.testing.assert_close(said[0], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_newer_family_is_timed_beside_its_own_generate(newer):
+    adapter = profiling.adapt(newer.model, newer.processor)
+    adapter.end_tokens = ()
+    bench = MethodTimer(adapter, profiling.WorkloadSize(2, (60, 40), 4, 12, 3), 1)
+    rows = [bench.time_stock(), bench.time_method(specify("nuwa", budget=bench.layout.tokens / 2))]
+    assert [row["method"] for row in rows] == ["stock generate", "nuwa"]
+    assert rows[0]["average_tokens"] == bench.layout.tokens == 2 * rows[1]["average_tokens"]
+
+
 # --- what cannot be had
 
 
