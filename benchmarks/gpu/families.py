@@ -1,12 +1,11 @@
 """Tiny models of the three families with random weights: the stock classes, every structural feature on.
 
-Weights are loud, so that answers depend on what is seen and on where it stands. Nothing here needs torchvision, which
-transformers' own processor of Qwen2.5-VL imports.
+Weights are loud, so that answers depend on what is seen and on where it stands. Nothing here needs torchvision, which the
+halves of transformers' processors that read videos import.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    BatchFeature,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizerFast,
@@ -33,8 +31,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -265,6 +265,31 @@ def tiny_onevision() -> LlavaOnevisionAdapter:
     return LlavaOnevisionAdapter(model.requires_grad_(False), processor)
 
 
+QWEN_TEMPLATE = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|> ")
+
+
+class Qwen2PicturesOnly(Qwen2VLProcessor):
+    """The stock processor without its half for videos, which cannot be made without torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, chat_template)
+
+
+class Qwen2_5PicturesOnly(Qwen2_5_VLProcessor):
+    """The stock processor without its half for videos, which cannot be made without torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(image_processor, tokenizer, None, chat_template)
+
+
 def tiny_qwen() -> Qwen2_5VLAdapter:
     """Dynamic grids, windows that do not divide them, full attention in two of five blocks, M-RoPE, grouped heads."""
     torch.manual_seed(12)
@@ -306,7 +331,8 @@ def tiny_qwen() -> Qwen2_5VLAdapter:
     louden(model)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
-    return Qwen2_5VLAdapter(model.requires_grad_(False), QwenProcessor(words))
+    processor = Qwen2_5PicturesOnly(_qwen_pictures(), words, QWEN_TEMPLATE)
+    return Qwen2_5VLAdapter(model.requires_grad_(False), processor)
 
 
 def tiny_qwen2() -> Qwen2VLAdapter:
@@ -348,7 +374,8 @@ def tiny_qwen2() -> Qwen2VLAdapter:
     louden(model)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
-    return Qwen2VLAdapter(model.requires_grad_(False), QwenProcessor(words))
+    processor = Qwen2PicturesOnly(_qwen_pictures(), words, QWEN_TEMPLATE)
+    return Qwen2VLAdapter(model.requires_grad_(False), processor)
 
 
 class QwenPicturesOnly(Qwen3VLProcessor):
@@ -403,11 +430,8 @@ def tiny_qwen3() -> Qwen3VLAdapter:
     louden(model)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
-    pictures = Qwen2VLImageProcessorPil(
-        patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 80 * 80}
-    )
-    template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|> ")
-    return Qwen3VLAdapter(model.requires_grad_(False), QwenPicturesOnly(pictures, words, template))
+    processor = QwenPicturesOnly(_qwen_pictures(), words, QWEN_TEMPLATE)
+    return Qwen3VLAdapter(model.requires_grad_(False), processor)
 
 
 class InternVLPicturesOnly(InternVLProcessor):
@@ -479,28 +503,10 @@ def tiny_internvl() -> InternVLAdapter:
     return InternVLAdapter(model.requires_grad_(False), processor)
 
 
-class QwenProcessor:
-    """What ``Qwen2_5_VLProcessor`` and ``Qwen2VLProcessor`` do to images; that class itself cannot be made without torchvision."""
-
-    def __init__(self, words: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = words
-        self.image_processor = Qwen2VLImageProcessorPil(
-            patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 80 * 80}
-        )
-        self.chat_template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|> ")
-
-    def apply_chat_template(self, turns: list[dict[str, Any]], **options: Any) -> str:
-        return self.tokenizer.apply_chat_template(turns, chat_template=self.chat_template, **options)
-
-    def __call__(self, images: Any, text: Any, return_tensors: str = "pt", padding: bool = False) -> BatchFeature:
-        pictures = self.image_processor(images, return_tensors=return_tensors)
-        counts = iter((pictures["image_grid_thw"].prod(dim=1) // 4).tolist())
-        pad = "<|image_pad|>"
-        texts = [re.sub(re.escape(pad), lambda _: pad * next(counts), part) for part in text]
-        words = self.tokenizer(texts, return_tensors=return_tensors, padding=padding)
-        is_image = (words.input_ids == self.tokenizer.convert_tokens_to_ids(pad)).int()
-        names = {name: words[name] for name in ("input_ids", "attention_mask")}
-        return BatchFeature({**names, **pictures, "mm_token_type_ids": is_image})
+def _qwen_pictures() -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 80 * 80}
+    )
 
 
 # (width, height): wide and tall ones that lose padding, squares, odd sides.

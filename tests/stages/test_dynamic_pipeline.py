@@ -23,7 +23,6 @@ from PIL import Image
 from transformers import (
     InternVLConfig,
     LlavaOnevisionConfig,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
@@ -33,7 +32,13 @@ from transformers.utils import import_utils
 from workers_here import work_here
 
 import nuwa
-from benchmarks.gpu.families import InternVLPicturesOnly, PicturesOnly, QwenPicturesOnly, QwenProcessor
+from benchmarks.gpu.families import (
+    InternVLPicturesOnly,
+    PicturesOnly,
+    Qwen2_5PicturesOnly,
+    Qwen2PicturesOnly,
+    QwenPicturesOnly,
+)
 from nuwa.benchmarks import get_benchmark
 from nuwa.vlm import Adapter
 from pipelines.settings import Settings, load_settings
@@ -74,14 +79,6 @@ def grids_of(model: str) -> list[dict[str, object]]:
         {"name": "scorer", "method": "nuwa", "budget": largest},
         {"name": "scorer", "method": "nuwa", "budget": largest, "stage2_scorer": "cosine_mean_text"},
     ]
-
-
-class SavedQwenProcessor(QwenProcessor):
-    """The tests' stand-in for ``Qwen2_5_VLProcessor``, from a folder."""
-
-    @classmethod
-    def from_pretrained(cls, folder: str, **_options) -> SavedQwenProcessor:
-        return cls(PreTrainedTokenizerFast.from_pretrained(folder))
 
 
 def photos() -> list[Image.Image]:
@@ -139,8 +136,8 @@ def write_params(model: str, tables: dict[str, str], grids: list[dict[str, objec
 
 
 PROCESSORS = {
-    Qwen2_5_VLConfig: SavedQwenProcessor,
-    Qwen2VLConfig: SavedQwenProcessor,
+    Qwen2_5_VLConfig: Qwen2_5PicturesOnly,
+    Qwen2VLConfig: Qwen2PicturesOnly,
     LlavaOnevisionConfig: PicturesOnly,
     Qwen3VLConfig: QwenPicturesOnly,
     InternVLConfig: InternVLPicturesOnly,
@@ -149,11 +146,7 @@ PROCESSORS = {
 
 def save(vlm: Adapter, folder: Path) -> None:
     vlm.model.save_pretrained(folder)
-    if isinstance(vlm.processor, QwenProcessor):
-        vlm.processor.tokenizer.save_pretrained(folder)
-        vlm.processor.image_processor.save_pretrained(folder)
-    else:
-        vlm.processor.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
 
 
 def stock_inputs(vlm: Adapter, image: Image.Image, prompt: str):
@@ -195,7 +188,7 @@ def run(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp(request.param))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.setitem(PROCESSOR_MAPPING._extra_content, Qwen2_5_VLConfig, SavedQwenProcessor)
+        patch.setitem(PROCESSOR_MAPPING._extra_content, Qwen2_5_VLConfig, Qwen2_5PicturesOnly)
         work_here(patch)  # the processor is patched in this process only
         save(vlm, Path("models", request.param))
         write_tables(["unknown"] * len(SIZES) * len(QUESTIONS))
