@@ -25,8 +25,8 @@ WORDS = {
 }
 
 
-# Of the other families what they do not share: Qwen3-VL's features that enter early layers.
-@pytest.fixture(scope="module", params=["tiny_vlm", "tiny_next", "tiny_qwen", "tiny_qwen3"])
+# Of the other families what they do not share: Qwen3-VL's features that enter early layers, InternVL3's tiles.
+@pytest.fixture(scope="module", params=["tiny_vlm", "tiny_next", "tiny_qwen", "tiny_qwen3", "tiny_internvl"])
 def family(request):
     return request.getfixturevalue(request.param)
 
@@ -71,7 +71,7 @@ def stock_answers(vlm, images, asked) -> list[tuple[int, ...]]:
     return [tuple(row[: next((at for at, token in enumerate(row) if token in ends), len(row))]) for row in rows]
 
 
-FAMILIES = ["tiny_vlm", "tiny_next", "tiny_qwen", "tiny_qwen3", "tiny_internvl"]
+FAMILIES = ["tiny_vlm", "tiny_next", "tiny_qwen", "tiny_qwen2", "tiny_qwen3", "tiny_internvl"]
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -8,6 +8,7 @@ Nothing of a schedule's bookkeeping is left: no gathering, no cut rows, no cache
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -68,9 +69,10 @@ class MaskedModel:
         # What enters the first layer, and what is added behind the first, second ...: Qwen3-VL.
         deep = [torch.cat(list(part)) for part in getattr(encoded, "deepstack_features", None) or ()]
         visible = list(encoded.pooler_output)
-        if model.config.model_type == "internvl":  # by tiles, of one image
-            visible = [torch.cat(visible)]
         self.image_of = [number for number, tokens in enumerate(visible) for _ in tokens]
+        if model.config.model_type == "internvl":  # told by tiles; the tokens of an image stand in one piece
+            breaks = [after - before > 1 for before, after in itertools.pairwise(self.visual)]
+            self.image_of = list(itertools.accumulate(breaks, initial=0))
         self.tokens = torch.cat([torch.cat(visible), *deep], dim=-1)
         if merged is not None:
             self.tokens[kept] = merged
