@@ -34,7 +34,9 @@ def dashboard(port: int) -> None:
     print("\n".join(f"{name}:\n  {base}/{address}" for name, address in pages(store).items()), flush=True)
 
     if not elsewhere:
-        server = ["mlflow", "server", "--backend-store-uri", store.uri, "--host", HOST, "--port", str(port)]
+        # Not on the command line: it may hold a password, which lists of processes would show.
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = store.uri
+        server = ["mlflow", "server", "--host", HOST, "--port", str(port)]
         os.execvp(server[0], server)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,13 @@ class ScoredBenchmark:
             left_out = np.broadcast_to(point[:, None], (len(point), len(self.resamples.images))).copy()
             left_out[:, present] = rest[name]
             metrics[name] = Sampled(point, draws[name], left_out, of, full)
+
+        if (headline := self.benchmark.headline) in metrics:  # the one that is compared
+            answers = np.zeros_like(metrics[headline].left_out)
+            # Weights, so that columns which change to either side do not look alike.
+            answers[:, present] = (per_image * np.random.default_rng(0).random(len(columns))).sum(axis=2)
+            step = None if full is None else questions.max() / self.examples
+            metrics[headline] = replace(metrics[headline], answers=answers, step=step)
         return metrics
 
     def _counted(self, sums: np.ndarray, columns: tuple[str, ...], count: np.ndarray) -> Sums:

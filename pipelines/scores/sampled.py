@@ -27,6 +27,9 @@ class Sampled:
     ``point`` ``(trials,)``: in the sample. ``draws`` ``(trials, resamples)``. ``left_out`` ``(trials, images)``: without
     each image. ``present`` ``(images,)``: which of these the quantity is about. ``full``: what it is where every answer is
     right, if it is a share of answers. ``paired``: as a share of another trial's, which has no exact bound above.
+    ``answers`` ``(trials, images)``: a number for what was answered on each image, the same for the same scores; of a
+    difference ``differs`` says where it was not the same. ``step``: the most that one image can move the quantity by.
+    Where these are null, pseudo-values tell which images matter, and an image counts as one of ``images``.
     """
 
     point: np.ndarray
@@ -35,6 +38,9 @@ class Sampled:
     present: np.ndarray
     full: float | None = None
     paired: bool = False
+    answers: np.ndarray | None = None
+    differs: np.ndarray | None = None
+    step: float | None = None
 
     @property
     def images(self) -> int:
@@ -42,17 +48,29 @@ class Sampled:
 
     def of(self, trials: np.ndarray) -> Sampled:
         """The quantity of some of the trials, by their numbers."""
-        return replace(self, point=self.point[trials], draws=self.draws[trials], left_out=self.left_out[trials])
+        answers = None if self.answers is None else self.answers[trials]
+        return replace(
+            self,
+            point=self.point[trials],
+            draws=self.draws[trials],
+            left_out=self.left_out[trials],
+            answers=answers,
+        )
 
     def share_of(self, whole: Sampled) -> Sampled:
         """As a share of ``whole``, one trial's; of nothing it is undefined."""
         share = self._with(whole, lambda part, of: np.divide(part, of, out=np.full_like(part, np.nan), where=of > 0))
-        full = self.full / whole.point.item() if self.full is not None and whole.point.item() > 0 else None
-        return replace(share, full=full, paired=True)
+        of = whole.point.item()
+        full, step = (one / of if one is not None and of > 0 else None for one in (self.full, self.step))
+        return replace(share, full=full, paired=True, answers=self.answers, step=step)
 
     def minus(self, other: Sampled) -> Sampled:
         """``other``: of as many trials, or of one."""
-        return self._with(other, np.subtract)
+        difference = self._with(other, np.subtract)
+        if self.answers is not None and other.answers is not None:
+            difference = replace(difference, differs=np.not_equal(self.answers, other.answers))
+        step = max(self.step, other.step) if self.step is not None and other.step is not None else None
+        return replace(difference, step=step)
 
     def _with(self, other: Sampled, combine: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Sampled:
         return Sampled(
@@ -69,14 +87,25 @@ class Sampled:
         point, draws, left_out = (np.mean(same, axis=0) for same in zip(*parts, strict=True))
         present = np.any([one.present for one in members], axis=0)
         full = None if any(one.full is None for one in members) else float(np.mean([one.full for one in members]))
-        return cls(point, draws, left_out, present, full, any(one.paired for one in members))
+        paired = any(one.paired for one in members)
+        known = [one.answers for one in members if one.answers is not None]
+        # Weights, so that what is lost in one and gained in another does not look alike.
+        weights = np.random.default_rng(0).random(len(members))
+        answers = None
+        if len(known) == len(members):
+            answers = np.sum([weight * one for weight, one in zip(weights, known, strict=True)], axis=0)
+        steps = [one.step for one in members if one.step is not None]
+        step = max(steps) / len(members) if len(steps) == len(members) else None
+        return cls(point, draws, left_out, present, full, paired, answers, None, step)
 
     @classmethod
     def one_below_the_other(cls, pieces: Sequence[Sampled]) -> Sampled:
         """Trials of several pieces in one."""
         parts = [(one.point, one.draws, one.left_out) for one in pieces]
         point, draws, left_out = (np.concatenate(same) for same in zip(*parts, strict=True))
-        return replace(pieces[0], point=point, draws=draws, left_out=left_out)
+        known = [one.answers for one in pieces if one.answers is not None]
+        answers = np.concatenate(known) if len(known) == len(pieces) else None
+        return replace(pieces[0], point=point, draws=draws, left_out=left_out, answers=answers)
 
     def intervals(self) -> np.ndarray:
         """``(2, trials)``: lower and upper ends; undefined resamples do not count, and where all are, so are the ends."""
@@ -134,15 +163,20 @@ class Sampled:
         spread = (pull**2).sum(axis=1) ** 1.5
         return np.divide((pull**3).sum(axis=1), 6 * spread, out=np.zeros_like(spread), where=spread > 0)
 
-    def _mattering(self) -> np.ndarray:
-        """How many images the quantity rests on, ``(trials,)``: as many equal ones as would weigh alike.
+    def _own(self) -> np.ndarray:
+        """How much of the quantity is each image's own, ``(trials, images)``, whatever the sign.
 
-        An image's own share of the quantity is its pseudo-value (Tukey 1958); of a mean it is the image's value.
+        That is a share of its pseudo-value (Tukey 1958); of a mean it is a share of the image's value.
         """
-        own = self.point[:, None] + (self.images - 1) * self._influences()
-        own = np.where(self.present & (np.abs(own) > EQUAL), own, 0.0)
+        own = np.abs(self.point[:, None] + (self.images - 1) * self._influences()) / max(self.images, 1)
+        matters = self.present & (own * self.images > EQUAL)
+        return np.where(matters if self.differs is None else matters & self.differs, own, 0.0)
+
+    def _mattering(self) -> np.ndarray:
+        """How many images the quantity rests on, ``(trials,)``: as many equal ones as would weigh alike."""
+        own = self._own()
         squares = (own**2).sum(axis=1)
-        return np.divide(np.abs(own).sum(axis=1) ** 2, squares, out=np.zeros_like(squares), where=squares > 0)
+        return np.divide(own.sum(axis=1) ** 2, squares, out=np.zeros_like(squares), where=squares > 0)
 
     @property
     def standard_error(self) -> np.ndarray:
@@ -169,21 +203,22 @@ class Sampled:
     def p_beyond(self, margin: float) -> np.ndarray:
         """P-values ``(trials,)`` of the quantity lying ``margin`` or more from zero: two one-sided tests.
 
-        A small one shows equivalence (Schuirmann 1987).
+        A small one shows equivalence (Schuirmann 1987). Where few images differ, their spread says too little of what it
+        would be at the margin: it counts as no less than that of images which all differ to one side, as many as it takes.
         """
-        error, freedom = self.standard_error, max(self.images - 1, 1)
-        # Where no image differs there is nothing to estimate a spread from.
-        if_none = np.where(np.abs(self.point) < margin, -np.inf, np.inf)
-        worst = np.divide(np.abs(self.point) - margin, error, out=if_none, where=error > 0)
-        p = stdtr(freedom, worst)
-        return np.where(
-            np.isfinite(self.point), np.where(self._mattering() == 0, _exact(self.images, margin), p), np.nan
-        )
+        own = self._own()
+        total = own.sum(axis=1)
+        size = np.divide((own**2).sum(axis=1), total, out=np.zeros_like(total), where=total > 0)
+        error = np.sqrt(np.maximum(self.standard_error**2, margin * size))
+        worst = np.divide(np.abs(self.point) - margin, error, out=np.zeros_like(error), where=error > 0)
+        p = np.where(total > 0, stdtr(max(self.images - 1, 1), worst), self._unseen(margin))
+        return np.where(np.isfinite(self.point), p, np.nan)
 
-
-def _exact(images: int, margin: float) -> float:
-    """How likely not one of ``images`` differs where a share ``margin`` of all images does."""
-    return float((1 - margin) ** images)
+    def _unseen(self, margin: float) -> float:
+        """How likely not one image differs in the sample where so many do that the quantity lies ``margin`` from zero."""
+        count = max(self.images, 1)
+        share = margin / (count * (self.step or 1 / count))
+        return float((1 - min(share, 1.0)) ** count)
 
 
 def _quantiles(ordered: np.ndarray, levels: np.ndarray) -> np.ndarray:

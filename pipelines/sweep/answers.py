@@ -523,7 +523,7 @@ def run_sweep(
         there = [(held.trials, held.examples) for held in ResultStore(spec.results).done()]
         units, cached = plan_units(trials, examples, there, costs, speed, unit_images, reuse=spec.reuse)
         everything = len(trials) * len(examples)
-        if everything - cached > finish_with * everything:
+        if (everything - cached) / everything > finish_with:
             raise
         why = str(error).partition("\n")[0]
         tell(f"{why}; {cached:,} of {everything:,} answers are there (sweep.finish_with)")

@@ -9,7 +9,7 @@ the new one first, page by page. Everything follows from what the store holds, s
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -39,7 +39,11 @@ def compact(store: ResultStore, *, age_s: float = LEFTOVER_S) -> Compacted:
     :class:`StorageFull` and :class:`StorageUnavailable`.
     """
     present = {unit.unit: unit for unit in store.present()}
-    removed = sum(_remove_replaced(store, unit, present, age_s) for unit in present.values() if unit.replaces)
+    # A unit that was put together twice is replaced by both, and may replace others itself.
+    removed = set[str]()
+    for unit in present.values():
+        if unit.unit not in removed:
+            removed |= _remove_replaced(store, unit, present.keys() - removed, age_s)
     replaced = {name for unit in present.values() for name in unit.replaces}
     made = small = 0
 
@@ -50,22 +54,22 @@ def compact(store: ResultStore, *, age_s: float = LEFTOVER_S) -> Compacted:
             tell(str(error))
             continue
         made, small = made + 1, small + len(group)
-    return Compacted(made, small, removed, len(replaced & present.keys()) - removed + small)
+    return Compacted(made, small, len(removed), len((replaced & present.keys()) - removed) + small)
 
 
-def _remove_replaced(store: ResultStore, unit: StoredUnit, present: Mapping[str, StoredUnit], age_s: float) -> int:
-    """Remove what ``unit`` replaces, if that was long ago and it can be read from end to end."""
-    there = [name for name in unit.replaces if name in present]
+def _remove_replaced(store: ResultStore, unit: StoredUnit, present: Set[str], age_s: float) -> set[str]:
+    """Remove what ``unit`` replaces, if that was long ago and it can be read from end to end; returns what is removed."""
+    there = {name for name in unit.replaces if name in present}
     if not there or not store.storage.is_old(file_of(unit.unit), age_s):
-        return 0
+        return set()
     try:
         store.read(unit.unit)
     except DamagedUnit as error:
         tell(str(error))
-        return 0
+        return set()
     for name in there:
         store.remove(name)
-    return len(there)
+    return there
 
 
 def _groups(units: Sequence[StoredUnit]) -> Iterator[list[StoredUnit]]:

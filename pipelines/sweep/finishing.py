@@ -59,7 +59,7 @@ def finish(
     count = sum(map(len, lacking.values()))
     reference = next(trial.trial_id for trial in trials if trial.spec.method == UNPRUNED)
 
-    if finish_with is not None and count <= finish_with * everything:
+    if finish_with is not None and count / everything <= finish_with:  # as the share that is told
         return _finish_with_what_is_there(trials, questions, lacking, reference)
     more = f"sweep.finish_with: {_above(count / everything):g} to end with what is there"
     if outcome.left is not None:

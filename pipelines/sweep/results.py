@@ -244,10 +244,11 @@ class ResultStore:
                 for name, (*stamp, trials, examples, origin, replaces) in held["units"].items()
                 if stamps.get(name) == tuple(stamp)
             }
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
             return {}
 
     def _remember(self, known: Mapping[str, StoredUnit], stamps: Mapping[str, Stamp]) -> None:
+        """Keep what footers said; a place that cannot be written to costs the next listing some reading."""
         lists: dict[tuple[str, ...], int] = {}
         origins: dict[str | None, int] = {}
         units = {
@@ -259,7 +260,7 @@ class ResultStore:
             )
             for name, unit in known.items()
         }
-        with atomic_path(self._index) as path:
+        with contextlib.suppress(OSError), atomic_path(self._index) as path:
             path.write_text(json.dumps({"lists": list(lists), "origins": list(origins), "units": units}))
 
     def describe(self, kind: str, digest: str, parts: Mapping[str, str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+
+from pipelines.files.secrets import is_secret
 
 
 def git_and_dvc_tags(repo: Path) -> dict[str, str]:
@@ -29,7 +31,10 @@ def git_and_dvc_tags(repo: Path) -> dict[str, str]:
 PARAMETERS = ("params.yaml", "dvc.yaml", "dvc.lock")
 PATCH = "uncommitted.patch"
 SOURCES = (".py", ".yaml", ".j2", ".toml")  # of new files these alone: another may be data, or a secret
+CONFIGURATION = ("*.yaml", "*.toml")  # where people write passwords; in code the like is code
 LARGEST_PATCH = 4 * 2**20  # bytes; what is larger is data, which git should not have seen
+_SETTING = re.compile(r"""^\s*(?:export\s+)?["']?(\w+)["']?\s*[:=]\s*\S""", re.MULTILINE)
+_PLAINLY_SECRET = ("api_key", "password", "secret", "token")
 
 
 def source_tags(revision: Mapping[str, str], command: str) -> dict[str, str]:
@@ -45,19 +50,44 @@ def write_reproduction(repo: Path, folder: Path) -> None:
     """Put into ``folder`` what a run needs beside its commit: parameters, stages, lock, and changes not committed.
 
     ``git checkout <commit> && git apply uncommitted.patch`` makes the tree that ran, new ``SOURCES`` that git does not
-    ignore among it. A patch above ``LARGEST_PATCH`` bytes is left out.
+    ignore among it. A patch above ``LARGEST_PATCH`` bytes is left out, and so is new configuration that names secrets.
+    A password in a URI that the commit does not hold reads ``***``.
     """
     for name in PARAMETERS:
         if (Path(repo) / name).is_file():
-            shutil.copy(Path(repo) / name, folder / name)
+            (folder / name).write_bytes(_without_passwords((Path(repo) / name).read_bytes()))
     new = (_git(repo, "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0")
-    changes = [_git_bytes(repo, "diff", "--binary", "HEAD")]
-    changes += [
-        _git_bytes(repo, "diff", "--binary", "--no-index", "/dev/null", name) for name in new if name.endswith(SOURCES)
-    ]
+    code = [".", *(f":(exclude){pattern}" for pattern in CONFIGURATION)]
+    changes = [_git_bytes(repo, "diff", "--binary", "HEAD", "--", *code)]
+    changes += [_added_without_passwords(_git_bytes(repo, "diff", "--binary", "HEAD", "--", *CONFIGURATION))]
+    for name in new:
+        if name.endswith(SOURCES) and not _names_secrets(Path(repo) / name):
+            change = _git_bytes(repo, "diff", "--binary", "--no-index", "/dev/null", name)
+            changes.append(_added_without_passwords(change) if _is_configuration(name) else change)
     patch = b"".join(changes)
     if 0 < len(patch) <= LARGEST_PATCH:
         (folder / PATCH).write_bytes(patch)
+
+
+def _is_configuration(name: str) -> bool:
+    return any(name.endswith(pattern.removeprefix("*")) for pattern in CONFIGURATION)
+
+
+def _names_secrets(path: Path) -> bool:
+    if not _is_configuration(path.name):
+        return False
+    names = _SETTING.findall(path.read_text(errors="replace"))
+    return any(is_secret(name) or name.lower() in _PLAINLY_SECRET for name in names)
+
+
+def _without_passwords(text: bytes) -> bytes:
+    return re.sub(rb"//[^/@\s]*@", b"//***@", text)
+
+
+def _added_without_passwords(patch: bytes) -> bytes:
+    """What a patch removes, or leaves, has to stay as the commit has it."""
+    lines = patch.splitlines(keepends=True)
+    return b"".join(_without_passwords(line) if line.startswith(b"+") else line for line in lines)
 
 
 def _git_bytes(repo: Path, *arguments: str) -> bytes:

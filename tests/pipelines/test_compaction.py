@@ -76,9 +76,9 @@ def test_a_unit_that_is_put_together_again_replaces_all_that_came_before(tmp_pat
     more = [UnitExample(f"d{n}", f"e{n}", f"i{n}", "", 8) for n in (98, 99)]
     for example in more:
         store_unit(store, TRIALS[1], [example])
-    assert compact(store).made == 1
+    assert compact(store) == Compacted(made=1, small=3, removed=0, wait=19)
     grow_old(store)
-    compact(store)
+    assert compact(store) == Compacted(made=0, small=0, removed=19, wait=0), "each counts once"
     assert len(store.done()) == len(list((tmp_path / "store").rglob("*.parquet"))) == 2
     assert tables(store, tmp_path) == before
 

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -152,6 +153,19 @@ def test_more_than_is_allowed_is_one_line_that_says_how_much(tmp_path):
         str(raised.value),
     )
     assert ended(outcome, finish_with=0.1).incomplete
+
+
+def test_the_share_that_is_told_is_enough():
+    """189 of 21,000 are 0.009, but 0.009 times 21,000 is a little less than 189."""
+    names = [f"q{number}" for number in range(3000)]
+    questions = pd.DataFrame({"example_id": names, "image": "i", "benchmark": "refcoco", "truth": "{}"})
+    few = [next(trial for trial in TRIALS if trial.trial_id == REFERENCE), *TRIALS[-6:]]
+    lacking = {few[-1].trial_id: {f"q{number}": "broken" for number in range(189)}}
+    outcome = SimpleNamespace(lacking=lacking, left=None)
+    listed = {"quarantine": "fail", "listed": "there"}
+    with pytest.raises(UnitsFailed, match=r"sweep\.finish_with: 0\.009 to end"):
+        finish(few, questions, outcome, finish_with=0.008, **listed)
+    assert len(finish(few, questions, outcome, finish_with=0.009, **listed).left_out) == 189
 
 
 def test_a_limit_is_no_failure_and_says_how_far_the_run_came(tmp_path):

@@ -193,6 +193,17 @@ def test_a_remote_footer_is_read_once_a_machine(footers):
     assert len(opened().done()) == 200, "a damaged index is no index"
 
 
+def test_a_place_where_nothing_can_be_remembered_costs_reading_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(results, "FOOTERS", tmp_path / "file" / "footers")
+    store = ResultStore(f"memory://{uuid.uuid4().hex}")
+    written = fill(store, 3)
+    assert store.done() == written and store.done() == written
+    monkeypatch.setattr(results, "FOOTERS", tmp_path)
+    store._index.write_text('{"lists": [], "origins": [], "units": []}')
+    assert store.done() == written, "an index of another form is none"
+
+
 def test_one_listing_and_no_footer_tell_what_a_bucket_holds(bucket, caplog):
     """As its server counts requests: in any number of folders, and a second time without opening a file."""
     written = fill(ResultStore(bucket), 40)

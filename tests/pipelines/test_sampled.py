@@ -120,6 +120,53 @@ def test_equivalence_is_two_one_sided_tests():
     assert sample_mean(np.zeros((1, 400))).p_beyond(0.01)[0] == pytest.approx(0.99**400)
 
 
+def retentions_lost(lost: np.ndarray, whole: np.ndarray) -> Sampled:
+    """What trials that lose ``lost`` ``(trials, images)`` of what is right unpruned, ``whole`` ``(images,)``, keep less 1."""
+
+    def share(right: np.ndarray) -> Sampled:
+        return sample_mean(right, full=1.0, answers=right, step=1 / len(whole))
+
+    unpruned = share(whole[None])
+    return share(whole * (1 - lost)).share_of(unpruned).minus(unpruned.share_of(unpruned))
+
+
+@pytest.mark.parametrize("score", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("images", [4, 6])
+def test_a_retention_is_no_surer_than_the_images_that_differ(score, images):
+    whole, lost = np.zeros(300), np.zeros((1, 300))
+    whole[: int(score * 300)] = 1
+    lost[0, :images] = 1
+    assert retentions_lost(lost, whole).p_zero()[0] == pytest.approx(2.0 ** (1 - images))
+
+
+@pytest.mark.parametrize("score", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("images", [300, 1000, 2000])
+def test_who_loses_the_margin_is_seldom_called_equivalent(score, images):
+    """One answer in a hundred, all lost: a few images differ, and by chance fewer, with no spread that tells."""
+    whole = np.zeros(images)
+    whole[: int(score * images)] = 1
+    lost = np.random.default_rng(0).random((4000, images), dtype=np.float32) < 0.01
+    p = retentions_lost(lost, whole).p_beyond(0.01)
+    assert np.mean(p < 0.05) <= 0.055
+    assert np.mean(p < 0.05 / 60) <= 0.002
+
+
+def test_who_differs_on_few_images_of_many_is_equivalent():
+    change = np.random.default_rng(0).random((400, 3000), dtype=np.float32)
+    lost = (change < 0.005).astype(float) - (change > 0.995)
+    assert np.mean(retentions_lost(lost, np.full(3000, 0.5)).p_beyond(0.01) < 0.05 / 60) >= 0.9
+
+
+def test_what_is_lost_on_one_benchmark_and_gained_on_another_differs():
+    one, other = np.zeros((1, 10)), np.zeros((1, 10))
+    one[0, :8] = other[0, 2:] = 1.0
+    first, second = (
+        Sampled.mean([sample_mean(part, answers=part) for part in parts]) for parts in ((one, other), (other, one))
+    )
+    assert first.minus(second).differs.sum() == 4
+    assert not first.minus(first).differs.any()
+
+
 def test_holm_steps_down():
     p = np.array([0.01, 0.04, 0.03, np.nan, 0.005])
     assert holm(p) == pytest.approx([0.03, 0.06, 0.06, np.nan, 0.02], nan_ok=True)

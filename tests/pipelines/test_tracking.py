@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -41,6 +41,7 @@ from pipelines.tracking.runs import TrialRun, metric_key, mlflow_metrics, trial_
 from pipelines.tracking.tracker import Tracker
 from pipelines.tracking.training import training_log
 from pipelines.workers.joining import own_sigterm
+from stages import dashboard
 from stages.entry import run_stage
 
 EXPERIMENT = "pruning"
@@ -896,9 +897,49 @@ def test_a_clean_run_and_one_outside_git_leave_no_patch(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["params.yaml"]
 
 
+def test_what_a_run_leaves_to_rebuild_it_holds_no_secret(tmp_path: Path) -> None:
+    work, beside, again = (tmp_path / name for name in ("work", "beside", "again"))
+    work.mkdir(), beside.mkdir()
+
+    def git(*arguments: str, at: Path = work) -> None:
+        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        subprocess.run(["git", "-C", str(at), *identity, *arguments], check=True, capture_output=True)
+
+    git("init", "-q")
+    (work / "params.yaml").write_text("tracking:\n  uri: null\n")
+    (work / "code.py").write_text("A = 1\n")
+    git("add", "-A")
+    git("commit", "-qm", "c")
+    (work / "params.yaml").write_text("tracking:\n  uri: postgresql://me:hunter2@db/mlflow\n")
+    (work / "code.py").write_text("A = 'http://me:example@host'\n")
+    (work / "mine.yaml").write_text("sweep:\n  images: 3\n")
+    (work / "keys.yaml").write_text("HF_TOKEN: hunter2\n")
+    (work / "my.toml").write_text("[mlflow]\npassword = 'hunter2'\n")
+    write_reproduction(work, beside)
+    assert not [path for path in beside.iterdir() if b"hunter2" in path.read_bytes()]
+
+    git("clone", "-q", str(work), str(again), at=tmp_path)
+    git("apply", str(beside / "uncommitted.patch"), at=again)
+    assert (again / "params.yaml").read_text() == "tracking:\n  uri: postgresql://***@db/mlflow\n"
+    for name in ("code.py", "mine.yaml"):
+        assert (again / name).read_text() == (work / name).read_text()
+    assert not (again / "keys.yaml").exists() and not (again / "my.toml").exists()
+
+
 def test_revision_tags_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_and_dvc_tags(tmp_path) == {"git_commit": "unversioned", "dvc_lock": "unversioned"}
+
+
+def test_the_servers_command_line_holds_no_password(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SimpleNamespace(tracking=SimpleNamespace(resolved_uri=uri, experiment=EXPERIMENT))
+    monkeypatch.setattr(dashboard, "load_settings", lambda: settings)
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "before")
+    begun: list[list[str]] = []
+    monkeypatch.setattr(dashboard.os, "execvp", lambda _, command: begun.append(command))
+    dashboard.dashboard(5001)
+    assert os.environ["MLFLOW_BACKEND_STORE_URI"] == checked_uri(uri)
+    assert begun == [["mlflow", "server", "--host", "127.0.0.1", "--port", "5001"]]
 
 
 # --- projects that moved ----------------------------------------------------------------------------------------------
