@@ -2,9 +2,9 @@
 
 A quantity is known in the sample, in bootstrap resamples of its images, and with each image left out in turn. Intervals
 are BCa bootstraps (Efron 1987) whose levels are widened by Student's t as Hesterberg (2015, section 4.3) does: from 100
-images on they cover scores and retentions of 5 to 95 % in at least 93.7 % of simulated samples, where plain percentiles
-go down to 90 %. Tests of a difference need p-values far below one over the number of resamples, so they use the
-jackknife's standard error and Student's t. docs/results.md has the simulated figures.
+images on they cover scores of 5 to 95 % in at least 93 % of simulated samples, where plain percentiles go down to 90 %.
+Tests of a difference need p-values far below one over the number of resamples, so they use the jackknife's standard error
+and Student's t. docs/results.md has the simulated figures.
 """
 
 from __future__ import annotations

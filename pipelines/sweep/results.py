@@ -231,6 +231,8 @@ class ResultStore:
     def _remembered(self, stamps: Mapping[str, Stamp]) -> dict[str, StoredUnit]:
         """Units whose files are as they were, by file; a unit's name is a digest of what its footer lists."""
         try:
+            if self._index.stat().st_uid != os.getuid():  # where it lies all users of a machine may write
+                return {}
             held = json.loads(self._index.read_text())
             lists = [tuple(each) for each in held["lists"]]
             return {
@@ -291,14 +293,19 @@ class ResultStore:
                 name = unit + SUFFIX
                 return _read_whole(self.storage.read(name))
         except FileNotFoundError:
-            raise DamagedUnit(f"{self.storage.place}/{file_of(unit)} is gone; run the same command again") from None
+            raise self._gone(unit) from None
         except NoParquet as error:
             place = self.storage.set_aside(name, str(error), self._is_damaged)
-            if place is None:  # another driver has put a whole one there
-                return _read_whole(self.storage.read(name))
+            if place is None:  # another driver has put a whole one there, or has moved it aside
+                with contextlib.suppress(FileNotFoundError, NoParquet):
+                    return _read_whole(self.storage.read(name))
+                raise self._gone(unit) from None
             raise DamagedUnit(
                 f"{self.storage.place}/{name} is damaged ({error}) and is moved to {place}; run the same command again"
             ) from None
+
+    def _gone(self, unit: str) -> DamagedUnit:
+        return DamagedUnit(f"{self.storage.place}/{file_of(unit)} is gone; run the same command again")
 
     def read_all(self, units: Iterable[str]) -> Iterator[dict[str, pa.Table]]:
         """:meth:`read` of each of ``units``, in their order; a few are fetched ahead and no more are held."""

@@ -148,7 +148,7 @@ class Tracker:
 
         def write(parent: str) -> Mapping[str, str]:
             experiment = self._store.experiment_id
-            for name, value in view_tags(self._sweep_id, parent).items():
+            for name, value in view_tags(self._sweep_id).items():
                 self._store.client.set_experiment_tag(experiment, name, value)
             pages = links(experiment, self._sweep_id, parent, runs)
             self._store.batch(parent, tags={"mlflow.note.content": note(pages), LINKS: json.dumps(pages)})
@@ -195,7 +195,7 @@ class Tracker:
     def _load_children(self, parent: str) -> dict[str, list[_Child]]:
         children: dict[str, list[_Child]] = {}
         for run in self._search(f"tags.`mlflow.parentRunId` = '{parent}'"):
-            complete = run.info.status == "FINISHED"
+            complete = run.info.status == "FINISHED" and "sweeps" in run.data.tags  # absent in runs of old
             child = _Child(run.info.run_id, run.data.tags.get("fingerprint") if complete else None)
             children.setdefault(run.data.tags.get("trial_id", ""), []).append(child)
         return children

@@ -33,12 +33,12 @@ LINKS = "links"  # tag of a sweep's run: what links() gave
 _VIEW, _OVER_BUDGET = "mlflow.sharedViewState.", "-over-budget"
 
 
-def view_tags(sweep_id: str, parent: str) -> dict[str, str]:
-    """Tags of the experiment: how its pages show the trials below the run ``parent``.
+def view_tags(sweep_id: str) -> dict[str, str]:
+    """Tags of the experiment: how its pages show the trials of a sweep, those too that hang below a later one by now.
 
     Charts leave the unpruned trial out, so far from all others in tokens that it would press them together.
     """
-    trials = f"tags.mlflow.parentRunId = '{parent}'"
+    trials = f"tags.sweeps LIKE '%{sweep_id}%'"
     views = {sweep_id: trials, sweep_id + _OVER_BUDGET: f"{trials} AND params.method != '{UNPRUNED}'"}
     return KIND | {_VIEW + key: json.dumps(_view(of)) for key, of in views.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
+import json
 import os
 import re
 import signal
@@ -156,6 +157,30 @@ def test_a_damaged_page_is_found_when_read(place, part):
     assert store.done() == []
     with pytest.raises(DamagedUnit, match=rf"{name} is gone; run the same command again"):
         store.read(unit.unit)
+
+
+def test_a_damaged_unit_that_another_driver_has_moved_aside_is_told_in_a_line(tmp_path, monkeypatch):
+    store = ResultStore(tmp_path)
+    (unit,) = fill(store, 1)
+    (tmp_path / file_of(unit.unit)).write_bytes(b"PAR1")
+    move = Folder.set_aside
+    monkeypatch.setattr(Folder, "set_aside", lambda *asked: (move(*asked), move(*asked))[1])
+    with pytest.raises(DamagedUnit, match=rf"{file_of(unit.unit)} is gone; run the same command again"):
+        store.read(unit.unit)
+
+
+def test_what_another_user_says_of_footers_is_not_believed(tmp_path, monkeypatch):
+    """The folder lies where all of a machine may write."""
+    monkeypatch.setattr(results, "FOOTERS", tmp_path)
+    store = ResultStore(f"memory://{uuid.uuid4().hex}")
+    written = fill(store, 1)
+    assert store.done() == written
+    held = json.loads(store._index.read_text())
+    store._index.write_text(json.dumps(held | {"lists": [["another"]] * len(held["lists"])}))
+    assert store.done() != written
+    own = os.getuid()
+    monkeypatch.setattr(results.os, "getuid", lambda: own + 1)
+    assert store.done() == written
 
 
 class Counting(fs.FSSpecHandler):

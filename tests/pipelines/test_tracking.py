@@ -626,6 +626,23 @@ def test_a_trial_whose_scores_changed_is_not_taken_over(uri: str) -> None:
     assert children_of(uri, "one")["t"].data.metrics == {"score": 0.5}
 
 
+def test_the_pages_of_a_sweep_show_its_trials_when_a_later_one_has_taken_them_over(uri: str) -> None:
+    asked = {"data": "d", "model": "m", "features": "f"}
+    for sweep_id, trials in (("5ea1", "uv"), ("5ea2", "uvw")):
+        with Tracker.open(uri, EXPERIMENT, sweep_id=sweep_id) as tracker:
+            tracker.parent("sweep", {}, {})
+            tracker.trials([replace(run_of(trial), tags=asked) for trial in trials])
+            tracker.views(list(trials), lambda pages: "")
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    found = {}
+    for sweep_id in ("5ea1", "5ea2"):
+        view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep_id}"])
+        runs = client.search_runs([experiment.experiment_id], view["searchFilter"])
+        found[sweep_id] = sorted(run.data.tags["trial_id"] for run in runs)
+    assert found == {"5ea1": ["u", "v"], "5ea2": ["u", "v", "w"]}
+
+
 def test_sweeps_do_not_share_children(uri: str) -> None:
     write(uri, [run_of("a")], "one")
     assert write(uri, [run_of("a")], "two") == 1
