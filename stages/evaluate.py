@@ -14,8 +14,9 @@ from nuwa.budget import budget_tokens
 from pipelines.data.datasets import choose_questions
 from pipelines.data.left_out import left_out, without
 from pipelines.files.atomic import atomic_path
+from pipelines.files.lines import tell
 from pipelines.scores.blocks import Work, score_sweep
-from pipelines.scores.comparisons import pairs_of
+from pipelines.scores.comparisons import never_met, pairs_of
 from pipelines.scores.grades import read_grades
 from pipelines.scores.submissions import check_scored
 from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
@@ -72,6 +73,8 @@ def evaluate(settings: Settings) -> None:
         headline,
         settings.plugins,
     )
+    for line in never_met(trials, recipe.planned):
+        tell(line)
     tables = score_sweep(work, SCORING, recipe.processes)
     scores = tables.scores
     write_table(scores, SCORES)

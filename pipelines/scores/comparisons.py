@@ -106,6 +106,19 @@ def pairs_of(trials: pd.DataFrame, against: Named, planned: Sequence[Planned] = 
     return pairs
 
 
+def never_met(trials: pd.DataFrame, planned: Sequence[Planned]) -> list[str]:
+    """A line for each planned pair that no budget has both trials of: a name that is not there would pass unseen."""
+
+    def told(one: Named) -> str:
+        return f"{one.method} ({one.preset or 'any preset'}, {one.position} ids)"
+
+    return [
+        f"evaluate.planned: no budget of the main grid has both {told(pair.trial)} and {told(pair.less)}; nothing is compared"
+        for pair in planned
+        if not any(one.question == PLANNED for one in pairs_of(trials, pair.less, [pair]))
+    ]
+
+
 def _named(trials: pd.DataFrame, against: Named) -> str | None:
     """The trial that all others of a budget are held against, where that budget has it."""
     method, preset, position = against.method, against.preset, against.position

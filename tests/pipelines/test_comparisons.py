@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from test_evidence import world
 
-from pipelines.scores.comparisons import COLUMNS, Pair, compare, pairs_of, with_verdicts
+from pipelines.scores.comparisons import COLUMNS, Pair, compare, never_met, pairs_of, with_verdicts
 from pipelines.scores.evidence import evaluate, gather
 from pipelines.settings import AgainstSettings, PlannedSettings
 
@@ -66,6 +66,8 @@ def test_pairs_named_before_the_run_are_corrected_alone():
     pairs = pairs_of(TRIALS, AgainstSettings(), planned)
     assert [pair for pair in pairs if pair.question == "planned"] == [Pair("planned", 16.0, "p16", "v16")]
     assert set(pairs) > set(pairs_of(TRIALS, AgainstSettings()))
+    missed = never_met(TRIALS, planned)
+    assert len(missed) == 2 and "nuwa (paper, own ids) and divprune (any preset, own ids)" in missed[0]
 
     rows = pd.DataFrame(
         {
