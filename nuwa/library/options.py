@@ -18,8 +18,14 @@ from nuwa.methods import RECIPES, MethodSpec, check_stage2, specify
 from nuwa.positions import NAMES
 from nuwa.registry import unknown
 
-# The preset that a method's authors released for a model family, where they released one: model_type → its name.
-RELEASED = {"llava_next": "released_next", "qwen2_5_vl": "released_qwen", "qwen2_vl": "released_qwen"}
+# The preset that a method's authors released for a model family, or for the one nearest to it: model_type → its name.
+RELEASED = {
+    "llava_next": "released_next",
+    "llava_onevision": "released_next",
+    "qwen2_vl": "released_qwen",
+    "qwen2_5_vl": "released_qwen",
+    "qwen3_vl": "released_qwen",
+}
 ON_ERROR = ("raise", "return")
 
 
