@@ -370,7 +370,10 @@ FAULTS = {
     ),
     "no config": (remove("config.json"), "no config.json; fetch the whole checkpoint"),
     "damaged config": (cut("config.json", 0.5), "config.json: no valid JSON (JSONDecodeError"),
-    "unknown model": (change("config.json", model_type="bert"), "model type 'bert' is unknown; allowed: internvl, llava, llava_next"),
+    "unknown model": (
+        change("config.json", model_type="bert"),
+        "model type 'bert' is unknown; allowed: internvl, llava, llava_next",
+    ),
     "quantised": (
         change("config.json", quantization_config={"quant_method": "gptq"}),
         "quantised weights (gptq) are not supported; fetch",
