@@ -62,6 +62,7 @@ def _rows(trials: tuple[str, ...], examples: tuple[str, ...]) -> dict[str, pa.Ta
     said = [str([round(float(x), 2) for x in rng.random(4)]) for _ in range(len(trials) * len(examples))]
     places = [(trial, example) for trial in trials for example in examples]
     images = dict.fromkeys(f"i{int(example[1:]) // QUESTIONS_AN_IMAGE}" for example in examples)
+
     answers = {
         "trial_id": [trial for trial, _ in places],
         "example_id": [f"e{example[1:]}" for _, example in places],

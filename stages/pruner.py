@@ -48,6 +48,14 @@ def pruner(settings: Settings) -> None:
         raise SettingsError(f"pruner.data: {error}") from None
 
 
+def _data(vlm: Any, settings: Settings, instructions: Instructions | None) -> Scenes | Conversations:
+    """What ``vlm`` is taught with; ``instructions`` null: the testbed's scenes."""
+    recipe = settings.pruner
+    if instructions is None:
+        return Scenes(vlm, recipe.seed, recipe.images, recipe.share)
+    return (LayoutConversations if vlm.dynamic else Conversations)(vlm, instructions, recipe.max_tokens)
+
+
 def _train(settings: Settings) -> None:
     recipe, main = settings.pruner, PartialState(cpu=not torch.cuda.is_available()).is_main_process
     instructions = None if recipe.data == SCENES else _instructions(settings)
@@ -63,12 +71,7 @@ def _train(settings: Settings) -> None:
         "image_rules": model.images,
     }
     vlm: Any = adapter_class(shape.model_type).load(model.path, dtype=getattr(torch, model.dtype), **framing)
-    data: Scenes | Conversations
-    if instructions is None:
-        data = Scenes(vlm, recipe.seed, recipe.images, recipe.share)
-    else:
-        data = (LayoutConversations if vlm.dynamic else Conversations)(vlm, instructions, recipe.max_tokens)
-
+    data = _data(vlm, settings, instructions)
     facts = {"parameters": recipe.model_dump(), "model": vlm.fingerprint()}
     if instructions is not None:
         facts["data"] = instructions.digest

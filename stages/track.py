@@ -86,6 +86,7 @@ def _note(facts: Mapping[str, Any], tags: Mapping[str, str], pages: Mapping[str,
     lines = [f"**{facts['name']}**", "", " · ".join(f"[{name}]({address})" for name, address in pages.items()), ""]
     if METRICS.exists():
         lines += _verdict(json.loads(METRICS.read_text()))
+
     dirty = tags.get("git_dirty") == "true"
     lines += [
         "* The page: artifact `report/index.html`; all scores: `scores.parquet`; pairs: `comparisons.parquet`;"

@@ -58,6 +58,7 @@ def build_learner(
         raise ValueError(
             "LearnPruner's module is trained where all layers see the whole sequence, and some of these do not"
         )
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lpm = Lpm(vlm.signal_widths(vlm.model.config)["features"])

@@ -161,6 +161,7 @@ def _answer(
     said, right = judged(given["prediction"], example)
     is_box = example["family"] == "grounding"
     box = predicted_box(given["prediction"], example["truth"], example["benchmark"]) if is_box else None
+
     first, last = len(tokens.kept), len(tokens.last)
     ids = f" {trial.position.upper()}" if trial.pruned else ""
     return Answer(

@@ -278,6 +278,7 @@ def _names(main: list[TrialRow]) -> dict[str, str]:
     for trial in main:
         series.setdefault((trial.method, trial.preset), []).append(trial)
         presets.setdefault(trial.method, set()).add(trial.preset)
+
     names = {}
     for trials in series.values():
         unexplained = [name for name in varying(trials) if name not in COMPARED]

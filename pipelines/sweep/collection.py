@@ -159,7 +159,8 @@ class _Runs:
     """Rows of one part, on their way to chunks of ``trials``, in the file at ``path``."""
 
     def __init__(self, path: Path, schema: pa.Schema, trials: Sequence[str], examples: int) -> None:
-        self.file, self.schema, self.trials = open(path, "w+b"), schema, pa.array(trials, pa.string())  # noqa: SIM115
+        self.schema, self.trials = schema, pa.array(trials, pa.string())
+        self.file = open(path, "w+b")  # noqa: SIM115 (open as long as this is)
         self.chunk_trials = max(1, CHUNK_ROWS // max(examples, 1))
         self.count = -(-len(trials) // self.chunk_trials)
         self.gathered: list[pa.Table] = []

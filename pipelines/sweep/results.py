@@ -200,6 +200,7 @@ class ResultStore:
                 tail = self.storage.tail(name, needed)
         except FileNotFoundError:
             return None
+
         try:
             footer = pq.read_metadata(pa.BufferReader(tail))
         except (OSError, pa.ArrowException) as error:  # of bytes at hand: they are no footer

@@ -56,6 +56,7 @@ def write_reproduction(repo: Path, folder: Path) -> None:
     for name in PARAMETERS:
         if (Path(repo) / name).is_file():
             (folder / name).write_bytes(_without_passwords((Path(repo) / name).read_bytes()))
+
     new = (_git(repo, "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0")
     code = [".", *(f":(exclude){pattern}" for pattern in CONFIGURATION)]
     changes = [_git_bytes(repo, "diff", "--binary", "HEAD", "--", *code)]
