@@ -116,7 +116,7 @@ def answer_interleaved(
 ) -> list[list[Generation]]:
     """Answers to questions about several images each; rows of one layout are answered together.
 
-    ``columns``: the first image of every row, the second, and so on. The first has the rows' questions and prompts, which
+    ``columns``: the first image of every row, the second, and so on, as :meth:`Adapter.encode_among` encodes them. The first has the rows' questions and prompts, which
     begin alike and agree in a row on the texts between images. Stage 1 prunes each image as if it were alone, by the
     budget that ``spec_of`` gives for its own layout; cuts in the language model act on what is left of all.
     """
@@ -142,11 +142,6 @@ def plan_interleaved(
     vlm: Adapter, spec_of: Callable[[VisualLayout], MethodSpec], layout: InterleavedLayout
 ) -> tuple[LayoutPlan, ...]:
     """The plan of every image; raises as :func:`plan`, and where their cuts cannot be made together."""
-    if not vlm.interleaves:
-        raise ValueError(
-            f"several images in one question are encoded in another way by {vlm.encoder} than one, which is not supported; "
-            "ask about one at a time"
-        )
     plans = tuple(plan(vlm, spec_of(image), image) for image in layout.images)
     joined([one.schedule for one in plans])
     return plans
@@ -234,8 +229,7 @@ def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: i
         (number, row, column)
         for image in images_of(layout)
         for number, view in enumerate(image.views)
-        for row in range(view.grid.height)
-        for column in range(view.grid.width + view.newline)
+        for row, column in view.places
     ]
     slots = selection.indices.cpu()
     positions = visual_positions(slots, spec.position, start, layout)

@@ -25,12 +25,20 @@ class View:
     """One grid of tokens that stage 1 prunes on its own.
 
     ``crops``: how many crops of the encoder it was stitched from; a budget is dealt out by it.
-    ``newline``: whether a learned newline token ends every row.
+    ``newline``: whether a learned newline token ends every row. ``closing``: whether one ends the grid as a whole.
     """
 
     grid: PatchGrid
     crops: int = 1
     newline: bool = False
+    closing: bool = False
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Row and column of its tokens in the order of the sequence; a newline token stands one column behind its row."""
+        rows, width = range(self.grid.height), self.grid.width
+        ends = [self.newline or (self.closing and row == rows[-1]) for row in rows]
+        return [(row, column) for row in rows for column in range(width + ends[row])]
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,7 @@ class VisualLayout:
     @cached_property
     def newlines(self) -> Tensor:
         """``(tokens,)`` bool: the slots that hold a newline token."""
-        marks = []
-        for view in self.views:
-            rows = torch.zeros(view.grid.height, view.grid.width + view.newline, dtype=torch.bool)
-            rows[:, view.grid.width :] = True
-            marks.append(rows.flatten())
-        return torch.cat(marks)
+        return torch.tensor([column == view.grid.width for view in self.views for _, column in view.places])
 
     @cached_property
     def tokens(self) -> int:
@@ -125,13 +128,16 @@ def layout_order(layout: VisualLayout) -> tuple[int, str]:
 
 def layout_to_json(layout: VisualLayout) -> dict[str, Any]:
     """As a manifest keeps it; :func:`layout_from_json` reads it."""
-    views = [[view.grid.height, view.grid.width, view.crops, view.newline] for view in layout.views]
+    views = [
+        [view.grid.height, view.grid.width, view.crops, view.newline, *([True] if view.closing else [])]
+        for view in layout.views
+    ]
     return {"views": views, "axes": layout.axes} | ({"deep": layout.deep} if layout.deep else {})
 
 
 def layout_from_json(held: dict[str, Any]) -> VisualLayout:
     """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what no layout was written as."""
-    views = tuple(View(PatchGrid(height, width), crops, newline) for height, width, crops, newline in held["views"])
+    views = tuple(View(PatchGrid(height, width), *others) for height, width, *others in held["views"])
     return VisualLayout(views, held["axes"], held.get("deep", 0))
 
 

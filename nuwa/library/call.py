@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel
 
 from nuwa.generation import (
@@ -38,7 +39,7 @@ from nuwa.library.pictures import Picture, picture
 from nuwa.library.refusal import CallError, kind_of
 from nuwa.methods import MethodSpec, check_encoder
 from nuwa.stage1 import get_method
-from nuwa.vlm import Adapter, EncodedPrompt, adapt
+from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, adapt
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,7 @@ class Call:
         """Images are read and encoded together; prompts that begin alike share an image's prefix."""
         began, vlm = time.perf_counter(), self.vlm
         pictures = {one.key: one.read() for work in batch for one in work.pictures}
-        keys, read = list(pictures), list(pictures.values())
-        # Which signals a method reads is the same on every layout: the first image's specification stands for all.
-        further = self._spec_on(vlm.layout_of(read[0].size)).further_signals
-        encoded = dict(zip(keys, vlm.encode_images(read, further), strict=True))
+        encoded = self._encoded(batch, pictures)
         names = {key: image_id(one) for key, one in pictures.items()}
         encoding = {"encode": seconds_since(vlm, began)}
 
@@ -217,7 +215,7 @@ class Call:
             columns = []
             for of_works in zip(*(work.pictures for work in works), strict=True):
                 column = ImageBatch(
-                    encoded=[encoded[one.key] for one in of_works],
+                    encoded=[encoded[one.key, self._among(work)] for one, work in zip(of_works, works, strict=True)],
                     names=[names[one.key] for one in of_works],
                     questions=[[one.asked.asked.text for one in row] for row in rows],
                     pictures=[pictures[one.key] for one in of_works],
@@ -233,6 +231,26 @@ class Call:
                     answer = replace(answer, timings=encoding | answer.timings)
                     answers.append(Streamed(one.asked.image, one.asked.question, answer))
         return answers
+
+    def _among(self, work: Work) -> bool:
+        """Whether its pictures are encoded in another way than alone, because they are several."""
+        return len(work.pictures) > 1 and not self.vlm.alike
+
+    def _encoded(self, batch: Sequence[Work], read: Mapping[str, Image.Image]) -> dict[tuple[str, bool], EncodedImage]:
+        """Every picture of a batch, by its key and :meth:`_among`; ``read``: the pictures by their keys."""
+        vlm, wanted = self.vlm, dict[bool, dict[str, Image.Image]]()
+        for work in batch:
+            wanted.setdefault(self._among(work), {}).update((one.key, read[one.key]) for one in work.pictures)
+
+        encoded = {}
+        for among, pictures in wanted.items():
+            first, *_ = images = list(pictures.values())
+            layout_of, encode = (vlm.layout_among, vlm.encode_among) if among else (vlm.layout_of, vlm.encode_images)
+            # Which signals a method reads is the same on every layout: the first image's specification stands for all.
+            further = self._spec_on(layout_of(first.size)).further_signals
+            keys = ((key, among) for key in pictures)
+            encoded.update(zip(keys, encode(images, further), strict=True))
+        return encoded
 
     def _spec_on(self, layout: VisualLayout) -> MethodSpec:
         return self.options.spec_on(self.vlm.model.config.model_type, layout)
@@ -267,7 +285,8 @@ class _Planning:
         """Its pictures, once the budget is known to be in reach on their layouts."""
         if one.image not in self.pictures:
             seen = tuple(picture(given) for given in one.pictures)
-            layouts = tuple(self.vlm.layout_of(picture.size) for picture in seen)
+            layout_of = self.vlm.layout_of if len(seen) == 1 else self.vlm.layout_among
+            layouts = tuple(layout_of(picture.size) for picture in seen)
             if layouts not in self.planned:
                 self._plan(layouts)
                 self.planned[layouts] = None

@@ -169,7 +169,8 @@ class Adapter(ABC):
     ``cls_attention`` of the signals is the attention a token receives, which only methods that say so may read.
     ``resizes``: whether images can be encoded at a smaller size (:meth:`encode_resized`).
     ``dynamic``: whether images differ in layout.
-    ``interleaves``: whether an image among several of one question is encoded as it is alone.
+    ``alike``: whether an image among several of one question is encoded as it is alone; where it is not,
+    :meth:`layout_among` and :meth:`encode_among` say how.
     ``layout``: the layout of every image where all images have the same, else null.
     ``text``: the language model's layers and what they take (:mod:`nuwa.vlm.language`).
     ``turn``: one question about one image as the family's published chat template renders it, with the placeholders
@@ -189,7 +190,7 @@ class Adapter(ABC):
     offers_cls: ClassVar[bool]
     resizes: ClassVar[bool] = False
     dynamic: ClassVar[bool] = True
-    interleaves: ClassVar[bool] = True
+    alike: ClassVar[bool] = True
     pads: ClassVar[bool] = False
     pairs_text: ClassVar[bool] = False
     turn: ClassVar[str]
@@ -321,6 +322,14 @@ class Adapter(ABC):
         ``further``: names of ``OPTIONAL_SIGNALS`` that are wanted beside the usual ones. Raises
         :class:`UnavailableSignal` for one that this encoder does not give.
         """
+
+    def layout_among(self, size: tuple[int, int]) -> VisualLayout:
+        """The layout of an image of ``size`` (width, height) that is one of several in a question."""
+        return self.layout_of(size)
+
+    def encode_among(self, images: Sequence[Image.Image], further: Collection[str] = ()) -> list[EncodedImage]:
+        """As :meth:`encode_images`, of images each of which is one of several in a question, in whichever."""
+        return self.encode_images(images, further)
 
     def encode_resized(self, images: Sequence[Image.Image], grid: PatchGrid) -> Tensor:
         """Features of images made smaller so that they have ``grid``, ``(batch, grid.tokens, dim)``."""

@@ -74,6 +74,8 @@ class LlavaNextAdapter(ClipAdapter):
     @classmethod
     def view_frames(cls, config: Any, layout: VisualLayout, size: tuple[int, int]) -> tuple[Frame, ...]:
         """The image is fitted into its crops, centred; the local grid is what is left of theirs without padding."""
+        if len(layout.views) == 1:
+            return (WHOLE,)
         (width, height), local = size, layout.views[1].grid
         rows, columns = _grid_of((height, width), config.image_grid_pinpoints, config.vision_config.image_size)
         wide = width / height > columns / rows  # padded above and below, else at the sides

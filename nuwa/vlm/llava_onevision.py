@@ -6,6 +6,11 @@ nine, *behind* the projector. Pooling and a projector that is not linear do not 
 language model sees, projected and pooled, and every other signal is pooled alike (transformers 5.23,
 ``models/llava_onevision/modeling_llava_onevision.py``, ``pack_image_features``).
 
+An image that is one of several in a question is shown otherwise: the whole of it, padded to a square with the processor's
+mean colour, as one crop that one newline token ends. So it is where the processor is given a list of images for every text,
+as its chat template gives them (``image_processing_pil_llava_onevision.py``, ``need_patching``); of a flat list of images it
+says nothing about which text they belong to, and shows each with its crops.
+
 SigLIP has no CLS token: ``cls_attention`` is the attention a token receives in the layer of the features, mean over heads
 and queries; ``early_attention`` and ``received_middle`` are the same of the layers that CLIP's are read in.
 """
@@ -15,15 +20,17 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from nuwa.grid import PatchGrid
-from nuwa.vlm.adapter import FromTransformers
+from nuwa.layout import View, VisualLayout
+from nuwa.vlm.adapter import EncodedImage, Frame, FromTransformers
 from nuwa.vlm.checkpoint import CheckpointError
 from nuwa.vlm.clip import FURTHER_LAYERS, SIMILARITY_FROM, ClipAdapter, earlier_layer
 from nuwa.vlm.llava_next import LlavaNextAdapter
@@ -44,7 +51,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     encoder = "LLaVA-OneVision's SigLIP tower"
     offers_cls = False
     pairs_text = False
-    interleaves = False  # beside others an image is shown without its crops
+    alike = False
     turn = "{system}<|im_start|>user <image>\n{text}<|im_end|><|im_start|>assistant\n"
 
     @classmethod
@@ -98,6 +105,14 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return {"features": config.text_config.hidden_size, "cls_attention": 1, "keys": width, "similarity": width}
 
     @classmethod
+    def view_frames(cls, config: Any, layout: VisualLayout, size: tuple[int, int]) -> tuple[Frame, ...]:
+        if not layout.views[0].closing:
+            return super().view_frames(config, layout, size)
+        width, height = size
+        side = max(size)  # of the square that the image stands in the middle of
+        return ((-((side - width) // 2) / width, -((side - height) // 2) / height, side / width, side / height),)
+
+    @classmethod
     def usual_image_processor(cls, config: Any) -> LlavaOnevisionImageProcessorPil:
         from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
             LlavaOnevisionImageProcessorPil,
@@ -107,6 +122,20 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return LlavaOnevisionImageProcessorPil(
             size={"height": side, "width": side}, image_grid_pinpoints=config.image_grid_pinpoints
         )
+
+    def layout_among(self, size: tuple[int, int]) -> VisualLayout:
+        return VisualLayout((View(self.crop_grid, closing=True),))
+
+    @torch.inference_mode()
+    def encode_among(self, images: Sequence[Image.Image], further: Collection[str] = ()) -> list[EncodedImage]:
+        # The processor is told that they are several; which they stand beside makes no difference.
+        several = [*images, images[0]]
+        crops = self.processor.image_processor([several], return_tensors="pt")["pixel_values"][: len(images), 0]
+        encoded = self.encode_crops(crops.to(self.device, self.tower.dtype), further)
+        return [
+            EncodedImage(self.layout_among(image.size), {name: held[number] for name, held in encoded.items()})
+            for number, image in enumerate(images)
+        ]
 
     def encode_crops(self, crops: Tensor, further: Collection[str]) -> dict[str, Tensor]:
         parts = [self._encode(part, further) for part in crops.split(CROPS)]

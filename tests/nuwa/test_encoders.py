@@ -15,7 +15,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from nuwa.generation import ImageBatch, plan, select
 from nuwa.grid import PatchGrid
-from nuwa.layout import View, VisualLayout, place
+from nuwa.layout import View, VisualLayout, layout_from_json, layout_to_json, place
 from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
 from nuwa.schedule import shares as shares_of
@@ -139,6 +139,14 @@ def test_newlines_are_put_back_at_every_row_end_by_hand():
     assert placed.indices.tolist() == [[1, 2, 4, 6, 7]]
     assert placed.features[0, :, 0].tolist() == [10, 20, 0, 30, 0]
     assert placed.pillars.tolist() == [[True, False, True, True, True]]
+
+
+def test_a_newline_may_end_the_grid_as_a_whole():
+    layout = VisualLayout((View(PatchGrid(2, 2), closing=True), View(PatchGrid(1, 2), newline=True)))
+    assert layout.newlines.nonzero()[:, 0].tolist() == [4, 7]
+    assert layout.views[0].places == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert [slots.tolist() for slots in layout.slots] == [[0, 1, 2, 3], [5, 6]]
+    assert layout_from_json(json.loads(json.dumps(layout_to_json(layout)))) == layout
 
 
 # --- Qwen2.5-VL
@@ -283,7 +291,18 @@ def test_internvls_tiles_lie_row_by_row_on_the_image_and_the_thumbnail_on_all_of
     assert tiny_internvl.view_frames(config, small, (24, 24)) == ((0, 0, 1, 1),)
 
 
+def test_an_image_whose_local_grid_is_all_padding_lies_in_its_base_crop(tiny_next):
+    config, size = tiny_next.model.config, (2000, 10)
+    assert len(tiny_next.layout_of(size).views) == 1
+    assert tiny_next.view_frames(config, tiny_next.layout_of(size), size) == ((0, 0, 1, 1),)
+
+
 # --- LLaVA-OneVision
+
+
+def test_onevisions_image_among_others_lies_in_the_middle_of_a_square(tiny_onevision):
+    config, size = tiny_onevision.model.config, (40, 21)
+    assert tiny_onevision.view_frames(config, tiny_onevision.layout_among(size), size) == ((0, -9 / 21, 1, 40 / 21),)
 
 
 @pytest.mark.parametrize("number", [0, 2, 3])

@@ -25,8 +25,11 @@ WORDS = {
 }
 
 
-# Of the other families what they do not share: Qwen3-VL's features that enter early layers, InternVL3's tiles.
-@pytest.fixture(scope="module", params=["tiny_vlm", "tiny_next", "tiny_qwen", "tiny_qwen3", "tiny_internvl"])
+# Of the other families what they do not share: Qwen3-VL's features that enter early layers, InternVL3's tiles,
+# LLaVA-OneVision's images that look otherwise beside others.
+@pytest.fixture(
+    scope="module", params=["tiny_vlm", "tiny_next", "tiny_onevision", "tiny_qwen", "tiny_qwen3", "tiny_internvl"]
+)
 def family(request):
     return request.getfixturevalue(request.param)
 
@@ -59,9 +62,9 @@ def conversations(vlm) -> list[list[dict]]:
 
 
 def stock_answers(vlm, images, asked) -> list[tuple[int, ...]]:
-    """One left-padded batch through the stock model's own ``generate``."""
+    """One left-padded batch through the stock model's own ``generate``; ``images``: those of each row."""
     texts = [vlm.processor.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in asked]
-    inputs = vlm.processor(images=[list(three) for three in images], text=texts, padding=True, return_tensors="pt")
+    inputs = vlm.processor(images=[list(row) for row in images], text=texts, padding=True, return_tensors="pt")
     if len(asked) > 1:
         assert not inputs["attention_mask"].all() and inputs["attention_mask"][:, -1].all(), "padded, at the left"
     out = vlm.model.generate(**inputs, max_new_tokens=MAX_NEW, do_sample=False)
@@ -71,7 +74,7 @@ def stock_answers(vlm, images, asked) -> list[tuple[int, ...]]:
     return [tuple(row[: next((at for at, token in enumerate(row) if token in ends), len(row))]) for row in rows]
 
 
-FAMILIES = ["tiny_vlm", "tiny_next", "tiny_qwen", "tiny_qwen2", "tiny_qwen3", "tiny_internvl"]
+FAMILIES = ["tiny_vlm", "tiny_next", "tiny_onevision", "tiny_qwen", "tiny_qwen2", "tiny_qwen3", "tiny_internvl"]
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -84,6 +87,27 @@ def test_unpruned_equals_stock_generate(family, pictures, batch):
     assert [answer.tokens for answer in found] == stock
     assert batch == 1 or len(set(stock)) > 3, "a constant model would prove nothing"
     assert [set(answer.kept.images) for answer in found] == [{0, 1, 2}] * batch
+
+
+def test_an_image_that_looks_otherwise_among_others_is_both_in_one_call(tiny_onevision, photos):
+    """An image of every turn, all in one message, and one alone: each row as stock ``generate`` answers it."""
+    first, second, third = WORDS["words"]
+    shown = [photos[1:3], photos[1:4], photos[1:2], [photos[1]] * 2]
+    asked = [
+        [said("user", None, first), said("assistant", third), said("user", None, second)],
+        [said("user", None, None, first, None)],
+        [said("user", None, first), said("assistant", third), said("user", second)],
+        [said("user", None, None, second)],
+    ]
+    vlm = tiny_onevision
+    found = nuwa.generate(vlm.model, vlm.processor, shown, asked, method="unpruned", max_new_tokens=MAX_NEW)
+    stock = stock_answers(vlm, shown, asked)
+    assert [answer.tokens for answer in found] == stock and len(set(stock)) == 4
+
+    together, _, alone, _ = (answer.kept for answer in found)
+    ends = [at for at, role in enumerate(together.roles) if role == "newline"]
+    assert [(together.images[at], together.places[at]) for at in ends] == [(0, (0, 5, 6)), (1, (0, 5, 6))]
+    assert len(together.slots) == 2 * (36 + 1) and len(alone.slots) == vlm.layout_of(photos[1].size).tokens
 
 
 CASES = {
@@ -108,7 +132,7 @@ def test_pruned_equals_blocked_attention(family, twin, pictures, case):
         [encode_question(family, read_question(one)) for row, one in asked if row == of_row] for of_row in (0, 1)
     ]
 
-    encoded = [family.encode_images(row) for row in images]
+    encoded = [family.encode_among(row) for row in images]
     layout = InterleavedLayout.of([one.layout for one in encoded[0]], [len(text) for text in prompts[0][0].between])
     plans = plan_interleaved(
         family, lambda image: specify(method, budget=round(SHARE[method] * image.tokens), **options), layout
@@ -146,15 +170,18 @@ def test_pruned_equals_blocked_attention(family, twin, pictures, case):
             assert torch.allclose(found, expected, atol=1e-4, rtol=1e-5), f"question {number}, step {step}"
 
 
-def test_stage_1_keeps_of_every_image_what_it_keeps_of_it_alone(family, pictures):
+def test_stage_1_keeps_of_every_image_what_it_keeps_of_it_by_itself(family, pictures):
+    """Alone; where images look otherwise among others, beside another one."""
     images = [pictures[0], pictures[3], pictures[5]]
     options = {"method": "nuwa", "retention": 0.4, "without_stage2": True, "max_new_tokens": 1}
     (together,) = nuwa.generate(family.model, family.processor, [images], [conversations(family)[2]], **options)
     kept = list(zip(together.kept.images, together.kept.places, together.kept.roles, strict=True))
     for number, image in enumerate(images):
-        alone = nuwa.generate(family.model, family.processor, image, "a ?", **options).kept
+        shown = [image] if family.alike else [image, pictures[1]]
+        (alone,) = nuwa.generate(family.model, family.processor, [shown], ["a ?"], **options)
+        expected = zip(alone.kept.images, alone.kept.places, alone.kept.roles, strict=True)
         own = [(place, role) for image, place, role in kept if image == number]
-        assert own == list(zip(alone.places, alone.roles, strict=True))
+        assert own == [(place, role) for image, place, role in expected if image == 0]
 
 
 @pytest.mark.parametrize("method", ["ivc_prune", "feather", "dart", "fastv_without_rope", "vtw"])
@@ -232,15 +259,6 @@ def test_sizes_that_lead_to_unlike_cuts_are_refused_by_name(tiny_qwen, photos):
     with pytest.raises(ValueError, match=r"images in one sequence are cut together; give images of one size") as caught:
         nuwa.generate(tiny_qwen.model, tiny_qwen.processor, [photos[6:]], ["a ?"], method="vtw", average_tokens=12)
     assert "before different layers" in str(caught.value)
-
-
-def test_a_family_that_shows_several_images_in_another_way_refuses_them(tiny_onevision, photos):
-    with pytest.raises(ValueError) as caught:
-        nuwa.generate(tiny_onevision.model, tiny_onevision.processor, [photos[:2]], ["a ?"], method="unpruned")
-    assert str(caught.value) == (
-        "several images in one question are encoded in another way by LLaVA-OneVision's SigLIP tower than one, which is "
-        "not supported; ask about one at a time"
-    )
 
 
 def test_questions_of_a_row_agree_on_what_stands_between_its_images(tiny_vlm, scenes):

@@ -55,7 +55,7 @@ class MaskedModel:
             messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         images = images if isinstance(images, list) else [images]
-        inputs = processor(images=images, text=[prompt], return_tensors="pt")
+        inputs = processor(images=[images], text=[prompt], return_tensors="pt")
         self.model, self.strategy = model, strategy
         self.language = model.model.language_model
         self.alive = [list(kept) for _ in self.language.layers]
@@ -64,7 +64,9 @@ class MaskedModel:
         self.prompt = inputs.input_ids[0].tolist()
         self.visual = [at for at, token in enumerate(self.prompt) if token == model.config.image_token_id]
         self.text = list(range(self.visual[-1] + 1, len(self.prompt)))
-        pictures = {name: inputs[name] for name in ("image_sizes", "image_grid_thw") if name in inputs}
+        pictures = {
+            name: inputs[name] for name in ("image_sizes", "image_grid_thw", "batch_num_images") if name in inputs
+        }
         encoded = model.model.get_image_features(inputs["pixel_values"], **pictures)
         # What enters the first layer, and what is added behind the first, second ...: Qwen3-VL.
         deep = [torch.cat(list(part)) for part in getattr(encoded, "deepstack_features", None) or ()]

@@ -140,6 +140,23 @@ def test_several_images_stand_where_the_text_says_or_before_it(pruned, pictures)
     assert before == placed and between == expected.text and before != between
 
 
+def test_images_that_look_otherwise_among_others_do_so_here(plugin, tiny_onevision, photos, monkeypatch):
+    vlm = tiny_onevision
+    monkeypatch.setattr(plugin, "load_adapter", lambda *_, **__: vlm)
+    model = built(plugin, method="unpruned")
+    documents = [(photos[:2], "<image> is red <image> is blue ?"), (photos[:1], "how many ?")]
+    found = model.generate_until(requests_of(model, documents))
+
+    texts = [["image", "is red", "image", "is blue ?"], ["image", "how many ?"]]
+    for (images, _), parts, answer in zip(documents, texts, found, strict=True):
+        content = [{"type": "image"} if part == "image" else {"type": "text", "text": part} for part in parts]
+        message = [{"role": "user", "content": content}]
+        prompt = vlm.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        inputs = vlm.processor(images=[images], text=[prompt], return_tensors="pt")
+        out = vlm.model.generate(**inputs, max_new_tokens=GREEDY["max_new_tokens"], do_sample=False)
+        assert answer == vlm.decode_text(out[0, inputs["input_ids"].shape[1] :].tolist()) != ""
+
+
 def test_answers_end_where_the_task_says(pruned, pictures):
     documents = [([pictures[0]], QUESTIONS[2])]
     (whole,) = pruned.generate_until(requests_of(pruned, documents))
