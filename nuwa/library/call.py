@@ -242,7 +242,7 @@ class Call:
         for work in batch:
             wanted.setdefault(self._among(work), {}).update((one.key, read[one.key]) for one in work.pictures)
 
-        encoded = {}
+        encoded: dict[tuple[str, bool], EncodedImage] = {}
         for among, pictures in wanted.items():
             first, *_ = images = list(pictures.values())
             layout_of, encode = (vlm.layout_among, vlm.encode_among) if among else (vlm.layout_of, vlm.encode_images)
