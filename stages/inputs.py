@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipelines.files.surroundings import surroundings
 PARAMS = Path("params.yaml")
 INPUTS = Path("data/inputs")
 MEMO = Path("cache/inputs.json")
+LEARNED = "learnpruner"  # the method whose weights are found by their encoder
 # What the processor of the model decides is read by `prepare` too, which need not run again for new weights.
 PROCESSOR = ("config.json", "preprocessor_config.json", "processor_config.json")
 
@@ -42,7 +44,7 @@ def inputs(params: Mapping[str, Any], memo: DigestMemo) -> dict[str, dict[str, s
         "grades": [str(graded)] if graded else [],
         "plugins": [place for name in params.get("plugins") or () for place in _plugin(str(name))],
         "weights": sorted(
-            set(_weights(params.get("sweep"))) | set(_weights(params.get("search"))) | _text_tower(params)
+            {*_weights(params.get("sweep")), *_weights(params.get("search")), *_text_tower(params), *_found(params)}
         ),
     }
     return {name: {place: memo.of(Path(place)) for place in listed} for name, listed in places.items()}
@@ -70,6 +72,21 @@ def _text_tower(params: Mapping[str, Any]) -> set[str]:
     """The folder of CLIP's text tower, where one is named."""
     named = (params.get("model") or {}).get("text_tower")
     return {str(named)} if named else set()
+
+
+def _found(params: Mapping[str, Any]) -> Iterator[str]:
+    """Files outside this project that a sweep may take LearnPruner's weights from (:mod:`nuwa.stage1.found_weights`, which
+    takes long to import). The testbed's own are in the project."""
+    model = params.get("model") or {}
+    if model.get("prompt_style") == "testbed" or LEARNED not in json.dumps([params.get("sweep"), params.get("search")]):
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nuwa/pruner"
+    folders = [Path(os.environ.get("NUWA_PRUNER") or cache).expanduser()]
+    if model.get("path") and Path(model["path"]).is_dir():
+        folders.append(Path(model["path"]).resolve().parent / "pruner")
+    for folder in folders:
+        if folder.resolve() != Path("models/pruner").resolve():  # which DVC sees
+            yield from map(str, folder.glob("*.safetensors"))
 
 
 def _weights(value: Any) -> Iterator[str]:

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from nuwa.layout import VisualLayout
 from nuwa.plugins import plugin_modules
+from nuwa.stage1.learnpruner import WeightsError
 from nuwa.vlm import Adapter, adapter_class
 from nuwa.vlm.processors import load_processor
 from nuwa.vlm.remembered import folder_memory
@@ -44,7 +45,7 @@ from pipelines.features.stand_in import StandInProcessor
 from pipelines.settings import PARAMS_FILE, ClusterSettings, ModelSettings, Settings, SweepSettings, parse_settings
 from pipelines.sweep.askable import unaskable
 from pipelines.sweep.costs import SAMPLED, Costs, Forecast, forecast, sweep_costs
-from pipelines.sweep.engine import blocks_of, priced, pulled_tables
+from pipelines.sweep.engine import blocks_of, priced, pulled_tables, with_weights
 from pipelines.sweep.identity import answer_context, code_of, context_key, with_code
 from pipelines.sweep.progress import duration, worker_speed
 from pipelines.sweep.results import ResultStore, StoredUnit
@@ -293,7 +294,10 @@ def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = 
     known = ModelIdentity.of(settings.model.path, Loading.of(settings.model, cluster), outlook.vlm)
     with contextlib.nullcontext() if plugin_modules(settings.plugins) else remembered_code():
         context = answer_context(known, outlook.vlm, settings.features)
-        trials = with_code(outlook.trials, outlook.vlm, cluster.device)
+        trials = outlook.trials
+        with contextlib.suppress(WeightsError):  # a repro trains them first
+            trials = with_weights(trials, known.fingerprint, settings.model.path)
+        trials = with_code(trials, outlook.vlm, cluster.device)
     examples = read_examples(outlook.questions.examples, context.digest, outlook.layouts, blocks_of(settings))
 
     def planned() -> tuple[dict[str, WorkUnit], int]:

@@ -30,7 +30,7 @@ from pipelines.search.run import Asking, race_grid, search_swarm
 from pipelines.search.space import check_space, trial_at
 from pipelines.settings import Settings, SwarmSettings, SweepSettings
 from pipelines.sweep.askable import askable
-from pipelines.sweep.engine import Engine, check_weights
+from pipelines.sweep.engine import Engine, with_weights
 from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.tracking.revision import git_and_dvc_tags
 from pipelines.tracking.tracker import Tracker
@@ -55,14 +55,13 @@ def search(settings: Settings) -> None:
     anywhere = Layouts.of(of_image.values(), vlm.dynamic)  # the best points are asked on all images
 
     def make(swarm: SwarmSettings, point: dict[str, Any]) -> Trial:
-        return trial_at(swarm, point, plan, layouts, vlm.layers)
+        return with_weights([trial_at(swarm, point, plan, layouts, vlm.layers)], encoder, model.path)[0]
 
-    trials = expand(plan, layouts, vlm.layers)
-    presets = []
+    encoder = ModelIdentity.of(model.path, loading, vlm).fingerprint
+    trials = with_weights(expand(plan, layouts, vlm.layers), encoder, model.path)
     if wanted.swarm is not None:
         check_space(wanted.swarm, plan.budget_unit, anywhere, vlm.layers)
-        presets = [make(wanted.swarm, {})]
-    check_weights([*trials, *presets], ModelIdentity.of(model.path, loading, vlm).fingerprint)
+        make(wanted.swarm, {})  # refused before any work
 
     with ExitStack() as stack:
         stack.enter_context(exclusive(shared_cache()))

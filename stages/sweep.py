@@ -24,7 +24,7 @@ from pipelines.files.lock import exclusive
 from pipelines.settings import Settings, SweepSettings, asked
 from pipelines.sweep.answers import SweepOutcome
 from pipelines.sweep.askable import askable
-from pipelines.sweep.engine import Engine, check_weights
+from pipelines.sweep.engine import Engine, with_weights
 from pipelines.sweep.finishing import Finished, LimitReached, finish
 from pipelines.sweep.provenance import mixed, told
 from pipelines.sweep.refill import table_facts
@@ -58,7 +58,7 @@ def sweep(settings: Settings) -> None:
     of_image = image_layouts(vlm, questions)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
     trials = expand(plan, layouts, vlm.layers, tell=print)
-    check_weights(trials, ModelIdentity.of(model.path, loading, vlm).fingerprint)
+    trials = with_weights(trials, ModelIdentity.of(model.path, loading, vlm).fingerprint, model.path)
 
     with exclusive(shared_cache()):
         engine = Engine.start(settings, vlm, of_image, places(settings))

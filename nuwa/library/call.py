@@ -32,13 +32,15 @@ from nuwa.generation import (
 )
 from nuwa.layout import InterleavedLayout, VisualLayout
 from nuwa.library.conversations import encode_question
-from nuwa.library.identity import encoder_identity
+from nuwa.library.identity import encoder_identity, remembered_tower
 from nuwa.library.options import Options
 from nuwa.library.pairing import Asked, Pairing, pair
 from nuwa.library.pictures import Picture, picture
 from nuwa.library.refusal import CallError, kind_of
-from nuwa.methods import MethodSpec, check_encoder
+from nuwa.methods import RECIPES, MethodSpec, check_encoder
 from nuwa.stage1 import get_method
+from nuwa.stage1.found_weights import weight_places, weights_for
+from nuwa.stage1.learnpruner import LearnPruner
 from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, adapt
 
 
@@ -159,8 +161,11 @@ class Call:
         _check_model(model, processor)
         pairing = pair(images, questions)
 
-        framing = {name: getattr(options, name) for name in ("conversation", "image_aspect_ratio", "text_tower")}
+        framing = {name: getattr(options, name) for name in ("conversation", "image_aspect_ratio")}
         vlm = adapt(model, processor, **framing)
+        if options.text_tower is not None:
+            vlm.text_tower = remembered_tower(vlm, options.text_tower)
+        options = _with_weights(vlm, options)
         _check_method(vlm, options)
         return cls(vlm, options, pairing, _Planning(vlm, options).of(pairing.asked))
 
@@ -330,6 +335,15 @@ def _check_model(model: Any, processor: Any) -> None:
         )
     if model.training:
         raise CallError("the model is in training mode; call model.eval() first")
+
+
+def _with_weights(vlm: Adapter, options: Options) -> Options:
+    """``options`` that name the weights trained for the model's encoder, where the method has such and names none."""
+    given = dict(options.parameters or {})
+    if get_method(RECIPES[options.method].stage1).config is not LearnPruner or "weights" in given:
+        return options
+    found = weights_for(encoder_identity(vlm), weight_places(vlm.model.config.name_or_path))
+    return replace(options, parameters=found | given)
 
 
 def _check_method(vlm: Adapter, options: Options) -> None:

@@ -42,7 +42,8 @@ class Options:
     ``max_new_tokens``: of every answer. ``batch_images``: images that are encoded and asked together.
     ``conversation``, ``image_aspect_ratio``: see :class:`nuwa.vlm.Adapter`; the papers' LLaVA-1.5 is ``vicuna_v1`` and
     ``pad``. ``text_tower``: folder of the CLIP model that the encoder is a half of, for methods that read the question
-    before the language model (CDPruner).
+    before the language model (CDPruner); it is read once a model. Weights that a method was trained with and ``parameters``
+    does not name are found by the model's encoder (:mod:`nuwa.stage1.found_weights`).
 
     ``on_error``: ``raise`` ends the call at the first image or question that fails; ``return`` puts a
     :class:`nuwa.library.Failure` in the place of its answer and goes on. ``progress``: true shows a bar; or a function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pandas as pd
 
 from nuwa.layout import VisualLayout
 from nuwa.stage1 import get_method
+from nuwa.stage1.found_weights import weight_places, weights_for
+from nuwa.stage1.learnpruner import DEFAULT_WEIGHTS, LearnPruner
 from nuwa.vlm import Adapter
 from nuwa.vlm.checkpoint import StoredTensors, module_tensors
 from pipelines.features.encoding import encode_missing
@@ -220,8 +222,30 @@ def check_text_tower(trials: Sequence[Trial], vlm: Adapter, path: str) -> None:
         vlm.text_tower.check(module_tensors(vlm.model, vlm.encoder_modules["tower"], stored))
 
 
-def check_weights(trials: Sequence[Trial], encoder: str) -> None:
-    """Refuse trials whose stage 1 was trained for another ``encoder`` (its fingerprint), before anything runs."""
+def with_weights(trials: Sequence[Trial], encoder: str, model: str) -> list[Trial]:
+    """``trials`` with the weights that stage 1 was trained with for ``encoder``, the fingerprint of that of the ``model``.
+
+    Where no grid names a file, the project's own folder is looked in first, then where
+    :mod:`nuwa.stage1.found_weights` says. Raises before anything runs where there are none, and for those of another.
+    """
+    own = Path(DEFAULT_WEIGHTS).parent
+    folders = (own, *(place for place in weight_places(model) if place != own.resolve()))
+    found: dict[str, Any] = {}
+    chosen: dict[str, Trial] = {}
+
     for trial in trials:
+        config = trial.spec.config
+        if isinstance(config, LearnPruner) and "weights" not in trial.parameters:
+            found = found or weights_for(encoder, folders)
+            if found["digest"] != config.digest:
+                trial = replace(trial, spec=replace(trial.spec, config=replace(config, **found)))
         if (check := get_method(trial.spec.stage1).check) is not None:
             check(trial.spec.config, encoder)
+
+        # A file that is found may be one that another grid names.
+        known = chosen.setdefault(trial.trial_id, trial)
+        if known is not trial:
+            grids = tuple(dict.fromkeys((*known.grids, *trial.grids)))
+            budgets = tuple(dict.fromkeys((*known.budgets, *trial.budgets)))
+            chosen[trial.trial_id] = replace(known, grids=grids, budgets=budgets)
+    return list(chosen.values())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from transformers import CLIPModel
 from benchmarks.gpu.families import write_text_tower
 from nuwa import generate
 from nuwa.benchmarks.answers import SINGLE_WORD
+from nuwa.library import identity
 from nuwa.vlm import CheckpointError, adapt, view_signals
 from nuwa.vlm.text_tower import REQUEST, TextTower, TextTowerError
 
@@ -99,3 +103,29 @@ def test_encoders_without_a_text_half_are_refused_by_name(tiny_qwen, photos):
         "method 'cdpruner' reads the relevance of tokens to the question, which takes CLIP's text tower, and "
         f"{tiny_qwen.encoder} is no half of a CLIP model: set relevance: none"
     )
+
+
+def test_a_tower_is_read_once_a_model_and_again_when_its_files_or_the_encoder_changed(seen, photos, tmp_path):
+    vlm, folder, _ = seen
+    own = shutil.copytree(folder, tmp_path / "clip")
+    twin = eager_copy(vlm.model)
+
+    def answer(model):
+        options = {"method": "cdpruner", "retention": 0.3, "max_new_tokens": 2, "text_tower": str(own)}
+        told = generate(model, vlm.processor, photos[0], QUESTIONS[0], **options)
+        return told.kept, identity._TOWERS[model][1]
+
+    kept, tower = answer(twin)
+    assert answer(twin) == (kept, tower), "the same object"
+    os.utime(own / "config.json")
+    again, fresh = answer(twin)
+    assert again == kept and fresh is not tower
+    with torch.no_grad():
+        twin.model.vision_tower.encoder.layers[0].mlp.fc1.bias[0] += 1
+    with pytest.raises(TextTowerError, match="is not the model's encoder"):
+        answer(twin)
+
+    held = weakref.ref(identity._TOWERS[twin][1])
+    del twin, tower, fresh
+    gc.collect()
+    assert held() is None, "released with the model"

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from commands import run_here
 
+from nuwa.stage1.found_weights import user_store
 from pipelines.files.digests import DigestMemo
 from stages.inputs import inputs
 
@@ -68,6 +69,30 @@ def test_weights_of_grids_and_of_searches_are_found_however_deep():
     assert list(found["weights"]) == ["a.safetensors", "b.safetensors", "c.safetensors"]
     assert list(found["lessons"]) == ["lessons.json"]
     assert inputs({"pruner": {"data": "scenes"}}, DigestMemo(Path("nowhere")))["lessons"] == {}
+
+
+def test_weights_that_a_sweep_may_find_outside_are_digested_but_for_the_testbed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NUWA_PRUNER", str(tmp_path / "store"))
+    for path in ("store/a.safetensors", "checkpoints/pruner/b.safetensors", "models/pruner/lpm.safetensors"):
+        Path(path).parent.mkdir(parents=True)
+        Path(path).write_bytes(b"weights")
+    Path("checkpoints/llava").mkdir()
+    Path("models/llava").mkdir()
+
+    def found(path: str, style: str = "llava_v1", method: str = "learnpruner") -> list[str]:
+        params = {"model": {"path": path, "prompt_style": style}, "sweep": {"grids": [{"method": ["nuwa", method]}]}}
+        return list(inputs(params, DigestMemo(Path("nowhere")))["weights"])
+
+    stored, beside = str(tmp_path / "store/a.safetensors"), str(tmp_path / "checkpoints/pruner/b.safetensors")
+    assert found("checkpoints/llava") == [beside, stored]
+    assert found("models/llava") == found("llava-hf/llava-1.5-7b-hf") == [stored], "what DVC tracks is not told twice"
+    assert found("checkpoints/llava", style="testbed") == found("checkpoints/llava", method="nuwa") == []
+    monkeypatch.delenv("NUWA_PRUNER")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    user_store().mkdir(parents=True)
+    (user_store() / "c.safetensors").write_bytes(b"weights")
+    assert found("llava") == [str(user_store() / "c.safetensors")], "the folder that the library looks in"
 
 
 @pytest.mark.parametrize(
