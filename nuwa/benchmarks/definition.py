@@ -98,6 +98,7 @@ class Rules:
         metrics: see :class:`Benchmark`.
         headline: see :class:`Benchmark`.
         right: see :class:`Benchmark`.
+        graded: see :class:`Benchmark`.
     """
 
     metric: str
@@ -108,6 +109,7 @@ class Rules:
     metrics: Callable[[Sums], Sums] | None = None
     headline: str | None = None
     right: str | None = None
+    graded: Callable[[str, Truth], bool] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,7 @@ class Benchmark:
             label = f"{self.name}:{self.variant}" if self.variant else self.name
             raise UnknownName(unknown(f"protocol of {label}", protocol, (TESTBED, *self.rules)))
         rules = self.rules[protocol]
-        names = ("llava_v1", "read", "score", "metrics", "headline", "right")
+        names = ("llava_v1", "read", "score", "metrics", "headline", "right", "graded")
         changed = {name: value for name in names if (value := getattr(rules, name)) is not None}
         return replace(self, protocol=protocol, metric=rules.metric, max_new_tokens=rules.max_new_tokens, **changed)
 
@@ -311,7 +313,7 @@ def for_server(
 ) -> Benchmark:
     """The variant ``submission`` of ``known``, for a table whose answers only the benchmark's server has: asked in the same
     words, scored there. Its truths hold what ``submission`` needs."""
-    rules = {protocol: replace(one, read=None, score=None) for protocol, one in known.rules.items()}
+    rules = {protocol: replace(one, read=None, score=None, graded=None) for protocol, one in known.rules.items()}
     return replace(
         known,
         variant="submission",

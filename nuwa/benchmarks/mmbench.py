@@ -8,8 +8,9 @@ answers are with the server (``submission``).
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,19 @@ from nuwa.benchmarks.definition import (
 )
 from nuwa.benchmarks.records import IMAGE, RecordError, columns, image_bytes, one_of, optional_text, text
 
+Score = Callable[[str, Truth], Scores]
 LETTERS = ("A", "B", "C", "D")
 MISSING = "nan"  # what stands for a text that a question lacks
 COPY_STEP = 1_000_000
 WORDS_WITH_ARTICLE = 3  # in a longer answer a bare "A" may be the article
+
+# what lmms-eval reads as a letter: these, and what may stand before and behind one, the first form that names one letter
+HARNESS_LETTERS = "ABCDE"
+HARNESS_FORMS = (
+    *(("", mark) for mark in ("", ".", ",", ":", ")", ").")),
+    *(("(", mark) for mark in (")", ").")),
+    *((":", mark) for mark in ("", ",", ".", ")", ").")),
+)
 
 SCHEMA = columns(
     **{
@@ -73,6 +83,25 @@ def named_text(answer: str, options: Options) -> str | None:
     same = [letter for letter, option in options.items() if option.lower() == answer.strip().lower()]
     letters = same or [letter for letter, option in options.items() if find_words(option, answer)]
     return letters[0] if len(letters) == 1 else None
+
+
+def harness_option(answer: str, options: Options) -> str | None:
+    """The letter that lmms-eval's rules read, of A to E whatever the question has; else the one option whose text the
+    answer holds, inside of words too.
+
+    An option that is missing is none: the harness looks for its ``nan``, and finds it in ``banana``.
+    """
+    words = set(answer.split())
+    many = len(answer.split()) > WORDS_WITH_ARTICLE
+    for before, behind in HARNESS_FORMS:
+        named = [letter for letter in HARNESS_LETTERS if f"{before}{letter}{behind}" in words]
+        # A bare "A" is taken for the article in a longer answer.
+        if len(named) == 1 and not (not before and not behind and named == ["A"] and many):
+            return named[0]
+
+    lower = answer.strip().lower()
+    held = [letter for letter, option in options.items() if option.lower() in lower]
+    return held[0] if len(held) == 1 else None
 
 
 def read(row: dict[str, Any], name: str = "mmbench") -> Iterator[Example]:
@@ -148,14 +177,19 @@ def _score(prediction: str, truth: Truth) -> Scores:
     return choice_scores(named_letter(prediction, options) or named_text(prediction, options), truth["answer"])
 
 
-def _is_unread(prediction: str, truth: Truth) -> bool:
+def harness_score(prediction: str, truth: Truth) -> Scores:
+    """By lmms-eval's rules alone: what they cannot read is wrong."""
+    return choice_scores(harness_option(prediction, truth["options"]), truth["answer"])
+
+
+def _is_unread(prediction: str, truth: Truth, score: Score = _score) -> bool:
     """What the rules cannot read is a judge's affair, as in the harness."""
-    return bool(prediction.strip()) and bool(_score(prediction, truth)["parse_failure"])
+    return bool(prediction.strip()) and bool(score(prediction, truth)["parse_failure"])
 
 
-def _score_graded(prediction: str, truth: Truth) -> Scores:
-    scores = _score(prediction, truth)
-    return scores | {"accuracy": float(truth["grade"] >= 0.5)} if _is_unread(prediction, truth) else scores
+def _score_graded(prediction: str, truth: Truth, score: Score = _score) -> Scores:
+    scores, unread = score(prediction, truth), _is_unread(prediction, truth, score)
+    return scores | {"accuracy": float(truth["grade"] >= 0.5)} if unread else scores
 
 
 def summands(rows: pd.DataFrame) -> pd.DataFrame:
@@ -174,6 +208,7 @@ def metrics(sums: Sums) -> Sums:
     }
 
 
+HARNESS = Rules("gpt_eval_score", 1024, llava_v1=harness_prompt, score=harness_score)
 _BY_RULE = (
     Benchmark(
         name="mmbench",
@@ -191,13 +226,22 @@ _BY_RULE = (
         summands=summands,
         rules={
             # by rules alone; the harness asks a judge about the rest
-            **dict.fromkeys(("lmms_eval", "lmms_eval_0_3"), Rules("gpt_eval_score", 1024, llava_v1=harness_prompt)),
+            **dict.fromkeys(("lmms_eval", "lmms_eval_0_3"), HARNESS),
             "llava": Rules("accuracy", 1024, llava_v1=llava_prompt),
         },
     ),
 )
+_GRADED = replace(
+    HARNESS, score=partial(_score_graded, score=harness_score), graded=partial(_is_unread, score=harness_score)
+)
 VARIANTS = (
     replace(_BY_RULE[0], variant="rules"),
-    replace(_BY_RULE[0], variant="judged", score=_score_graded, graded=_is_unread),
+    replace(
+        _BY_RULE[0],
+        variant="judged",
+        score=_score_graded,
+        graded=_is_unread,
+        rules=_BY_RULE[0].rules | dict.fromkeys(("lmms_eval", "lmms_eval_0_3"), _GRADED),
+    ),
     for_server(_BY_RULE[0], ASKED, _read_asked, _submission),
 )

@@ -36,7 +36,7 @@ def _score(prediction: str, truth: Truth) -> Scores:
 
 # lmms-eval shows a missing hint as it is published here: ``nan``.
 _harness_prompt = partial(mmbench.harness_prompt, instruction=OPTION_LETTER, unshown=())
-HARNESS = Rules("gpt_eval_score", 256, llava_v1=_harness_prompt)
+HARNESS = Rules("gpt_eval_score", 256, llava_v1=_harness_prompt, score=mmbench.harness_score)
 
 VARIANTS = (
     replace(

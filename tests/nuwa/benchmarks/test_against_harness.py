@@ -31,6 +31,7 @@ DIFFERENT = {
 }
 # what 0.3.4, whose rules ours are, does otherwise than 0.3.5
 OLDER = {"vqav2": {"Dog.", "The dog", "a dog"}, "scienceqa": {"B."}}
+OF_MMBENCH = {"A": "cat", "B": "dog", "C": "bird", "D": "banana"}
 # columns that the harness does not read, and those it does not have
 FIXED: dict[str, dict[str, Any]] = {
     "mmbench": {"index": 1, "answer": "A"},
@@ -86,6 +87,30 @@ def test_mmbenchs_rules_read_the_letters_that_the_harness_reads():
             assert read == ([theirs] if theirs else []), answer
 
 
+@pytest.mark.parametrize("name", ("mmbench", "mmbench_cn"))
+def test_the_rules_of_both_mmbenchs_are_the_harness_s(name):
+    """Words and texts in which other letters stand; ``E`` is an answer that is read and wrong, and no judge's affair."""
+    held = HARNESS["options"]
+    words = ("cat", "dog", "bird", "banana") if name == "mmbench" else ("猫", "狗", "鸟", "香蕉")
+    options = dict(zip("ABCD", words, strict=True))
+    for protocol in PROTOCOLS:
+        score = get_benchmark(name, None, protocol).score
+        for answer, theirs in zip(held["answers"], held[name], strict=True):
+            expected = {letter: {"accuracy": letter == theirs, "parse_failure": theirs is None} for letter in options}
+            assert {one: score(answer, {"answer": one, "options": options}) for one in options} == expected, answer
+
+    judged = get_benchmark("mmbench", "judged", "lmms_eval")
+    asked = {
+        answer
+        for answer in ("E", "the bird's banana", "", "cats")
+        if judged.graded(answer, {"answer": "A", "options": OF_MMBENCH})
+    }
+    assert asked == {"the bird's banana"}
+    truth = {"answer": "C", "options": OF_MMBENCH, "grade": 1.0}
+    assert judged.score("the bird's banana", truth)["accuracy"] == 1
+    assert judged.score("cats", truth)["accuracy"] == 0, "the rules read A"
+
+
 def _is_right(score: Any, answer: str, letter: str) -> bool:
     return bool(score(answer, {"answer": letter, "options": HARNESS["letters"]["options"]})["accuracy"])
 
@@ -129,10 +154,32 @@ def test_figures_of_many_answers_are_the_harness_s(protocol):
         [held["mme"][part] for part in ("perception", "cognition")]
     )
 
+    indices, truths, answers = zip(*held["mmbench"]["rows"], strict=True)
+    told = [
+        {"answer": truth, "options": OF_MMBENCH, "group": str(index % 1_000_000)}
+        for truth, index in zip(truths, indices, strict=True)
+    ]
+    mmbench = figures("mmbench", list(answers), told, ["x"] * len(answers))
+    assert mmbench["circular_accuracy"] == pytest.approx(held["mmbench"]["circular"])
+
     fields, finer, truths, answers = zip(*held["mmstar"]["rows"], strict=True)
     names = [f"{field}: {one}" for field, one in zip(fields, finer, strict=True)]
     mmstar = figures("mmstar", list(answers), [{"answer": truth} for truth in truths], names)
     assert mmstar["average"] == pytest.approx(held["mmstar"]["average"])
+
+
+def test_figures_of_hallusionbench_are_the_harness_s_where_grades_are(published):
+    """Its judge's words: 0 for wrong, 1 for right, 2 for unclear."""
+    names = ("category", "subcategory", "set_id", "figure_id", "question_id")
+    held, benchmark = HARNESS["aggregates"]["hallusionbench"], get_benchmark("hallusionbench", "judged", "lmms_eval")
+    rows = [dict(zip(names, row, strict=False)) for row in held["rows"]]
+    examples = list(benchmark.examples(published("hallusionbench").table(*rows)))
+    truths = [
+        example.truth | {"grade": float(row[-1] == 1)} for example, row in zip(examples, held["rows"], strict=True)
+    ]
+    ours = benchmark.aggregate(benchmark.score_table(["Yes."] * len(rows), truths, [""] * len(rows)))
+    for figure, theirs in {"accuracy": "aAcc", "figure_accuracy": "fAcc", "question_accuracy": "qAcc"}.items():
+        assert ours[figure] == pytest.approx(held[theirs]), figure
 
 
 def test_sixty_sizes_are_shown_to_qwen_as_the_harness_shows_them():
