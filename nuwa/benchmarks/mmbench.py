@@ -241,7 +241,7 @@ VARIANTS = (
         variant="judged",
         score=_score_graded,
         graded=_is_unread,
-        rules=_BY_RULE[0].rules | dict.fromkeys(("lmms_eval", "lmms_eval_0_3"), _GRADED),
+        rules={**_BY_RULE[0].rules, **dict.fromkeys(("lmms_eval", "lmms_eval_0_3"), _GRADED)},
     ),
     for_server(_BY_RULE[0], ASKED, _read_asked, _submission),
 )
