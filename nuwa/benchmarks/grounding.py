@@ -9,7 +9,10 @@ Every expression of a row's ``answer`` is a question of its own. Variants:
 * ``pixels`` asks for JSON in absolute pixels of ``truth["size"]`` (Qwen2.5-VL): the size at which the model sees the
   image, which the caller of :meth:`Benchmark.examples` puts in the place of the image's own;
 * ``thousandths`` asks for JSON on a frame of 1000 x 1000 whatever the image's size, as Qwen3-VL and InternVL3 were taught
-  (github.com/QwenLM/Qwen3-VL, ``cookbooks/2d_grounding.ipynb``; internvl.readthedocs.io, grounding data).
+  (github.com/QwenLM/Qwen3-VL, ``cookbooks/2d_grounding.ipynb``; internvl.readthedocs.io, grounding data);
+* ``ref_tags`` asks as the InternVL series' own evaluation does, the expression between ``<ref>`` and ``</ref>``, for a box on
+  the same frame (github.com/OpenGVLab/InternVL, ``internvl_chat/eval/refcoco/evaluate_grounding.py``). Deviation: that
+  script takes a box whose four numbers come to less than 4 for shares of the image.
 
 Under the protocol ``vscan`` any box of whole numbers counts, by :func:`nuwa.benchmarks.boxes.pixel_iou` above a half.
 """
@@ -54,7 +57,9 @@ IN_THOUSANDTHS = (
     "Find the region this sentence describes and give its box in relative coordinates from 0 to 1000 as JSON "
     '{{"bbox_2d": [x1, y1, x2, y2]}}: {}'
 )
+IN_TAGS = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{}</ref>"
 FRAME = (1000, 1000)
+ON_FRAME = ("thousandths", "ref_tags")  # variants whose boxes are told on it
 
 SHORT, LONG = 19, 46  # characters of 3.5 and of 8.4 words
 
@@ -109,7 +114,14 @@ def referring_expressions(name: str, title: str, paper: str, splits: Mapping[str
         score=_score_thousandths,
         rules={},
     )
-    return published, unpadded, in_pixels, in_thousandths
+    # An answer repeats the expression, and digits are a token each.
+    in_tags = replace(
+        in_thousandths,
+        variant="ref_tags",
+        max_new_tokens=100,
+        llava_v1=lambda example: IN_TAGS.format(example.question),
+    )
+    return published, unpadded, in_pixels, in_thousandths, in_tags
 
 
 def _locate(example: Example) -> str:

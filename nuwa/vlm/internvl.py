@@ -8,7 +8,7 @@ that stage 1 prunes on its own.
 
 ``features`` are shuffled, before the projector. What the encoder says patch by patch, CLS attention, keys and similarity
 features, is the mean over a token's four patches. The language model tells boxes on a frame of 1000 x 1000 whatever the
-image's size (internvl.readthedocs.io, grounding data): the variant ``thousandths`` of a grounding benchmark.
+image's size (internvl.readthedocs.io, grounding data): the variants ``thousandths`` and ``ref_tags`` of a grounding benchmark.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 from PIL import Image, ImageDraw
 
 from nuwa.benchmarks.boxes import parse_box, unpad_box
-from nuwa.benchmarks.grounding import FRAME
+from nuwa.benchmarks.grounding import FRAME, ON_FRAME
 from nuwa.grid import PatchGrid
 from nuwa.images import read_image
 from pipelines.data.datasets import parse_name
@@ -40,7 +40,6 @@ SIDE = 288  # pixels of a picture's longer side, about
 SMALL, GAP = 0.5, 6  # scale of the other views, and pixels around them
 FINE = 12  # pixels of a patch, below which outlines are thin
 FADE, PAPER = 0.80, 255  # dropped patches: this share of the way to white
-THOUSANDTHS = "thousandths"  # the variant whose boxes are told on a frame of their own
 TRUTH, ANSWER = (255, 255, 255), (255, 92, 0)
 PILLAR, COLLECTOR, CASING = (86, 180, 233), (240, 228, 66), (20, 20, 22)
 
@@ -183,10 +182,10 @@ def true_box(truth: str) -> list[float]:
 
 
 def predicted_box(text: str, truth: str, benchmark: str) -> list[float] | None:
-    """As the benchmark reads it: in pixels where the truth carries a size, in thousandths where these are asked for, else
+    """As the benchmark reads it: in pixels where the truth carries a size, on a frame of its own where it asks for that, else
     in shares of the image or of the square it is padded to."""
     told = json.loads(truth)
-    size = FRAME if parse_name(benchmark).variant == THOUSANDTHS else told.get("size")
+    size = FRAME if parse_name(benchmark).variant in ON_FRAME else told.get("size")
     box = parse_box(text, "pixels" if size else "normalized", tuple(size) if size else None)
     return unpad_box(box, tuple(told["padded"])) if box and "padded" in told else box
 

@@ -101,9 +101,9 @@ def test_scores_need_as_many_truths_as_answers():
 
 def test_the_registry_holds_every_benchmark_and_variant():
     assert {name: [one.variant for one in variants] for name, variants in BENCHMARKS.items()} == {
-        "refcoco": ["as_published", "unpadded", "pixels", "thousandths"],
-        "refcocoplus": ["as_published", "unpadded", "pixels", "thousandths"],
-        "refcocog": ["as_published", "unpadded", "pixels", "thousandths"],
+        "refcoco": ["as_published", "unpadded", "pixels", "thousandths", "ref_tags"],
+        "refcocoplus": ["as_published", "unpadded", "pixels", "thousandths", "ref_tags"],
+        "refcocog": ["as_published", "unpadded", "pixels", "thousandths", "ref_tags"],
         "gqa": [""],
         "pope": ["exact", "first_sentence"],
         "textvqa": ["no_ocr", "ocr"],

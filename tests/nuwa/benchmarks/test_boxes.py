@@ -177,6 +177,19 @@ def test_boxes_in_thousandths_are_asked_for_and_read_on_their_frame_whatever_the
     assert benchmark.score("[0.25, 0.5, 0.75, 1.0]", truth)["iou"] < 0.01
 
 
+def test_internvl_is_asked_between_its_own_tags_and_read_on_the_frame():
+    benchmark = get_benchmark("refcocog", "ref_tags")
+    asked = benchmark.prompt(Example("1", "the red cup", {}, "", b""), "llava_v1")
+    assert asked == (
+        "Please provide the bounding box coordinate of the region this sentence describes: <ref>the red cup</ref>"
+    )
+    truth = {"box": [0.25, 0.5, 0.75, 1.0]}
+    # As the model writes it, and as it comes without special tokens.
+    for answer in ("<ref>the red cup</ref><box>[[250, 500, 750, 1000]]</box>", "the red cup[[250, 500, 750, 1000]]"):
+        assert benchmark.score(answer, truth)["iou"] == 1
+    assert benchmark.score("[0.25, 0.5, 0.75, 1.0]", truth)["iou"] < 0.01
+
+
 def test_boxes_in_pixels_are_asked_for_in_pixels():
     asked = [
         get_benchmark("refcoco", variant).prompt(Example("refcoco:1:0", "the red cup", {}, "", b""), "llava_v1")

@@ -231,6 +231,7 @@ def test_tiles_lie_side_by_side_in_one_picture_and_the_thumbnail_beside_it(drawn
         ("refcoco/val", "[0.25, 0.5, 0.75, 1.0]"),
         ("refcoco/val:pixels", '{"bbox_2d": [20, 20, 60, 40]}'),
         ("refcoco/val:thousandths", '{"bbox_2d": [250, 500, 750, 1000]}'),
+        ("refcoco/val:ref_tags", "<ref>a cup</ref><box>[[250, 500, 750, 1000]]</box>"),
         ("refcoco/val:unpadded", "[0.25, 0.5, 0.75, 0.75]"),
     ],
 )
