@@ -8,7 +8,7 @@ COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 |
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PORT ?= 5000
 
-.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submission rescore submit dashboard track testbed pruner clean profile search experiment compact
+.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submission rescore submit dashboard track testbed pruner clean profile search experiment compact report
 
 setup: $(READY)
 
@@ -84,6 +84,11 @@ rescore: $(READY)
 # The sweep on a Ray cluster, its results back here: make submit ARGS="--address ... --storage ... --work ..."
 submit: $(READY)
 	$(RUN) python -m cluster.submit $(ARGS)
+
+# The page of the finished sweep; INTERIM=1: of one that runs, on the questions that all trials have answered so far, in
+# cache/interim/report and MLflow
+report: $(READY)
+	$(RUN) $(if $(INTERIM),python -m stages.interim,dvc repro report)
 
 # Everything the sweep logged, at http://127.0.0.1:$(PORT); first it prints where its trials, charts and comparison are
 dashboard: $(READY)

@@ -48,6 +48,7 @@ SEARCH = DATA / "search"
 REPORT = Path("report")
 COLLECTING = CACHE / "collecting"  # rows on their way into the tables
 SCORING = CACHE / "scoring"  # what blocks of trials are compared with
+INTERIM = CACHE / "interim"  # what the sweep says so far: tables, and a page below report/
 TIMINGS = CACHE / "timings.parquet"
 PROGRESS = CACHE / "progress.json"
 UNITS_LOG = CACHE / "units.jsonl"  # one line a finished unit

@@ -15,7 +15,7 @@ from pipelines.data.datasets import choose_questions
 from pipelines.data.left_out import left_out, without
 from pipelines.files.atomic import atomic_path
 from pipelines.files.lines import tell
-from pipelines.scores.blocks import Work, score_sweep
+from pipelines.scores.blocks import Tables, Work, score_sweep
 from pipelines.scores.comparisons import never_met, pairs_of
 from pipelines.scores.grades import read_grades
 from pipelines.scores.submissions import check_scored
@@ -53,29 +53,38 @@ def write_table(table: pd.DataFrame, target: Path) -> None:
         pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path)
 
 
-def evaluate(settings: Settings) -> None:
-    plan = settings.sweep
-    check_scored(plan.benchmarks)
-    questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
-    answered, recipe = without(questions.examples, left_out(SWEEP)), settings.evaluate
-    grades = read_grades(Path(recipe.grades)) if recipe.grades else None
-    trials = pd.read_parquet(TRIALS)
-    headline = budget_tokens(settings.report.headline_budget, plan.budget_unit, int(trials["image_tokens"].iloc[0]))
+def scored(
+    settings: Settings, trials: pd.DataFrame, answered: pd.DataFrame, predictions: Path, scratch: Path
+) -> tuple[Tables, float]:
+    """The tables of ``trials`` on the questions ``answered``, and the average tokens of the headline.
+
+    ``predictions``: a file of answers; ``scratch``: see :func:`score_sweep`, which says what is raised.
+    """
+    recipe, tokens = settings.evaluate, int(trials["image_tokens"].iloc[0])
+    headline = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)
     work = Work(
         trials,
         answered,
-        PREDICTIONS,
+        predictions,
         recipe.resamples,
         recipe.seed,
-        grades,
+        read_grades(Path(recipe.grades)) if recipe.grades else None,
         pairs_of(trials, recipe.against, recipe.planned),
         recipe.margin,
         headline,
         settings.plugins,
     )
-    for line in never_met(trials, recipe.planned):
+    return score_sweep(work, scratch, recipe.processes), headline
+
+
+def evaluate(settings: Settings) -> None:
+    plan = settings.sweep
+    check_scored(plan.benchmarks)
+    questions = choose_questions(pd.read_parquet(EXAMPLES), plan.benchmarks, plan.images, plan.subset_seed)
+    answered, trials = without(questions.examples, left_out(SWEEP)), pd.read_parquet(TRIALS)
+    for line in never_met(trials, settings.evaluate.planned):
         tell(line)
-    tables = score_sweep(work, SCORING, recipe.processes)
+    tables, headline = scored(settings, trials, answered, PREDICTIONS, SCORING)
     scores = tables.scores
     write_table(scores, SCORES)
     write_table(tables.comparisons, COMPARISONS)

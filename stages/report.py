@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from nuwa.budget import budget_tokens
 from pipelines.report.page import ReportInputs, build_report
@@ -20,7 +23,15 @@ TESTBED = (
 
 
 def report(settings: Settings) -> None:
-    facts = json.loads(SWEEP.read_text())
+    page(settings, json.loads(SWEEP.read_text()), DATA, REPORT)
+    track(settings)
+
+
+def page(settings: Settings, facts: Mapping[str, Any], data: Path, target: Path, interim: str = "") -> None:
+    """Write the page of the tables in the folder ``data`` into ``target``.
+
+    ``facts``: of the sweep, as in ``sweep.json``; ``interim``: of what the tables are, where that is not all of it.
+    """
     provenance = facts["fingerprints"] | {"model path": settings.model.path}
     provenance |= {"sweep": facts["name"]}
     if origin := came_from(facts.get("provenance", [])):
@@ -31,11 +42,10 @@ def report(settings: Settings) -> None:
         provenance["questions left out"] = f"{len(out):,}, first {next(iter(sorted(out)))}: {out[min(out)]}"
     about = TESTBED if settings.prepare.tables is None else ""
     places, margin = partial(places_of_model, settings.model.path), settings.evaluate.margin
-    inputs = ReportInputs.load(DATA, provenance, places, about, margin)
+    inputs = ReportInputs.load(data, provenance, places, about, margin, interim)
     tokens = int(inputs.trials["image_tokens"].iloc[0])
     headline = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)
-    build_report(inputs, REPORT, headline)
-    track(settings)
+    build_report(inputs, target, headline)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def sweep(settings: Settings) -> None:
 
         shape, number = LlmShape.from_config(vlm.model.config), vlm.model.dtype.itemsize
         costs = partial(cost_columns, llm=shape, bytes_per_number=number)
-        _write_trials([trial.row(layouts, costs) for trial in trials])
+        write_trials([trial.row(layouts, costs) for trial in trials], TRIALS)
         with atomic_path(SWEEP) as fresh:
             fresh.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
@@ -138,11 +138,12 @@ def _facts(engine: Engine, trials: list[Trial], questions: pd.DataFrame) -> dict
     return {"sweep_id": sweep_id, "name": name, "counts": counts, "fingerprints": fingerprints}
 
 
-def _write_trials(trials: list[dict]) -> None:
+def write_trials(trials: list[dict], target: Path) -> None:
+    """The table of trials, from their rows."""
     rows = sorted(trials, key=lambda row: row["trial_id"])
     types = {name: column.dtype for name, column in COLUMNS.items() if column.dtype is not None}
     table = pa.Table.from_pandas(pd.DataFrame(rows).astype(types), preserve_index=False)
-    with atomic_path(TRIALS) as fresh:
+    with atomic_path(target) as fresh:
         pq.write_table(table, fresh)
 
 

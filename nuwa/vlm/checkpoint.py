@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nuwa.errors import UserError
+from nuwa.own_folder import own_folder
 
 MEMORY = Path(tempfile.gettempdir()) / f"nuwa-models-{os.getuid()}"  # what weights digest to, on each machine
 ENCODERS = ("vision_tower.", "visual.")  # canonical beginnings of an encoder's tensors
@@ -169,7 +170,7 @@ def _weights(tensors: Mapping[str, str], beginnings: tuple[str, ...]) -> tuple[d
 
 def _remembered_digests(folder: Path, memory: Path) -> dict[str, dict[str, str]]:
     """File → tensor → digest; a file that is as it was is not read."""
-    memo = memory / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.json"
+    memo = own_folder(memory) / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.json"
     try:
         held = json.loads(memo.read_text())
     except (OSError, ValueError):
@@ -187,8 +188,8 @@ def _remembered_digests(folder: Path, memory: Path) -> dict[str, dict[str, str]]
 
 def keep_json(memo: Path, content: Any) -> None:
     """Whole or not at all; a place that cannot be written to costs the next run some reading."""
+    own_folder(memo.parent)
     try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=memo.parent, suffix=".tmp", delete=False) as sink:
             json.dump(content, sink)
         os.replace(sink.name, memo)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from nuwa.own_folder import own_folder
 from nuwa.vlm.adapter import Adapter
 from nuwa.vlm.checkpoint import MEMORY, keep_json
 from nuwa.vlm.folder import folder_faults, generation_settings
@@ -39,7 +40,7 @@ class FolderMemory:
     def __init__(self, folder: Path, stamp: str, memory: Path) -> None:
         self.folder = folder
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-        self._memo = memory / f"{place}.planning.json"
+        self._memo = own_folder(memory) / f"{place}.planning.json"
         self._known: dict[str, Any] = {"stamp": stamp}
         try:
             held = json.loads(self._memo.read_text())

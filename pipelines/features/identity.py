@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nuwa.own_folder import own_folder
 from nuwa.signals import SIGNAL_NAMES
 from nuwa.vlm import ADAPTERS, Adapter
 from nuwa.vlm.checkpoint import MEMORY, StoredTensors, read_checkpoint, weight_files
@@ -89,14 +90,13 @@ def model_folder(path: str) -> Path:
 def _fingerprint(folder: Path, encoder: str, loading: Loading, vlm: Adapter, memory: Path) -> str:
     """From the files, once a machine and content."""
     library = importlib.metadata.version("transformers")  # whose defaults are part of it
-    memo = memory / f"{encoder[:24]}-{library}.encoder"
+    memo = own_folder(memory) / f"{encoder[:24]}-{library}.encoder"
     if memo.exists() and (held := memo.read_text()):
         return held
     if all(path.suffix == ".safetensors" for path in weight_files(folder)):
         fingerprint = loading.shape(str(folder), vlm).encoder_fingerprint(StoredTensors(folder))
     else:
         fingerprint = load_model(str(folder), "cpu", loading).encoder_fingerprint()
-    memory.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=memory, suffix=".tmp", delete=False) as sink:
         sink.write(fingerprint)
     os.replace(sink.name, memo)

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nuwa.own_folder import own_folder
 from nuwa.vlm.checkpoint import MEMORY, keep_json
 from nuwa.vlm.remembered import LIBRARIES
 from pipelines.features.identity import code_by_file
@@ -30,7 +31,7 @@ class CodeMemory:
 
     def __init__(self, memory: Path, root: Path = ROOT) -> None:
         place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:24]
-        self._memo = memory / f"{place}.code.json"
+        self._memo = own_folder(memory) / f"{place}.code.json"
         self._known: dict[str, Any] = {"stamp": _stamp(root), "code": {}}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             held = json.loads(self._memo.read_text())

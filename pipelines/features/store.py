@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from nuwa.layout import VisualLayout, layout_from_json, layout_to_json
+from nuwa.own_folder import own_folder
 from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
 from pipelines.features.faults import MissingFeatures, UnreadableFeatures
 from pipelines.files.atomic import atomic_path
@@ -134,8 +135,7 @@ def checksum(signals: Sequence[np.ndarray]) -> int:
 def make_room(needed: int) -> None:
     """Let go of this machine's copies of remote shards, those used longest ago first, until ``needed`` bytes fit and
     ``KEPT_FREE`` of the disk stays free. Who has one mapped keeps it."""
-    SHARD_CACHE.mkdir(parents=True, exist_ok=True)
-    disk = shutil.disk_usage(SHARD_CACHE)
+    disk = shutil.disk_usage(own_folder(SHARD_CACHE))
     lacking = needed + KEPT_FREE * disk.total - disk.free
     if lacking <= 0:
         return
@@ -160,7 +160,7 @@ class FeatureStore:
     def __init__(self, root: Path | str, identity: str, cache_bytes: int = CACHE_BYTES) -> None:
         self.storage = Folder.at(root, identity)
         self.identity = identity
-        self.folder = self.storage.local or SHARD_CACHE / identity
+        self.folder = self.storage.local or own_folder(SHARD_CACHE) / identity
         self.cache_bytes = cache_bytes
         self._held: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
         self._held_bytes = 0

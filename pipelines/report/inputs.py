@@ -107,6 +107,7 @@ class ReportInputs:
     notes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # questions not shown whole, by benchmark
     about: str = ""  # a sentence on what was measured, where names alone would mislead
     margin: float = 0.01  # of retention, within which a trial was called equivalent to the unpruned one
+    interim: str = ""  # what the tables are of, where a sweep still runs
 
     @property
     def search_of_this_model(self) -> SearchRecord | None:
@@ -124,6 +125,7 @@ class ReportInputs:
         places: Callable[[Size], TokenPlaces] | None = None,
         about: str = "",
         margin: float = 0.01,
+        interim: str = "",
     ) -> ReportInputs:
         """Open the files of ``data_dir``.
 
@@ -157,6 +159,7 @@ class ReportInputs:
             search=SearchRecord.load(Path(data_dir) / "search"),
             about=about,
             margin=margin,
+            interim=interim,
             places=places,
         )
 

@@ -104,6 +104,7 @@ def _context(inputs: ReportInputs, outcomes: Outcomes, headline_budget: float) -
     return {
         "model": inputs.provenance.get("model path", "model not named"),
         "about": inputs.about,
+        "interim": inputs.interim,
         "asked": _asked(inputs, outcomes),
         "answer": told[:ANSWER],
         "further": told[ANSWER:],

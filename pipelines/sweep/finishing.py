@@ -7,15 +7,21 @@ that stays has answered every question that stays.
 from __future__ import annotations
 
 import collections
+import functools
+import json
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 
 from nuwa import UNPRUNED
+from pipelines.settings import Reuse
 from pipelines.sweep.answers import SweepOutcome
 from pipelines.sweep.askable import scored_together
+from pipelines.sweep.results import StoredUnit
 from pipelines.sweep.trials import Trial
+from pipelines.sweep.units import UnitExample, answers_there
 from pipelines.workers import UnitsFailed
 
 AGAIN = "Run the same command again to try just these"
@@ -117,6 +123,33 @@ def _finish_with_what_is_there(
     )
     kept = [trial for trial in trials if trial.trial_id not in incomplete]
     return Finished(kept, dict(sorted(left_out.items())), incomplete, told)
+
+
+def answered_by_all(
+    trials: Sequence[Trial],
+    examples: Sequence[UnitExample],
+    questions: pd.DataFrame,
+    stored: Sequence[StoredUnit],
+    reuse: Reuse = "any",
+) -> tuple[set[str], int]:
+    """The questions (ids) that every one of ``trials`` (with their code) has answered in what is ``stored``, without those
+    whose score needs one that is not among them; and how many answers of all are there.
+
+    ``examples``: what ``questions`` are as workers are asked them.
+    """
+    held = ((unit.trials, unit.examples) for unit in stored)
+    there = answers_there(trials, examples, held, reuse)
+    shared = functools.reduce(operator.and_, (there.get(trial.trial_id, 0) for trial in trials))
+    answered = {example.example_id for place, example in enumerate(examples) if shared >> place & 1}
+
+    grouped = questions[questions["truth"].str.contains('"group"', regex=False)]
+    groups = [
+        (row.benchmark, json.dumps(json.loads(str(row.truth)).get("group")), str(row.example_id))
+        for row in grouped.itertuples()
+    ]
+    broken = {(benchmark, group) for benchmark, group, name in groups if group != "null" and name not in answered}
+    answered -= {name for benchmark, group, name in groups if (benchmark, group) in broken}
+    return answered, sum(present.bit_count() for present in there.values())
 
 
 def common_ground(

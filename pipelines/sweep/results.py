@@ -32,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nuwa.errors import UserError
+from nuwa.own_folder import own_folder
 from pipelines.files.atomic import atomic_path
 from pipelines.files.storage import Folder, Stamp
 from pipelines.settings import Reuse
@@ -227,13 +228,11 @@ class ResultStore:
     @property
     def _index(self) -> Path:
         """Where this machine keeps what footers said."""
-        return FOOTERS / f"{hashlib.sha256(self.storage.place.encode()).hexdigest()[:24]}.json"
+        return own_folder(FOOTERS) / f"{hashlib.sha256(self.storage.place.encode()).hexdigest()[:24]}.json"
 
     def _remembered(self, stamps: Mapping[str, Stamp]) -> dict[str, StoredUnit]:
         """Units whose files are as they were, by file; a unit's name is a digest of what its footer lists."""
         try:
-            if self._index.stat().st_uid != os.getuid():  # where it lies all users of a machine may write
-                return {}
             held = json.loads(self._index.read_text())
             lists = [tuple(each) for each in held["lists"]]
             return {

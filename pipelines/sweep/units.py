@@ -229,7 +229,7 @@ def plan_units(
     most ``unit_images`` images, and on fewer where one trial alone takes longer; a block of examples is one unit's,
     whole, and is asked again where any of it is missing.
     """
-    there = _answers_there(trials, examples, done, reuse)
+    there = answers_there(trials, examples, done, reuse)
     trunks = [trunk for positions in work_tree(trials).values() for trunk in positions.values()]
     steps = _steps(trunks, costs, speed, there, (1 << len(examples)) - 1)
     dearest = max((step.seconds for step in steps), default=0.0)
@@ -255,7 +255,7 @@ def plan_units(
     return units, sum(present.bit_count() for present in there.values())
 
 
-def _answers_there(
+def answers_there(
     trials: Sequence[Trial],
     examples: Sequence[UnitExample],
     done: Iterable[tuple[Sequence[str], Sequence[str]]],

@@ -23,6 +23,7 @@ from bench import PATHS, ROOT, same
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import fs
 
+from nuwa.own_folder import UnsafeFolder
 from pipelines.files import storage
 from pipelines.files.storage import ASIDE, ATTEMPTS, LEFTOVER_S, Folder, StorageFull, StorageUnavailable
 from pipelines.sweep import results
@@ -169,7 +170,7 @@ def test_a_damaged_unit_that_another_driver_has_moved_aside_is_told_in_a_line(tm
         store.read(unit.unit)
 
 
-def test_what_another_user_says_of_footers_is_not_believed(tmp_path, monkeypatch):
+def test_what_another_user_says_of_footers_is_refused(tmp_path, monkeypatch):
     """The folder lies where all of a machine may write."""
     monkeypatch.setattr(results, "FOOTERS", tmp_path)
     store = ResultStore(f"memory://{uuid.uuid4().hex}")
@@ -179,8 +180,9 @@ def test_what_another_user_says_of_footers_is_not_believed(tmp_path, monkeypatch
     store._index.write_text(json.dumps(held | {"lists": [["another"]] * len(held["lists"])}))
     assert store.done() != written
     own = os.getuid()
-    monkeypatch.setattr(results.os, "getuid", lambda: own + 1)
-    assert store.done() == written
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    with pytest.raises(UnsafeFolder, match=f"^{tmp_path} belongs to user {own}, not to {own + 1}; "):
+        store.done()
 
 
 class Counting(fs.FSSpecHandler):
