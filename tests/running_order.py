@@ -1,7 +1,7 @@
 """The order of test files: those that take longest first.
 
-``make test`` deals whole files to two processes, in this order, as either is done with the one before. Long files last
-would leave one process waiting for the other; so they come first, and the short ones fill the end. No test may depend on
+``make test`` deals whole files to three processes, in this order, as either is done with the one before. Long files last
+would leave processes waiting for one; so they come first, and the short ones fill the end. No test may depend on
 it: ``tests/isolation.py`` sees to that.
 """
 

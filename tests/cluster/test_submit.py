@@ -25,11 +25,22 @@ from forked import forked
 from mlflow import MlflowClient
 from ray._raylet import GcsClient
 
-from cluster.submit import SubmissionFailed, choose_authentication, connect, main, passed_on
+from cluster.job import enter_project
+from cluster.submit import (
+    SubmissionFailed,
+    choose_authentication,
+    connect,
+    inputs_of,
+    main,
+    passed_on,
+    upload_inputs,
+)
 from pipelines.settings import load_settings
 from stages.evaluate import evaluate
+from stages.features import features
 from stages.inputs import write_inputs
 from stages.prepare import prepare
+from stages.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -76,7 +87,7 @@ def answers(url: str) -> bool:
 def told(dashboard: str, what: str) -> str:
     """What the cluster's API answers to one who has the token."""
     question = urllib.request.Request(f"{dashboard}/{what}", headers={"Authorization": f"Bearer {TOKEN}"})
-    with urllib.request.urlopen(question, timeout=30) as response:
+    with urllib.request.urlopen(question, timeout=DEADLINE_S) as response:
         return response.read().decode()
 
 
@@ -230,6 +241,12 @@ def run(top: Path, *arguments: str | Path) -> str:
     return done.stdout
 
 
+def kept_in(work: Path) -> dict[Path, int]:
+    """Inputs, features and answers of a work folder, and when they were written."""
+    held = [*(work / "inputs").iterdir(), *work.glob("cache/**/*.arrow"), *work.glob("cache/**/*.unit.parquet")]
+    return {path: path.stat().st_mtime_ns for path in held}
+
+
 def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     servers, cluster_address, mlflow_on_postgres, repository, tmp_path, monkeypatch
 ):
@@ -250,7 +267,7 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     for secret in (*SECRETS.values(), TOKEN):
         assert secret not in jobs and secret not in processes
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{cluster_address}/api/jobs/", timeout=30)
+        urllib.request.urlopen(f"{cluster_address}/api/jobs/", timeout=DEADLINE_S)
     assert refused.value.code in (401, 403)
     own = "".join(line for line in processes.splitlines(keepends=True) if str(servers.folder) in line)
     (gcs,) = set(re.findall(r"--gcs-address=(127\.0\.0\.2:\d+)", own))
@@ -279,13 +296,17 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     assert len(children) == len(trials)
     assert len(runs) == len(trials) + 1
 
-    # The work folder outlives the job: the same sweep again computes nothing, and is the same.
-    held = storage / "work" / "cache" / "results"
-    units = {path: path.stat().st_mtime_ns for path in held.rglob("*.unit.parquet")}
-    assert units
-    run(repository, "-m", "cluster.submit", "--address", cluster_address, "--storage", storage)
-    assert {path: path.stat().st_mtime_ns for path in held.rglob("*.unit.parquet")} == units
-    pd.testing.assert_frame_equal(predictions, pd.read_parquet(repository / "data" / "predictions.parquet"))
+    # The work folder outlives the job: another job of the same sweep finds its inputs and answers there, wherever it runs.
+    settings = load_settings()
+    work = storage / "work"
+    held = kept_in(work)
+    assert {"".join(path.suffixes[-2:]) for path in held} >= {".unit.parquet", ".safetensors"}
+    upload_inputs(str(storage), "again", inputs_of(settings))
+    enter_project(str(storage), work, "again")
+    features(settings)
+    sweep(settings)
+    assert kept_in(work) == held
+    pd.testing.assert_frame_equal(predictions, pd.read_parquet(Path("data/predictions.parquet")))
 
 
 @pytest.mark.parametrize(

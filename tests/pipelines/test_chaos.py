@@ -24,7 +24,8 @@ KILLS = int(os.environ.get("CHAOS_KILLS", "3"))
 KINDS = ("worker", "node", "driver")
 NODES = 2  # beside the head, each with room for one worker
 SPEED = 3e8 if KILLS == 3 else 3e7  # FLOP/s that units are cut by: more kills need more units
-PATIENCE_S = 600
+PATIENCE_S = 1800  # for what hangs, not for a busy machine
+STARTS = 5  # tries of a raylet, to which Ray itself gives thirty seconds: too few where others burn the cores
 BARE = {"include_log_monitor": False}  # nobody reads what workers print
 
 DRIVER = """
@@ -50,6 +51,16 @@ def alive(pid):
     return True
 
 
+def started(start):
+    """What ``start`` returns, which starts a raylet; one that came too late for Ray is left to it and another started."""
+    for attempt in range(1, STARTS + 1):
+        try:
+            return start()
+        except Exception as error:  # Ray raises nothing narrower
+            if "timed out during startup" not in str(error) or attempt == STARTS:
+                raise
+
+
 class Chaos:
     """A cluster, the driver of a sweep on it, and what its workers noted."""
 
@@ -58,9 +69,13 @@ class Chaos:
         self.log.touch()
         (folder / "bench.pickle").write_bytes(pickle.dumps(bench))
         head = BARE | {"num_cpus": 0, "include_dashboard": False, "no_monitor": True}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self.cluster.add_node(wait=False, num_cpus=1, **BARE) for _ in range(NODES)]
+        self.cluster = Cluster()
+        started(lambda: self.cluster.add_node(**head))
+        self.nodes = [self.add_node() for _ in range(NODES)]
         self.start_driver()
+
+    def add_node(self):
+        return started(lambda: self.cluster.add_node(wait=False, num_cpus=1, **BARE))
 
     def start_driver(self):
         arguments = [self.folder / "bench.pickle", self.cluster.address, NODES, self.results, self.log, SPEED]
@@ -100,7 +115,7 @@ class Chaos:
         elif kind == "node":
             node = self.nodes.pop(rng.integers(len(self.nodes)))
             self.cluster.remove_node(node, allow_graceful=False)
-            self.nodes.append(self.cluster.add_node(wait=False, num_cpus=1, **BARE))
+            self.nodes.append(self.add_node())
         else:
             self.driver.kill()
             self.driver.wait()

@@ -1,10 +1,9 @@
-"""A cluster that is gone, unknown, or something else: one line within a deadline, before any lock or model."""
+"""A cluster that is gone, unknown, or something else: one line, before any lock or model."""
 
 from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,10 +18,8 @@ def refused(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What starting Ray says; ``RAY_ADDRESS`` wins over the settings."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    began = time.monotonic()
     with pytest.raises(ClusterUnavailable) as caught:
         start_ray(ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
-    assert time.monotonic() - began < 60
     return str(caught.value)
 
 
