@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -39,6 +39,7 @@ _RUNS_A_PAGE = 1000
 
 
 _DIGEST_CHARACTERS = 36
+MOST_SWEEPS = 200  # that a run's tag lists, 17 characters each: MLflow's tags hold 8,000 characters, those of old 5,000
 _QUESTIONS = ("data", "model", "features")  # tags of a child that say what was asked of what
 
 
@@ -48,8 +49,16 @@ class _Child:
     fingerprint: str | None  # None while the run is not complete
 
 
-# What was asked, and of other sweeps on that: trial id and fingerprint → run id and ids of the sweeps that hold it.
-_Elsewhere = tuple[tuple[str | None, ...], dict[tuple[str | None, str | None], tuple[str, str]]]
+class _Held(NamedTuple):
+    """A run below another sweep: ids of the newest sweeps that hold its trial, and how many came before these."""
+
+    run_id: str
+    sweeps: list[str]
+    earlier: int
+
+
+# What was asked, and of other sweeps on that: by trial id and fingerprint.
+_Elsewhere = tuple[tuple[str | None, ...], dict[tuple[str | None, str | None], _Held]]
 
 
 class Tracker:
@@ -106,8 +115,8 @@ class Tracker:
         """Write one child run a trial and return how many were written.
 
         A complete child of the same content stays as it is, and one of another sweep on the same questions is taken
-        over: a trial has one run for all sweeps that hold it, tagged with their ids in `sweeps`, below the one that was
-        written last. Anything else under the trial's id (half-written, other content, a duplicate from a repeated
+        over: a trial has one run for all sweeps that hold it, tagged with the newest `MOST_SWEEPS` of their ids in
+        `sweeps` and the number of those before in `earlier_sweeps`, below the one that was written last. Anything else under the trial's id (half-written, other content, a duplicate from a repeated
         request) goes to MLflow's trash and is written afresh, because params cannot change and a metric that is gone
         would stay. `on_done` is called for every row, written or found.
         """
@@ -228,7 +237,9 @@ class Tracker:
             self._elsewhere = (
                 questions,
                 {
-                    (held.get("trial_id"), held.get("fingerprint")): (run_id, held.get("sweeps", ""))
+                    (held.get("trial_id"), held.get("fingerprint")): _Held(
+                        run_id, held.get("sweeps", "").split(), int(held.get("earlier_sweeps", 0))
+                    )
                     for run_id, held in tags.items()
                     if held.get("mlflow.parentRunId") != parent
                 },
@@ -237,10 +248,13 @@ class Tracker:
         taken = self._elsewhere[1].pop((row.trial_id, row.fingerprint), None)
         if taken is None:
             return None
-        run_id, sweeps = taken
-        names = [*(name for name in sweeps.split() if name != self._sweep_id), self._sweep_id]
-        self._store.batch(run_id, tags={"sweeps": " ".join(names), "mlflow.parentRunId": parent})
-        return _Child(run_id, row.fingerprint)
+        names = [*(name for name in taken.sweeps if name != self._sweep_id), self._sweep_id]
+        tags = {"sweeps": " ".join(names[-MOST_SWEEPS:]), "mlflow.parentRunId": parent}
+        # A longer tag MLflow would refuse, and with it all that follows.
+        if earlier := taken.earlier + len(names[:-MOST_SWEEPS]):
+            tags["earlier_sweeps"] = str(earlier)
+        self._store.batch(taken.run_id, tags=tags)
+        return _Child(taken.run_id, row.fingerprint)
 
     def _write(self, row: TrialRun, children: dict[str, list[_Child]], parent: str) -> bool:
         """Leave exactly one active child for the trial, complete and with the row's content; True if it was written."""

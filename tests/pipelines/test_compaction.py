@@ -120,3 +120,36 @@ def test_two_processes_compact_while_a_third_reads_and_writes(tmp_path):
         [*ALL, *(f"new{n}" for n in range(6))]
     )
     assert tables(store, tmp_path) == before
+
+
+def test_replaced_units_are_removed_while_another_process_reads(tmp_path):
+    """A reader that lists and reads again and again beside one that puts together and removes, at once, what is replaced:
+    a table is whole, or a unit that was listed is gone, which the next listing does without."""
+    store = small_units(tmp_path / "store")
+    before, (saw, say) = tables(store, tmp_path), os.pipe()
+
+    def read_on() -> None:
+        os.close(saw)
+        reader, whole = ResultStore(tmp_path / "store"), 0
+        while whole < 20:  # every unit that is gone was removed, and the other process ends with that
+            try:
+                assert tables(reader, tmp_path / "read") == before
+            except DamagedUnit as error:
+                assert str(error).endswith(" is gone; run the same command again")
+                continue
+            whole += 1
+            if whole == 2:
+                os.write(say, b".")
+
+    running = begin(read_on)
+    os.close(say)
+    assert os.read(saw, 1) == b"."  # it reads by now
+    removed = 0
+    for number in range(6):
+        compact(store)
+        removed += compact(store, age_s=0).removed
+        grown = [UnitExample(f"d9{number}", f"e9{number}", "i99", "", 8)]
+        store_unit(store, TRIALS[0], grown)
+    assert os.waitstatus_to_exitcode(os.waitpid(running, 0)[1]) == 0
+    os.close(saw)
+    assert removed > 16 and tables(store, tmp_path) == before

@@ -611,6 +611,15 @@ def test_one_trial_added_to_a_sweep_writes_one_child(uri: str, database: Path) -
     assert len(statuses(database)) == 11, "two parents, and a run a trial"
 
 
+def test_a_trial_that_many_sweeps_hold_lists_the_newest_and_counts_the_others(uri: str, monkeypatch) -> None:
+    assert tracking.MOST_SWEEPS * len("0123456789abcdef ") < 5000, "the limit of a tag in every version of MLflow"
+    monkeypatch.setattr(tracking, "MOST_SWEEPS", 3)
+    row = replace(run_of("t"), tags={"data": "d1", "model": "m1", "features": "f1"})
+    assert [write(uri, [row], f"s{number}") for number in range(5)] == [1, 0, 0, 0, 0]
+    tags = children_of(uri, "s4")["t"].data.tags
+    assert tags["sweeps"] == "s2 s3 s4" and tags["earlier_sweeps"] == "2"
+
+
 @pytest.mark.parametrize("other", [{"data": "d2"}, {"model": "m2"}, {"features": "f2"}])
 def test_answers_to_other_questions_or_of_another_model_are_other_runs(uri: str, other: dict[str, str]) -> None:
     asked = {"data": "d1", "model": "m1", "features": "f1"}
