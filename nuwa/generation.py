@@ -20,7 +20,7 @@ from nuwa.signals import OPTIONAL_SIGNALS, SIGNAL_NAMES
 from nuwa.stage1 import get_method
 from nuwa.vlm import Adapter, EncodedImage, EncodedPrompt, view_signals
 
-PILLAR, COLLECTOR, NEWLINE = "pillar", "collector", "newline"
+PILLAR, COLLECTOR, NEWLINE, NAME = "pillar", "collector", "newline", "name"
 STOP, LENGTH = "stop", "length"
 
 
@@ -30,9 +30,11 @@ class Kept:
 
     ``slots``: each token's place among all visual tokens of the unpruned image (on LLaVA-1.5 the patch's index); of
     several images, counted on from image to image. ``images``: the number of the image that each is of, 0 where there is
-    one. ``places``: its view, row and column on that view's grid; a newline token stands one column behind its row.
+    one. ``places``: its view, row and column on that view's grid; a newline token stands one column behind its row,
+    a token that names a tile before its first column.
     ``positions``: its position ids, one a token, on Qwen2.5-VL three (time, row, column).
-    ``roles``: ``pillar`` (exactly as the encoder gave it), ``collector`` (merged with others) or ``newline``.
+    ``roles``: ``pillar`` (exactly as the encoder gave it), ``collector`` (merged with others), ``newline`` or
+    ``name`` (of a tile).
     """
 
     slots: tuple[int, ...]
@@ -233,13 +235,13 @@ def _kept(selection: Selection, layout: VisualLayout, spec: MethodSpec, start: i
     ]
     slots = selection.indices.cpu()
     positions = visual_positions(slots, spec.position, start, layout)
-    newlines, pillars = layout.newlines.tolist(), selection.pillars.tolist()
+    fixed, pillars = layout.fixed.tolist(), selection.pillars.tolist()
     owners = layout.owners.tolist() if isinstance(layout, InterleavedLayout) else [0] * layout.tokens
 
     kept = []
     for row, in_row in enumerate(slots.tolist()):
         roles = [
-            NEWLINE if newlines[slot] else PILLAR if pillar else COLLECTOR
+            (NAME if places[slot][2] < 0 else NEWLINE) if fixed[slot] else PILLAR if pillar else COLLECTOR
             for slot, pillar in zip(in_row, pillars[row], strict=True)
         ]
         ids = positions[:, row].T.tolist()

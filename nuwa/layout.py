@@ -1,8 +1,8 @@
 """Where the visual tokens of an image stand in the language model's sequence, for every kind of encoder.
 
 LLaVA-1.5 has one grid of patches, LLaVA-NeXT a base crop and a stitched local grid whose rows end in a newline token,
-Qwen2.5-VL one grid of its own for every image, with three position ids a token. Stage-1 methods see grids; the
-decoder sees *slots*: places in the sequence of the unpruned image.
+Qwen2.5-VL one grid of its own for every image, with three position ids a token, SmolVLM tiles with tokens of text between
+them. Stage-1 methods see grids; the decoder sees *slots*: places in the sequence of the unpruned image.
 """
 
 from __future__ import annotations
@@ -26,19 +26,23 @@ class View:
 
     ``crops``: how many crops of the encoder it was stitched from; a budget is dealt out by it.
     ``newline``: whether a learned newline token ends every row. ``closing``: whether one ends the grid as a whole.
+    ``leading``: how many tokens of text stand before the grid and say which tile it is.
     """
 
     grid: PatchGrid
     crops: int = 1
     newline: bool = False
     closing: bool = False
+    leading: int = 0
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """Row and column of its tokens in the order of the sequence; a newline token stands one column behind its row."""
+        """Row and column of its tokens in the order of the sequence; a newline token stands one column behind its row, a
+        leading one before the first column."""
         rows, width = range(self.grid.height), self.grid.width
+        leading = [(0, column) for column in range(-self.leading, 0)]
         ends = [self.newline or (self.closing and row == rows[-1]) for row in rows]
-        return [(row, column) for row in rows for column in range(width + ends[row])]
+        return leading + [(row, column) for row in rows for column in range(width + ends[row])]
 
 
 @dataclass(frozen=True)
@@ -54,24 +58,34 @@ class VisualLayout:
     deep: int = 0
 
     @cached_property
-    def newlines(self) -> Tensor:
-        """``(tokens,)`` bool: the slots that hold a newline token."""
-        return torch.tensor([column == view.grid.width for view in self.views for _, column in view.places])
+    def fixed(self) -> Tensor:
+        """``(tokens,)`` bool: the slots that hold no token of the encoder's, but a newline or a leading one."""
+        return torch.tensor([not 0 <= column < view.grid.width for view in self.views for _, column in view.places])
+
+    @property
+    def fixed_name(self) -> str:
+        """What messages call these."""
+        return "tokens that name tiles" if any(view.leading for view in self.views) else "newline tokens"
 
     @cached_property
     def tokens(self) -> int:
-        """Visual tokens of the unpruned image, newline tokens included."""
-        return len(self.newlines)
+        """Visual tokens of the unpruned image, fixed ones included."""
+        return len(self.fixed)
+
+    @property
+    def placeholders(self) -> int:
+        """How many of them a processor holds the place of with the image placeholder: all but texts."""
+        return self.tokens - sum(view.leading for view in self.views)
 
     @property
     def patches(self) -> int:
-        """Tokens that the encoder made: all but newline tokens."""
+        """Tokens that the encoder made: all but fixed ones."""
         return sum(view.grid.tokens for view in self.views)
 
     @cached_property
     def slots(self) -> tuple[Tensor, ...]:
         """For every view, ``(grid.tokens,)`` int64: the slot of each of its tokens."""
-        return (~self.newlines).nonzero()[:, 0].split([view.grid.tokens for view in self.views])
+        return (~self.fixed).nonzero()[:, 0].split([view.grid.tokens for view in self.views])
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -128,10 +142,10 @@ def layout_order(layout: VisualLayout) -> tuple[int, str]:
 
 def layout_to_json(layout: VisualLayout) -> dict[str, Any]:
     """As a manifest keeps it; :func:`layout_from_json` reads it."""
-    views = [
-        [view.grid.height, view.grid.width, view.crops, view.newline, *([True] if view.closing else [])]
-        for view in layout.views
-    ]
+    views = []
+    for view in layout.views:
+        further = [view.closing, view.leading] if view.leading else [view.closing] if view.closing else []
+        views.append([view.grid.height, view.grid.width, view.crops, view.newline, *further])
     return {"views": views, "axes": layout.axes} | ({"deep": layout.deep} if layout.deep else {})
 
 
@@ -158,7 +172,7 @@ def interleave(layout: InterleavedLayout, selections: Sequence[Selection]) -> Se
 
 
 def grid_tokens(layout: VisualLayout, stride: int) -> Tensor:
-    """``(tokens,)`` bool: slots in every ``stride``-th row and column of their view; no newline token is one."""
+    """``(tokens,)`` bool: slots in every ``stride``-th row and column of their view; no fixed token is one."""
     flags = torch.zeros(layout.tokens, dtype=torch.bool)
     for view, slots in zip(layout.views, layout.slots, strict=True):
         rows, columns = view.grid.coordinates.long().unbind(-1)
@@ -169,17 +183,17 @@ def grid_tokens(layout: VisualLayout, stride: int) -> Tensor:
 def place(layout: VisualLayout, selections: Sequence[Selection]) -> Selection:
     """Selections of every view of some images, each over its grid, as one selection over slots.
 
-    Newline tokens are put back; their features are zero, because they are no output of the encoder.
+    Fixed tokens are put back; their features are zero, because they are no output of the encoder.
     """
-    if not layout.newlines.any() and len(selections) == 1:
+    if not layout.fixed.any() and len(selections) == 1:
         return selections[0]
     device, batch = selections[0].indices.device, len(selections[0].indices)
-    newlines = layout.newlines.nonzero()[:, 0].to(device).expand(batch, -1)
+    fixed = layout.fixed.nonzero()[:, 0].to(device).expand(batch, -1)
     chosen = [slots.to(device)[one.indices] for slots, one in zip(layout.slots, selections, strict=True)]
-    indices, order = torch.cat([*chosen, newlines], dim=1).sort(dim=1)
+    indices, order = torch.cat([*chosen, fixed], dim=1).sort(dim=1)
     parts = [one.features for one in selections]
-    blank = parts[0].new_zeros(batch, newlines.shape[1], parts[0].shape[-1])
-    untouched = torch.ones_like(newlines, dtype=torch.bool)
+    blank = parts[0].new_zeros(batch, fixed.shape[1], parts[0].shape[-1])
+    untouched = torch.ones_like(fixed, dtype=torch.bool)
     pillars = torch.cat([*(one.pillars for one in selections), untouched], dim=1)
     features = gather_tokens(torch.cat([*parts, blank], dim=1), order)
     return Selection(indices, features, pillars.gather(1, order), selections[0].projected)

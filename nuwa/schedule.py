@@ -352,18 +352,18 @@ def _cuts_text(cuts: Sequence[int]) -> str:
 def shares(layout: VisualLayout, keep: int) -> list[int]:
     """How many of its tokens each view keeps when ``keep`` visual tokens enter the language model.
 
-    Newline tokens are put back at every row's end and count. The rest is dealt out by crops, ``total // crops``
+    Newline tokens, and those that name tiles, are put back and count. The rest is dealt out by crops, ``total // crops``
     to each; what division or a view's size leaves over goes to the later views first. Raises
     :class:`UnreachableBudget`.
     """
-    newlines = int(layout.newlines.sum())
-    least = newlines + len(layout.views)
+    fixed = int(layout.fixed.sum())
+    least = fixed + len(layout.views)
     if not least <= keep <= layout.tokens:
         raise UnreachableBudget(
             f"{keep} tokens before the first cut are out of reach on this image: allowed {least}..{layout.tokens}, "
-            f"{newlines} of them newline tokens"
+            f"{fixed} of them {layout.fixed_name}"
         )
-    patches, crops = keep - newlines, sum(view.crops for view in layout.views)
+    patches, crops = keep - fixed, sum(view.crops for view in layout.views)
     dealt = [min(max(1, patches * view.crops // crops), view.grid.tokens) for view in layout.views]
     for number in reversed(range(len(dealt))):
         dealt[number] += min(patches - sum(dealt), layout.views[number].grid.tokens - dealt[number])

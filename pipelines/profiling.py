@@ -178,7 +178,7 @@ class MethodTimer:
         """
         model, device = self.adapter.model, self.adapter.device
         (prompt,) = self.prompts[0]
-        ids = [*prompt.before, *[self.adapter.image_token] * self.layout.tokens, *prompt.after]
+        ids = [*prompt.before, *self.adapter.image_ids(self.layout), *prompt.after]
         tokens = torch.tensor([ids] * self.workload.batch, device=device)
         mask = torch.ones_like(tokens)
         taken = inspect.signature(model.forward).parameters  # InternVL's image processor counts tiles, too

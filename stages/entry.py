@@ -56,6 +56,7 @@ QUARANTINE = CACHE / "quarantine.json"  # answers that could not be made, and wh
 
 BAD_INPUT, INTERRUPTED = 2, 130
 OUR_FAULT = "the trace above is a fault of this program, not of your data or settings; please report it with the trace"
+OF_PROCESSORS = ("torchvision", "num2words")  # what some of transformers' processors import
 OUT_OF_MEMORY = (
     "memory ran out in the driver; close other programs, or ask less at once (features.batch_size, features.shard_images, "
     "sweep.unit_images), then run the same command again; finished work is kept"
@@ -193,10 +194,11 @@ def run_stage(stage: Callable[[Settings], None], *, needs_model: bool = True) ->
 
     # transformers says what a processor lacks only when it is asked for.
     except ImportError as error:
-        if "Torchvision" not in str(error):
+        lacking = next((name for name in OF_PROCESSORS if name in str(error).lower()), None)
+        if lacking is None:
             our_fault()
-        needs = "the model's processor needs torchvision, which is not installed"
-        print(f"error: model.path = {settings.model.path!r}: {needs}; pip install torchvision", file=sys.stderr)
+        needs = f"the model's processor needs {lacking}, which is not installed"
+        print(f"error: model.path = {settings.model.path!r}: {needs}; pip install {lacking}", file=sys.stderr)
         sys.exit(1)
 
     # Told to end: nothing is lost.

@@ -14,12 +14,14 @@ from tiny_families import (  # noqa: F401  (fixtures for all tests)
     family,
     newer,
     photos,
+    tiny_idefics3,
     tiny_internvl,
     tiny_next,
     tiny_onevision,
     tiny_qwen,
     tiny_qwen2,
     tiny_qwen3,
+    tiny_smolvlm,
     tiny_vlm,
 )
 from wheels import library_wheel  # noqa: F401  (a fixture)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from nuwa.vlm import (
         Adapter,
+        Idefics3Adapter,
         InternVLAdapter,
         LlavaAdapter,
         LlavaNextAdapter,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         Qwen2_5VLAdapter,
         Qwen2VLAdapter,
         Qwen3VLAdapter,
+        SmolVLMAdapter,
     )
 
 
@@ -66,7 +68,17 @@ def tiny_qwen3(families) -> Qwen3VLAdapter:
     return families.tiny_qwen3()
 
 
-@pytest.fixture(scope="session", params=["tiny_qwen2", "tiny_onevision", "tiny_qwen3", "tiny_internvl"])
+@pytest.fixture(scope="session")
+def tiny_smolvlm(families) -> SmolVLMAdapter:
+    return families.tiny_smolvlm()
+
+
+@pytest.fixture(scope="session")
+def tiny_idefics3(families) -> Idefics3Adapter:
+    return families.tiny_idefics3()
+
+
+@pytest.fixture(scope="session", params=["tiny_qwen2", "tiny_onevision", "tiny_qwen3", "tiny_internvl", "tiny_smolvlm"])
 def newer(request) -> Adapter:
     """Families that share their structure with those of ``family`` and are held to less."""
     return request.getfixturevalue(request.param)

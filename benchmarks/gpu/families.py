@@ -18,6 +18,9 @@ from transformers import (
     CLIPModel,
     CLIPTokenizerFast,
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -38,15 +41,22 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMProcessor,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
 from nuwa.testbed.architecture import build_model, model_config
 from nuwa.testbed.language import build_processor
 from nuwa.vlm import (
+    Idefics3Adapter,
     InternVLAdapter,
     LlavaAdapter,
     LlavaNextAdapter,
@@ -54,6 +64,7 @@ from nuwa.vlm import (
     Qwen2_5VLAdapter,
     Qwen2VLAdapter,
     Qwen3VLAdapter,
+    SmolVLMAdapter,
 )
 
 WORDS = [
@@ -501,6 +512,89 @@ def tiny_internvl() -> InternVLAdapter:
         TEMPLATE.replace("IMAGE", "<IMG_CONTEXT> "),
     )
     return InternVLAdapter(model.requires_grad_(False), processor)
+
+
+class SmolVLMPicturesOnly(SmolVLMProcessor):
+    """The stock processor without its half for videos, which cannot be made without torchvision and num2words."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_len: int = 169,
+        chat_template: str | None = None,
+    ) -> None:
+        self.fake_image_token, self.global_image_token = "<fake_token_around_image>", "<global-img>"
+        self.image_token, self.video_token = "<image>", "<video>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_seq_len = image_seq_len
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def apply_chat_template(self, *arguments: Any, **named: Any) -> Any:
+        return ProcessorMixin.apply_chat_template(self, *arguments, **named)
+
+
+SMOLVLM_SIZES = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "image_size": 24,
+        "patch_size": 4,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "scale_factor": 2,
+}
+TILES_OF_24 = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}
+
+
+def _smolvlm_words() -> PreTrainedTokenizerFast:
+    names = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    return tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *names, "\n\n", "\n")
+
+
+def tiny_smolvlm() -> SmolVLMAdapter:
+    """Up to two rows and columns of tiles of 3x3 tokens and the whole, all named; grouped query heads."""
+    torch.manual_seed(61)
+    words = _smolvlm_words()
+    config = SmolVLMConfig(**SMOLVLM_SIZES, image_token_id=words.convert_tokens_to_ids("<image>"))
+    config.text_config.vocab_size = len(words)
+    model = SmolVLMForConditionalGeneration(config)
+    louden(model)
+    processor = SmolVLMPicturesOnly(
+        SmolVLMImageProcessorPil(**TILES_OF_24), words, 9, TEMPLATE.replace("IMAGE", "<image>")
+    )
+    return SmolVLMAdapter(model.requires_grad_(False), processor)
+
+
+def tiny_idefics3() -> Idefics3Adapter:
+    """The same sizes in the older class."""
+    torch.manual_seed(62)
+    words = _smolvlm_words()
+    config = Idefics3Config(**SMOLVLM_SIZES, image_token_id=words.convert_tokens_to_ids("<image>"))
+    config.text_config.vocab_size = len(words)
+    model = Idefics3ForConditionalGeneration(config)
+    louden(model)
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(**TILES_OF_24), words, 9, TEMPLATE.replace("IMAGE", "<image>")
+    )
+    return Idefics3Adapter(model.requires_grad_(False), processor)
 
 
 def _qwen_pictures() -> Qwen2VLImageProcessorPil:

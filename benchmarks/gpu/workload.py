@@ -110,7 +110,7 @@ class Workload:
         owners = [row for row, prompts in enumerate(self.prompts) for _ in prompts]
         prompts = [prompt for about_image in self.prompts for prompt in about_image]
         part = slice(start, start + (rows or self.questions))
-        image = [self.vlm.image_token] * self.layout.tokens
+        image = self.vlm.image_ids(self.layout)
         ids = [[*prompt.before, *image, *prompt.after] for prompt in prompts[part]]
 
         longest = max(map(len, ids))

@@ -69,8 +69,8 @@ def generate(model: PreTrainedModel, processor: Any, images: Any = None, questio
 
     ``model``, ``processor``: any ``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration``,
     ``LlavaOnevisionForConditionalGeneration``, ``Qwen2VLForConditionalGeneration``,
-    ``Qwen2_5_VLForConditionalGeneration``, ``Qwen3VLForConditionalGeneration`` or ``InternVLForConditionalGeneration``
-    in evaluation mode, and its processor; neither is changed.
+    ``Qwen2_5_VLForConditionalGeneration``, ``Qwen3VLForConditionalGeneration``, ``InternVLForConditionalGeneration``,
+    ``SmolVLMForConditionalGeneration`` or ``Idefics3ForConditionalGeneration`` in evaluation mode, and its processor; neither is changed.
 
     ``images``: one image or a list; each a path, bytes of a file, a Pillow image (an animation at the frame where it
     stands), or an array or tensor ``(height, width[, channels])`` or ``(channels, height, width)`` of uint8 or of floats

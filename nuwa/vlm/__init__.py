@@ -19,12 +19,14 @@ from nuwa.vlm.llava_onevision import LlavaOnevisionAdapter
 from nuwa.vlm.qwen2_5_vl import Qwen2_5VLAdapter
 from nuwa.vlm.qwen2_vl import Qwen2VLAdapter
 from nuwa.vlm.qwen3_vl import Qwen3VLAdapter
+from nuwa.vlm.smolvlm import Idefics3Adapter, SmolVLMAdapter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 # By the model_type of a model's configuration.
 ADAPTERS: Registry[type[Adapter]] = Registry("model type")
+ADAPTERS.add("idefics3", Idefics3Adapter)
 ADAPTERS.add("internvl", InternVLAdapter)
 ADAPTERS.add("llava", LlavaAdapter)
 ADAPTERS.add("llava_next", LlavaNextAdapter)
@@ -32,6 +34,7 @@ ADAPTERS.add("llava_onevision", LlavaOnevisionAdapter)
 ADAPTERS.add("qwen2_5_vl", Qwen2_5VLAdapter)
 ADAPTERS.add("qwen2_vl", Qwen2VLAdapter)
 ADAPTERS.add("qwen3_vl", Qwen3VLAdapter)
+ADAPTERS.add("smolvlm", SmolVLMAdapter)
 
 
 def adapter_class(model_type: str) -> type[Adapter]:
@@ -68,6 +71,7 @@ __all__ = [
     "CheckpointError",
     "EncodedImage",
     "EncodedPrompt",
+    "Idefics3Adapter",
     "ImageRules",
     "ImageRulesError",
     "InternVLAdapter",
@@ -78,6 +82,7 @@ __all__ = [
     "Qwen2VLAdapter",
     "Qwen2_5VLAdapter",
     "Qwen3VLAdapter",
+    "SmolVLMAdapter",
     "adapt",
     "adapter_class",
     "load_adapter",

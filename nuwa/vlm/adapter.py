@@ -186,6 +186,7 @@ class Adapter(ABC):
     """
 
     model_class: ClassVar[type[PreTrainedModel] | FromTransformers]
+    language_name: ClassVar[str] = "language_model"  # what the stock class calls it
     encoder: ClassVar[str]  # what messages call it
     offers_cls: ClassVar[bool]
     resizes: ClassVar[bool] = False
@@ -209,11 +210,11 @@ class Adapter(ABC):
         text_tower: str | Path | None = None,
     ) -> None:
         check_framing(type(self), conversation, image_aspect_ratio)
-        self.text = TextModel(model.model.language_model)
+        self.language = getattr(model.model, self.language_name)
+        self.text = TextModel(self.language)
         check_generation(model.generation_config)
         self.model = model.eval()
         self.processor = _framed(processor, image_rules, model.config.model_type)
-        self.language = model.model.language_model
         self.image_token = model.config.image_token_id
         self.end_tokens = check_end_tokens(model.generation_config, model.config)
         self.repetition_penalty = float(model.generation_config.repetition_penalty or 1.0)
@@ -389,6 +390,10 @@ class Adapter(ABC):
     def prompt_text(self, rendered: str) -> str:
         """What is tokenized of a rendered chat: with what the processor puts around an image, where it does."""
         return rendered
+
+    def image_ids(self, layout: VisualLayout) -> list[int]:
+        """What the processor writes for an image, ``layout.tokens`` token ids."""
+        return [self.image_token] * layout.tokens
 
     def decode_text(self, ids: list[int]) -> str:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -27,7 +27,7 @@ from nuwa.errors import UserError
 from nuwa.own_folder import own_folder
 
 MEMORY = Path(tempfile.gettempdir()) / f"nuwa-models-{os.getuid()}"  # what weights digest to, on each machine
-ENCODERS = ("vision_tower.", "visual.")  # canonical beginnings of an encoder's tensors
+ENCODERS = ("vision_tower.", "visual.", "vision_model.")  # canonical beginnings of an encoder's tensors
 # Keys of config.json that decide an encoder's signals and the layout of an image.
 VISION_KEYS = (
     "model_type",
@@ -36,6 +36,7 @@ VISION_KEYS = (
     "vision_feature_select_strategy",
     "image_grid_pinpoints",
     "downsample_ratio",
+    "scale_factor",
 )
 # What decides them besides in families whose signals stand behind the projector: tensors and keys, by model_type.
 BEHIND_PROJECTOR = {

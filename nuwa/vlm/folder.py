@@ -233,7 +233,7 @@ def check_placeholders(folder: ModelFolder, processor: Any) -> None:
         ) from None
     (tokens,) = made["input_ids"]
     room = list(tokens).count(folder.config.image_token_id)
-    needed = folder.family.layout_for(folder.config, processor.image_processor, PICTURE).tokens
+    needed = folder.family.layout_for(folder.config, processor.image_processor, PICTURE).placeholders
     if room != needed:
         raise CheckpointError(
             f"{folder.path}: its processor makes room for {room} visual tokens of a picture of "

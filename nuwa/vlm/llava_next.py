@@ -125,7 +125,7 @@ class LlavaNextAdapter(ClipAdapter):
     @torch.inference_mode()
     def embed_visual(self, selection: Selection, layout: VisualLayout) -> Tensor:
         embedded = super().embed_visual(selection, layout)
-        at_newline = layout.newlines.to(embedded.device)[selection.indices.to(embedded.device)]
+        at_newline = layout.fixed.to(embedded.device)[selection.indices.to(embedded.device)]
         with _loaded(self.model.model):
             newline = self.model.model.image_newline.to(embedded)
         return torch.where(at_newline[..., None], newline, embedded)

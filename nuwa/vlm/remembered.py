@@ -303,8 +303,12 @@ class Outline:
         self._make = functools.cache(make)
         text = config.get_text_config()
         text._attn_implementation = attention
-        language = _Part("model.language_model", self._make, config=text, layers=range(text.num_hidden_layers))
-        self.model = _Part("model", self._make, language_model=language)
+        # Families have the language model under one of two names.
+        languages = {
+            name: _Part(f"model.{name}", self._make, config=text, layers=range(text.num_hidden_layers))
+            for name in ("language_model", "text_model")
+        }
+        self.model = _Part("model", self._make, **languages)
 
     def eval(self) -> Outline:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 
@@ -20,8 +21,9 @@ from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
 from nuwa.schedule import shares as shares_of
 from nuwa.selection import Selection
-from nuwa.vlm import EncodedImage, view_signals
+from nuwa.vlm import CheckpointError, EncodedImage, adapter_class, usual_image_processor, view_signals
 from nuwa.vlm.adapter import UnavailableSignal
+from nuwa.vlm.shapes import SHAPES
 
 NAMES = ("features", "cls_attention", "keys", "similarity")
 FURTHER = ("early_attention", "received_middle", "received_late")
@@ -96,7 +98,7 @@ def test_the_slots_are_the_stock_models_sequence(tiny_next, photos):
         assert placed.indices[0].tolist() == list(range(len(stock)))
         assert torch.allclose(tiny_next.embed_visual(placed, found.layout)[0], stock, atol=1e-5)
         newline = (stock == tiny_next.model.model.image_newline).all(dim=-1)
-        assert torch.equal(found.layout.newlines, newline)
+        assert torch.equal(found.layout.fixed, newline)
         assert int(newline.sum()) == found.layout.views[1].grid.height
 
 
@@ -132,7 +134,7 @@ def test_a_budget_out_of_reach_is_named_with_the_range(keep):
 def test_newlines_are_put_back_at_every_row_end_by_hand():
     # A base of 1x2 and a local grid of 2x2: slots 0 1 | 2 3 newline, 5 6 newline.
     layout = VisualLayout((View(PatchGrid(1, 2)), View(PatchGrid(2, 2), crops=1, newline=True)))
-    assert layout.newlines.nonzero()[:, 0].tolist() == [4, 7]
+    assert layout.fixed.nonzero()[:, 0].tolist() == [4, 7]
     base = Selection(torch.tensor([[1]]), torch.tensor([[[10.0]]]), torch.tensor([[True]]))
     local = Selection(torch.tensor([[0, 3]]), torch.tensor([[[20.0], [30.0]]]), torch.tensor([[False, True]]))
     placed = place(layout, [base, local])
@@ -143,7 +145,7 @@ def test_newlines_are_put_back_at_every_row_end_by_hand():
 
 def test_a_newline_may_end_the_grid_as_a_whole():
     layout = VisualLayout((View(PatchGrid(2, 2), closing=True), View(PatchGrid(1, 2), newline=True)))
-    assert layout.newlines.nonzero()[:, 0].tolist() == [4, 7]
+    assert layout.fixed.nonzero()[:, 0].tolist() == [4, 7]
     assert layout.views[0].places == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
     assert [slots.tolist() for slots in layout.slots] == [[0, 1, 2, 3], [5, 6]]
     assert layout_from_json(json.loads(json.dumps(layout_to_json(layout)))) == layout
@@ -291,6 +293,97 @@ def test_internvls_tiles_lie_row_by_row_on_the_image_and_the_thumbnail_on_all_of
     assert tiny_internvl.view_frames(config, small, (24, 24)) == ((0, 0, 1, 1),)
 
 
+# --- SmolVLM and Idefics3
+
+
+@pytest.mark.parametrize("name", ["tiny_smolvlm", "tiny_idefics3"])
+def test_smolvlms_signals_are_means_over_a_tokens_patches_tile_by_tile(name, request, photos):
+    """Against the stock model's own features, and slow loops over its eager tower's attention and keys."""
+    vlm = request.getfixturevalue(name)
+    (found,) = vlm.encode_images([photos[0]], FURTHER)
+    assert found.layout == vlm.layout_of(photos[0].size) and len(found.layout.views) == 5, "four tiles and the whole"
+    (pixels,) = vlm.processor.image_processor([photos[0]], return_tensors="pt")["pixel_values"]
+    tower, keys = eager_copy(vlm.model).model.vision_model, []
+    listener = tower.encoder.layers[-1].self_attn.k_proj.register_forward_hook(lambda _m, _i, out: keys.append(out))
+    with torch.inference_mode():
+        (stock,) = vlm.model.model.get_image_features(pixels[None]).pooler_output
+        out = tower(pixels, output_hidden_states=True, output_attentions=True)
+        projected = vlm.project(found.signals["features"])
+    listener.remove()
+    assert torch.allclose(projected, stock, atol=1e-4)
+
+    late = out.hidden_states[3:]  # 3 ... 5 of five layers
+    received = {at: torch.tensor([summed(tile, first=0) for tile in out.attentions[at]]) for at in (0, 1, 4)}
+    patches = {
+        "cls_attention": received[4],
+        "keys": keys[0],
+        "similarity": sum(late) / len(late),
+        "early_attention": received[0],  # a quarter of five layers is the first
+        "received_middle": received[1],
+        "received_late": received[4],
+    }
+    for signal, expected in patches.items():
+        for tile, row, column in itertools.product(range(5), range(3), range(3)):
+            four = [6 * (2 * row + down) + 2 * column + across for down in (0, 1) for across in (0, 1)]
+            token = found.signals[signal][9 * tile + 3 * row + column]
+            assert torch.allclose(token, expected[tile, four].mean(dim=0).to(token), atol=1e-5), signal
+
+
+@pytest.mark.parametrize("name", ["tiny_smolvlm", "tiny_idefics3"])
+def test_smolvlms_tiles_are_named_as_the_stock_processor_names_them(name, request):
+    """Word by word for every arrangement, and with splitting turned off; a kept image has all its names."""
+    vlm = request.getfixturevalue(name)
+    split = vlm.processor.image_processor
+    whole = copy.copy(vlm.processor)
+    whole.image_processor = copy.copy(split)
+    whole.image_processor.do_image_splitting = False
+    unsplit = type(vlm)(vlm.model, whole)
+    sizes = [(60, 40), (24, 24), (100, 30), (30, 100), (49, 48), (7, 300), (2000, 990)]
+    leading = set()
+    for one, size in [*((vlm, size) for size in sizes), (unsplit, (60, 40))]:
+        made = one.processor(images=[[Image.new("RGB", size, "red")]], text=["<image>"], return_tensors="pt")
+        around = one.processor.tokenizer.convert_tokens_to_ids("<fake_token_around_image>")
+        ids = one.image_ids(one.layout_of(size))
+        assert made["input_ids"][0].tolist() == [1, around, *ids, around]
+        leading.add(tuple(view.leading for view in one.layout_of(size).views))
+    assert leading == {(1,), (1, 2, 3), (1, 3, 3), (1, 2, 3, 2, 3)}
+
+
+def test_smolvlms_tiles_lie_row_by_row_on_the_image_and_the_last_on_all_of_it(tiny_smolvlm):
+    config = tiny_smolvlm.model.config
+    layout = tiny_smolvlm.layout_of((60, 40))
+    quarters = [(0, 0, 0.5, 0.5), (0.5, 0, 0.5, 0.5), (0, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)]
+    assert tiny_smolvlm.view_frames(config, layout, (60, 40)) == (*quarters, (0, 0, 1, 1))
+    assert tiny_smolvlm.view_frames(config, VisualLayout((layout.views[0],)), (60, 40)) == ((0, 0, 1, 1),)
+    assert layout_from_json(json.loads(json.dumps(layout_to_json(layout)))) == layout
+    assert layout.tokens == 5 * 9 + 11 and layout.placeholders == layout.patches == 45
+    with pytest.raises(UnreachableBudget) as caught:
+        shares_of(layout, 15)
+    assert str(caught.value) == (
+        "15 tokens before the first cut are out of reach on this image: allowed 16..56, 11 of them tokens that name tiles"
+    )
+
+
+def test_a_tokenizer_that_names_tiles_otherwise_is_refused(tiny_smolvlm, families):
+    processor = copy.copy(tiny_smolvlm.processor)
+    processor.tokenizer = families.tokenizer("<image>", "<fake_token_around_image>", "<global-img>")
+    other = type(tiny_smolvlm)(tiny_smolvlm.model, processor)
+    with pytest.raises(CheckpointError) as caught:
+        other.layout_of((60, 40))
+    assert str(caught.value).startswith("the tokenizer writes the names of an image's tiles with [")
+    assert str(caught.value).endswith("and this family's with [1, 2, 3, 2, 3]; fetch tokenizer.json of the checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 13 * 81), ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 13 * 64)],
+)
+def test_smolvlms_published_sizes_are_planned_without_files(name, tokens):
+    config = SHAPES[name]()
+    layout = adapter_class("smolvlm").layout_for(config, usual_image_processor(config), (1024, 768))
+    assert (layout.patches, layout.tokens) == (tokens, tokens + 1 + 9 * 2 + 3 * 3)
+
+
 def test_an_image_whose_local_grid_is_all_padding_lies_in_its_base_crop(tiny_next):
     config, size = tiny_next.model.config, (2000, 10)
     assert len(tiny_next.layout_of(size).views) == 1
@@ -411,14 +504,14 @@ def test_adapters_say_into_how_many_heads_keys_are_split(tiny_vlm, tiny_next, ti
 # --- signals of further layers, given only where they are asked for
 
 
-def summed(attention: torch.Tensor) -> list[float]:
-    """Attention ``(heads, queries, keys)`` received by every key but the first, query by query."""
+def summed(attention: torch.Tensor, first: int = 1) -> list[float]:
+    """Attention ``(heads, queries, keys)`` received by every key from ``first`` on, query by query."""
     heads, queries, keys = attention.shape
-    total = [0.0] * (keys - 1)
+    total = [0.0] * (keys - first)
     for head in attention.tolist():
         for row in head:
-            for key in range(1, keys):
-                total[key - 1] += row[key] / (heads * queries)
+            for key in range(first, keys):
+                total[key - first] += row[key] / (heads * queries)
     return total
 
 

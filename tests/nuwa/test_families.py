@@ -51,7 +51,7 @@ def stock_answers(vlm, model, images, questions) -> list[tuple[int, ...]]:
     for question in questions:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         texts.append(vlm.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False))
-    inputs = vlm.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
+    inputs = vlm.processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt")
     if len(images) > 1:
         assert not inputs["attention_mask"].all() and inputs["attention_mask"][:, -1].all(), "padded, at the left"
     out = model.generate(**inputs, max_new_tokens=MAX_NEW, do_sample=False)
@@ -125,15 +125,19 @@ def run(vlm, spec, images, asked):
     return layout, planned.schedule, selection, answers, logits
 
 
-def stock_embeddings(model, selection, row, newline_like) -> torch.Tensor:
-    """Language embeddings of a row's tokens by the stock projector; newline tokens are the model's own."""
+def stock_embeddings(model, selection, row, plain: MaskedModel) -> torch.Tensor:
+    """Language embeddings of a row's tokens by the stock projector; newline tokens are the model's own, words embedded."""
     features = selection.features[row]
     if hasattr(model.model, "visual"):
         return features  # behind Qwen's merger
+    if hasattr(model.model, "connector"):  # SmolVLM's
+        kept, image = selection.indices[row].tolist(), model.config.image_token_id
+        words = torch.tensor([plain.prompt[plain.visual[slot]] != image for slot in kept])
+        return torch.where(words[:, None], plain.projected[kept], model.model.connector.modality_projection(features))
     pooled = model.config.model_type == "llava_onevision"  # behind the projector
     embedded = features.clone() if pooled else model.model.multi_modal_projector(features)
     if hasattr(model.model, "image_newline"):
-        newline = (newline_like == model.model.image_newline).all(dim=-1)
+        newline = (plain.projected == model.model.image_newline).all(dim=-1)
         embedded[newline[selection.indices[row]]] = model.model.image_newline
     return embedded
 
@@ -143,7 +147,7 @@ def assert_blocked(vlm, twin, spec, images, asked) -> None:
     places = [(row, text) for row, texts in enumerate(asked) for text in texts]
     for number, (row, text) in enumerate(places):
         plain = MaskedModel(twin, vlm.processor, images[row], text, [])
-        merged = stock_embeddings(twin, selection, row, plain.projected)
+        merged = stock_embeddings(twin, selection, row, plain)
         kept = selection.indices[row].tolist()
         reference = MaskedModel(twin, vlm.processor, images[row], text, kept, spec.position, merged)
         untouched = selection.pillars[row]
@@ -246,6 +250,15 @@ def test_a_newer_family_unpruned_equals_stock_generate(newer, photos):
     (alone,) = stock_answers(newer, newer.model, photos[:1], asked[:1])
     one = nuwa.generate(newer.model, newer.processor, photos[0], asked[0], method="unpruned", max_new_tokens=MAX_NEW)
     assert one.tokens == alone
+
+
+def test_the_older_class_of_a_family_unpruned_equals_stock_generate(tiny_idefics3, photos):
+    """Idefics3, with its processor as it is: nothing of it needs torchvision."""
+    asked = [QUESTIONS["words"][row % 3] for row in range(8)]
+    vlm = tiny_idefics3
+    stock = stock_answers(vlm, vlm.model, photos, asked)
+    found = nuwa.generate(vlm.model, vlm.processor, photos, asked, method="unpruned", max_new_tokens=MAX_NEW)
+    assert [answer.tokens for answer in found] == stock and len(set(stock)) > 3
 
 
 @pytest.fixture(scope="module")

@@ -59,12 +59,12 @@ def test_kept_tokens_are_told_with_place_position_and_role(family, pictures):
         ):
             grid = layout.views[view].grid
             if role == "newline":
-                assert (view, column) == (1, grid.width) and layout.newlines[slot]
+                assert (view, column) == (1, grid.width) and layout.fixed[slot]
             else:
                 assert layout.slots[view][row * grid.width + column] == slot
             expected = (start + slot,) if layout.axes == 1 else (start, start + row, start + column)
             assert position == expected
-        rows = layout.views[-1].grid.height if layout.newlines.any() else 0
+        rows = layout.views[-1].grid.height if layout.fixed.any() else 0
         assert kept.roles.count("newline") == rows
         assert set(one.timings) == {"encode", "select", "prefill", "decode"} and min(one.timings.values()) > 0
         assert one.text == family.decode_text(list(one.tokens))
@@ -199,7 +199,7 @@ def test_an_unsupported_model_type_is_named(tiny_next, monkeypatch):
         adapt(tiny_next.model, tiny_next.processor)
     assert (
         str(caught.value)
-        == "model type 'blip' is unknown; allowed: internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
+        == "model type 'blip' is unknown; allowed: idefics3, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm"
     )
 
 

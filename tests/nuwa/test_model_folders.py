@@ -372,7 +372,7 @@ FAULTS = {
     "damaged config": (cut("config.json", 0.5), "config.json: no valid JSON (JSONDecodeError"),
     "unknown model": (
         change("config.json", model_type="bert"),
-        "model type 'bert' is unknown; allowed: internvl, llava, llava_next",
+        "model type 'bert' is unknown; allowed: idefics3, internvl, llava, llava_next",
     ),
     "quantised": (
         change("config.json", quantization_config={"quant_method": "gptq"}),

@@ -26,9 +26,10 @@ WORDS = {
 
 
 # Of the other families what they do not share: Qwen3-VL's features that enter early layers, InternVL3's tiles,
-# LLaVA-OneVision's images that look otherwise beside others.
+# LLaVA-OneVision's images that look otherwise beside others, SmolVLM's texts between tiles.
 @pytest.fixture(
-    scope="module", params=["tiny_vlm", "tiny_next", "tiny_onevision", "tiny_qwen", "tiny_qwen3", "tiny_internvl"]
+    scope="module",
+    params=["tiny_vlm", "tiny_next", "tiny_onevision", "tiny_qwen", "tiny_qwen3", "tiny_internvl", "tiny_smolvlm"],
 )
 def family(request):
     return request.getfixturevalue(request.param)
@@ -74,7 +75,16 @@ def stock_answers(vlm, images, asked) -> list[tuple[int, ...]]:
     return [tuple(row[: next((at for at, token in enumerate(row) if token in ends), len(row))]) for row in rows]
 
 
-FAMILIES = ["tiny_vlm", "tiny_next", "tiny_onevision", "tiny_qwen", "tiny_qwen2", "tiny_qwen3", "tiny_internvl"]
+FAMILIES = [
+    "tiny_vlm",
+    "tiny_next",
+    "tiny_onevision",
+    "tiny_qwen",
+    "tiny_qwen2",
+    "tiny_qwen3",
+    "tiny_internvl",
+    "tiny_smolvlm",
+]
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -38,11 +38,33 @@ def axis_ids(ids: list[int], strategy: str, last: int) -> list[int]:
     return [0 if value == distinct[0] else math.ceil(Fraction(value * last, max(distinct[-1], 1))) for value in ids]
 
 
+PICTURES = ("image_sizes", "image_grid_thw", "batch_num_images")  # what says how images lie, beside their pixels
+
+
+def between_ends(prompt: list[int], tokenizer) -> tuple[list[int], list[int]]:
+    """SmolVLM: where an image's tokens and the names of its tiles stand, and which image each is of.
+
+    An image begins behind the first ``<fake_token_around_image>``, and ends before the one behind the tile of the whole.
+    """
+    around, whole, image = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>", "<image>"])
+    places, owners, inside, last, number = [], [], False, False, -1
+    for at, token in enumerate(prompt):
+        if token == around and not inside:
+            inside, last, number = True, False, number + 1
+        elif token == around and last and prompt[at - 1] == image:
+            inside = False
+        elif inside:
+            last = last or token == whole
+            places.append(at)
+            owners.append(number)
+    return places, owners
+
+
 class MaskedModel:
     """One question about one image, or a conversation about several.
 
     ``alive``: visual tokens that may be attended to, one sorted list a layer. A visual token is named by its place among
-    all of the images': patches, and newline tokens where there are any. ``images``: one or a list; ``question``: a text,
+    all of the images': patches, newline tokens where there are any, and of SmolVLM the texts that name its tiles. ``images``: one or a list; ``question``: a text,
     or the messages. ``merged``: language embeddings ``(kept, dim)`` in the place of the kept tokens' own.
     """
 
@@ -57,12 +79,15 @@ class MaskedModel:
         images = images if isinstance(images, list) else [images]
         inputs = processor(images=[images], text=[prompt], return_tensors="pt")
         self.model, self.strategy = model, strategy
-        self.language = model.model.language_model
+        self.language = getattr(model.model, "text_model", None) or model.model.language_model
         self.alive = [list(kept) for _ in self.language.layers]
         self.exchanged: list[dict[int, np.ndarray]] = [{} for _ in self.language.layers]  # patch → hidden state
         self.entering: dict[int, Tensor] = {}  # hidden states entering every layer in the last forward pass
         self.prompt = inputs.input_ids[0].tolist()
         self.visual = [at for at, token in enumerate(self.prompt) if token == model.config.image_token_id]
+        named = model.config.model_type in ("smolvlm", "idefics3")
+        if named:
+            self.visual, pieces = between_ends(self.prompt, processor.tokenizer)
         self.text = list(range(self.visual[-1] + 1, len(self.prompt)))
         pictures = {
             name: inputs[name] for name in ("image_sizes", "image_grid_thw", "batch_num_images") if name in inputs
@@ -75,6 +100,12 @@ class MaskedModel:
         if model.config.model_type == "internvl":  # told by tiles; the tokens of an image stand in one piece
             breaks = [after - before > 1 for before, after in itertools.pairwise(self.visual)]
             self.image_of = list(itertools.accumulate(breaks, initial=0))
+        if named:
+            self.image_of = pieces
+            words = self.language.embed_tokens(inputs.input_ids[0, self.visual])
+            encoded_here = torch.tensor([self.prompt[at] == model.config.image_token_id for at in self.visual])
+            words[encoded_here] = torch.cat(visible)
+            visible = [words]
         self.tokens = torch.cat([torch.cat(visible), *deep], dim=-1)
         if merged is not None:
             self.tokens[kept] = merged

@@ -26,6 +26,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    SmolVLMConfig,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import import_utils
@@ -38,6 +39,7 @@ from benchmarks.gpu.families import (
     Qwen2_5PicturesOnly,
     Qwen2PicturesOnly,
     QwenPicturesOnly,
+    SmolVLMPicturesOnly,
 )
 from nuwa.benchmarks import get_benchmark
 from nuwa.vlm import Adapter
@@ -141,6 +143,7 @@ PROCESSORS = {
     LlavaOnevisionConfig: PicturesOnly,
     Qwen3VLConfig: QwenPicturesOnly,
     InternVLConfig: InternVLPicturesOnly,
+    SmolVLMConfig: SmolVLMPicturesOnly,
 }
 
 

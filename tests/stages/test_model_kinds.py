@@ -13,6 +13,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    SmolVLMConfig,
 )
 
 from nuwa.vlm import CheckpointError, adapter_class
@@ -118,6 +119,26 @@ def test_an_internvl_of_other_mathematics_is_refused(changes, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"vision_config": {"image_size": 384, "patch_size": 14}, "scale_factor": 4},
+            "config.vision_config.image_size = 384 in patches of 14 with scale_factor 4: only square tiles whose patches the factor divides are supported",
+        ),
+        (
+            {"text_config": {"model_type": "gpt2"}},
+            "language model (text_config.model_type) 'gpt2' is unknown; allowed: ",
+        ),
+    ],
+)  # fmt: skip
+def test_a_smolvlm_of_other_mathematics_is_refused(changes, message):
+    usual = {"vision_config": {"image_size": 384, "patch_size": 14}, "scale_factor": 3}
+    with pytest.raises(ValueError) as caught:
+        adapter_class("smolvlm").check_config(SmolVLMConfig(**usual | changes))
+    assert str(caught.value).startswith(message)
+
+
 def test_a_method_that_reads_what_is_not_kept_is_refused(tmp_path):
     LlavaNextConfig().save_pretrained(tmp_path / "model")
     grids, keep = [{"name": "g", "method": ["random", "nuwa"]}], {"keep": ["cls_attention", "features"]}
@@ -160,7 +181,7 @@ def test_an_unknown_kind_of_model_is_refused_with_what_is_supported(tmp_path):
     with pytest.raises(SettingsError) as caught:
         planned_trials(settings_for(tmp_path, tmp_path / "model", [{"name": "g", "method": "nuwa"}]))
     assert (
-        "model type 'bert' is unknown; allowed: internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl"
+        "model type 'bert' is unknown; allowed: idefics3, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm"
         in str(caught.value)
     )
 

@@ -68,7 +68,7 @@ def test_dropping_is_blocked_attention_in_the_stock_model(vlm, data):
         number = SAID.index(said)
         image = Image.open(data.parent / f"{number}.png").convert("RGB")
         layout, real = vlm.layout_of(image.size), batch["view"][row] != NO_VIEW
-        alive = set(layout.newlines.nonzero()[:, 0].tolist())
+        alive = set(layout.fixed.nonzero()[:, 0].tolist())
         alive |= {int(slot) for slot, kept in zip(batch["slot"][row][real], mask[row][real], strict=True) if kept}
         stock = MaskedModel(twin, vlm.processor, image, ASKED, sorted(alive))
         assert len(alive) < layout.tokens
