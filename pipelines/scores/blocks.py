@@ -158,7 +158,7 @@ class BlockScorer:
 
         if work.budget is not None:
             deciding = grouping_trials(work.trials, work.budget)
-            evidence = Evidence(deciding, self._scored(deciding), self.whole)
+            evidence = Evidence(deciding, self._scored(deciding), self.whole, work.reference)
             self.groups = Groups(evidence, work.examples, work.trials, work.budget)
 
     def _scored(self, trials: list[str]) -> list[ScoredBenchmark]:
@@ -169,7 +169,7 @@ class BlockScorer:
         if action == "compare":
             return Part(comparisons=pd.concat([self._pairs([trial], self.kept.of(trial)) for trial in block]))
         predictions = self.file.of(block)
-        evidence = Evidence(block, self.scoring.score(block, predictions), self.whole)
+        evidence = Evidence(block, self.scoring.score(block, predictions), self.whole, self.work.reference)
         scores, pairs = [], []
 
         for some in evidence.blocks():

@@ -260,11 +260,12 @@ def headlines(scored: list[ScoredBenchmark], trial: int) -> dict[str, Sampled]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The scored answers of some trials; ``whole``: the unpruned model's headline per benchmark."""
+    """The scored answers of some trials; ``whole``: the headline per benchmark of ``reference``, the unpruned trial."""
 
     trial_ids: list[str]
     scored: list[ScoredBenchmark]
     whole: Mapping[str, Sampled]
+    reference: str
 
     @classmethod
     def of(
@@ -281,7 +282,7 @@ class Evidence:
         """Score ``predictions``; ``reference``: the unpruned trial. See :func:`evaluate` for what is raised."""
         draws = Resamples.draw(sorted(set(examples["image"])), resamples, seed)
         scored = Scoring(examples, draws, grades).score(trial_ids, predictions)
-        return cls(trial_ids, scored, headlines(scored, trial_ids.index(reference)))
+        return cls(trial_ids, scored, headlines(scored, trial_ids.index(reference)), reference)
 
     def blocks(self) -> Iterator[slice]:
         """The trials in blocks whose resamples fit into ``BLOCK_BYTES``."""
@@ -296,13 +297,14 @@ class Evidence:
         )
         return max(1, BLOCK_BYTES // (8 * widest))
 
-    def retention(self, part: ScoredBenchmark, metrics: Mapping[str, Sampled]) -> Sampled:
-        """Headline over the unpruned one's."""
-        return metrics[part.benchmark.headline].share_of(self.whole[part.name])
+    def retention(self, part: ScoredBenchmark, metrics: Mapping[str, Sampled], trials: slice | np.ndarray) -> Sampled:
+        """Headline of ``trials``, which ``metrics`` are of, over the unpruned one's."""
+        itself = np.array(self.trial_ids, object)[trials] == self.reference
+        return metrics[part.benchmark.headline].share_of(self.whole[part.name], itself)
 
     def retentions(self, trials: slice | np.ndarray) -> dict[str, Sampled]:
         """Retention of some trials by benchmark."""
-        return {part.name: self.retention(part, part.metrics(trials)) for part in self.scored}
+        return {part.name: self.retention(part, part.metrics(trials), trials) for part in self.scored}
 
     def family_means(self, retentions: Mapping[str, Sampled]) -> dict[str, Sampled]:
         """Unweighted mean retention over each family's benchmarks, as the papers average."""
@@ -379,7 +381,7 @@ def score_block(evidence: Evidence, block: slice) -> tuple[list[pd.DataFrame], d
     for part in evidence.scored:
         benchmark = part.benchmark
         metrics = part.metrics(block)
-        kept = retentions[part.name] = evidence.retention(part, metrics)
+        kept = retentions[part.name] = evidence.retention(part, metrics, block)
         kept_low, kept_high = kept.intervals()
         questions[benchmark.family] = questions.get(benchmark.family, 0) + part.examples
 

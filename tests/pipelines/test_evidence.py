@@ -68,6 +68,23 @@ def widened_bca(point, draws, left_out):
     return tuple(ends)
 
 
+def paired_ends(point, draws, left_out, changed, step):
+    """Of a retention: ``widened_bca``, Student's with half an image's change more, and the root of Wilson's quadratic.
+
+    ``changed``: which images' answers score otherwise than the unpruned model's; ``step``: the most that an image can do.
+    """
+    low, high = widened_bca(point, draws, left_out)
+    count, quantile = len(left_out), student.ppf(0.975, len(left_out) - 1)
+    pulls = [point - value for value in left_out]
+    variance = (count - 1) / count * sum((pull - sum(pulls) / count) ** 2 for pull in pulls)
+    own = [abs(point - 1 + (count - 1) * pull) / count for pull, other in zip(pulls, changed, strict=True) if other]
+    size = (sum(one**2 for one in own) + step**2) / (sum(own) + step)
+    reach = quantile * math.sqrt(variance + (size / 2) ** 2)
+    # (p - lost)² = t² p (1 - p) size, in the shares p that may truly be lost
+    lost = max(np.roots([1 + quantile**2 * size, -2 * (1 - point) - quantile**2 * size, (1 - point) ** 2]))
+    return min(low, max(0.0, min(point - reach, 1 - lost))), max(high, point + reach)
+
+
 def test_scores_and_retention_are_plain_means_and_ratios():
     trials, examples, predictions = world()
     scores = evaluate(trials, examples, predictions, 200, 0)
@@ -86,7 +103,7 @@ def test_scores_and_retention_are_plain_means_and_ratios():
 
 
 def test_intervals_are_the_paired_image_bootstrap_done_by_hand():
-    trials, examples, predictions = world()
+    trials, examples, predictions = world(images=18)
     resamples, seed = 150, 3
     scores = evaluate(trials, examples, predictions, resamples, seed)
     images = sorted(set(examples["image"]))
@@ -108,11 +125,21 @@ def test_intervals_are_the_paired_image_bootstrap_done_by_hand():
         retention_draws.append(totals["pruned"] / totals["whole"])
     found = row(scores, "pruned", "textvqa", "accuracy")
 
-    def by_hand(values):
-        return widened_bca(values[-1], values[:resamples], values[resamples:-1])
+    def by_hand(values, ends=widened_bca, *more):
+        return ends(values[-1], values[:resamples], values[resamples:-1], *more)
 
+    right = {(trial, example) for (trial, example), answer in answers.items() if answer == "3"}
+    hits = {
+        trial: [
+            sum((trial, one.example_id) in right for one in mine.itertuples() if one.image == image) for image in images
+        ]
+        for trial in ("whole", "pruned")
+    }
+    changed = [one != other for one, other in zip(hits["whole"], hits["pruned"], strict=True)]
+    kept = by_hand(retention_draws, paired_ends, changed, 3 / sum(hits["whole"]))
     assert (found.low, found.high) == pytest.approx(by_hand(score_draws))
-    assert (found.retention_low, found.retention_high) == pytest.approx(by_hand(retention_draws))
+    assert (found.retention_low, found.retention_high) == pytest.approx(kept)
+    assert kept != by_hand(retention_draws)
     family = row(scores, "pruned", "mean", "retention")
     assert family.score == pytest.approx(
         row(scores, "pruned", "refcoco", "acc@0.5").retention if family.family == "grounding" else found.retention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,22 +41,50 @@ def test_intervals_of_a_hundred_images_cover(score):
     assert np.mean((low <= score) & (score <= high)) >= 0.93
 
 
-@pytest.mark.parametrize("score", [0.05, 0.5, 0.95])
-def test_intervals_of_retention_cover(score):
-    """Of a trial beside an unpruned one that is right wherever it is, and on nine in ten of the others."""
-    rng, weights = np.random.default_rng(0), multinomial(IMAGES, RESAMPLES)
-    pruned = answers(score, 1500, rng)
-    others = rng.binomial(3, 0.9, pruned.shape) / 3
-    whole = np.maximum(pruned, others)
-    many = answers(score, 4000, rng)
-    truth = many.mean() / np.maximum(many, rng.binomial(3, 0.9, many.shape) / 3).mean()
+def retentions(right: np.ndarray, whole: np.ndarray, weights: np.ndarray) -> list[Sampled]:
+    """Shares ``right`` over ``whole``, both ``(samples, images)``: a sample each, those alike in what an image can do in one.
 
-    covered = 0
-    for row in range(len(pruned)):
-        kept = sample_mean(pruned[[row]], weights).share_of(sample_mean(whole[[row]], weights))
-        low, high = kept.intervals()[:, 0]
-        covered += low <= truth <= high
-    assert covered / len(pruned) >= 0.93
+    Where ``whole`` is nothing there is none.
+    """
+    kept, images, totals = [], right.shape[1], whole.sum(axis=1).round(9)
+    for total in np.unique(totals[totals > 0]):
+        rows = np.abs(whole.sum(axis=1) - total) < 1e-6
+        part, of = right[rows], whole[rows]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            draws = (part @ weights.T) / (of @ weights.T)
+            left_out = (part.sum(axis=1, keepdims=True) - part) / (total - of)
+        present = np.ones(images, bool)
+        one = Sampled(part.sum(axis=1) / total, draws, left_out, present, paired=True, answers=part, differs=part != of)
+        kept.append(replace(one, step=1 / total, unchanged=1.0, most=1.0))
+    return kept
+
+
+@pytest.mark.parametrize("questions", [1, 3])
+@pytest.mark.parametrize(
+    ("score", "lost", "gained"),
+    [
+        (0.05, 0.05, 0.0), (0.1, 0.2, 0.01), (0.1, 0.31, 0.03), (0.3, 0.08, 0.03), (0.5, 0.5, 0.05), (0.6, 0.01, 0.0),
+        (0.6, 0.03, 0.03), (0.9, 0.013, 0.03), (0.9, 0.06, 0.0), (0.95, 0.01, 0.0), (0.95, 0.5, 0.0), (0.95, 0.9, 0.0),
+    ],
+)  # fmt: skip
+def test_intervals_of_retention_cover(score, lost, gained, questions):
+    """At both ends of scores, and where next to nothing is lost: resamples alone hold the truth in 54 % of them."""
+    rng, weights = np.random.default_rng(0), multinomial(IMAGES, RESAMPLES // 2)
+    spread = 1 / 0.4 - 1
+    chance = (
+        rng.beta(score * spread, (1 - score) * spread, (1000, IMAGES))
+        if questions > 1
+        else np.full((1000, IMAGES), score)
+    )
+    right = rng.random((questions, *chance.shape), dtype=np.float32) < chance
+    change = rng.random(right.shape, dtype=np.float32)
+    kept = np.where(right, change >= lost, change < gained)
+    truth = 1 - lost + gained * (1 - score) / score
+
+    ends = [one.intervals() for one in retentions(kept.mean(axis=0), right.mean(axis=0), weights)]
+    low, high = np.concatenate(ends, axis=1)
+    assert len(low) > 990
+    assert np.mean((low <= truth) & (truth <= high)) >= 0.93
 
 
 def test_of_a_thousand_null_sweeps_few_find_a_difference():
@@ -181,6 +210,6 @@ def test_all_wrong_or_all_right_has_the_exact_bound():
     whole = sample_mean(np.full((1, 50), 0.8), weights, full=1.0)
     kept = sample_mean(np.zeros((1, 50)), weights, full=1.0).share_of(whole)
     assert pytest.approx(np.array([[0.0, bound / 0.8]])) == kept.intervals().T
-    assert whole.share_of(whole).intervals().T.tolist() == [[1.0, 1.0]]
+    assert whole.share_of(whole, np.array([True])).intervals().T.tolist() == [[1.0, 1.0]]
     points = sample_mean(np.zeros((1, 50)), weights)
     assert points.intervals().T.tolist() == [[0.0, 0.0]]
