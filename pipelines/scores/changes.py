@@ -175,7 +175,7 @@ def _rows(
     """Headline scores, and the second less the first."""
     count = len(pairs)
     one, other = (part.metrics(np.arange(start, start + count))[part.benchmark.headline] for start in (0, count))
-    difference: Sampled = other.minus(one)
+    difference: Sampled = other.minus(one, itself=changed == 0)  # of the same answers nothing is to be estimated
     low, high = difference.intervals()
     p = difference.p_zero()
     return [

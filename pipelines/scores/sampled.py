@@ -78,11 +78,12 @@ class Sampled:
         share = replace(share, full=full, paired=True, answers=self.answers, step=step, itself=itself)
         return replace(share, unchanged=1.0, most=1.0, differs=self._differing(whole))
 
-    def minus(self, other: Sampled) -> Sampled:
-        """``other``: of as many trials, or of one."""
+    def minus(self, other: Sampled, itself: np.ndarray | None = None) -> Sampled:
+        """``other``: of as many trials, or of one. ``itself`` ``(trials,)``: which are what they are compared with."""
         difference = replace(self._with(other, np.subtract), differs=self._differing(other))
         step = max(self.step, other.step) if self.step is not None and other.step is not None else None
-        return replace(difference, step=step, unchanged=0.0, most=self.full if self.most is None else self.most)
+        most = self.full if self.most is None else self.most
+        return replace(difference, step=step, unchanged=0.0, most=most, itself=itself)
 
     def _differing(self, other: Sampled) -> np.ndarray | None:
         """Where answers are not the same, ``(trials, images)``; null where they are not known."""
