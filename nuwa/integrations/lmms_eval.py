@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm.auto import tqdm
@@ -43,6 +44,9 @@ class Nuwa(lmms):
     or a name of torch's. ``attn_implementation``, ``device_map``: as of ``from_pretrained``. ``batch_size``: images a
     batch. ``options``: keywords of :class:`nuwa.library.Options`.
 
+    Under ``accelerate launch`` with several processes each has a model on a device of its own and answers the documents that
+    the harness deals it; the harness gathers them. ``device`` and ``--device`` then name the kind of device alone.
+
     Raises :class:`CallError` in one line: here for a wrong option, before the first answer for generation settings, and
     for a document that cannot be asked when its turn comes.
     """
@@ -70,8 +74,16 @@ class Nuwa(lmms):
 
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise CallError(f"dtype={dtype} is none of torch's; give auto, float32, bfloat16 or float16")
+        # The harness gathers with it, and tells this process its rank and what to answer.
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self._world_size > 1 and device_map is not None:
+            raise CallError(
+                f"model_args: device_map={device_map} spreads one model, and {self._world_size} processes have a model each; "
+                "leave it out, or start one process"
+            )
+        self._device = self._own_device(device)
         saved = AutoConfig.from_pretrained(pretrained).dtype or torch.float32
-        self._device = torch.device(device or _own_device())
         self.vlm = load_adapter(
             Path(pretrained) if os.path.isdir(pretrained) else pretrained,
             str(self._device),
@@ -79,6 +91,14 @@ class Nuwa(lmms):
             attention=attn_implementation,
             device_map=device_map,
         )
+
+    def _own_device(self, wanted: str | None) -> torch.device:
+        """Where this process' model goes: with several processes each has the accelerator of its number on its machine."""
+        usual = self.accelerator.device
+        if wanted is None:
+            return usual
+        device = torch.device(wanted)
+        return usual if self._world_size > 1 and device.type == usual.type else device
 
     @property
     def device(self) -> torch.device:
@@ -141,11 +161,6 @@ class Nuwa(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise CallError("nuwa answers in one round: choose tasks of output_type generate_until")
-
-
-def _own_device() -> str:
-    """This process' accelerator; lmms-eval starts one process a device and deals out the documents."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def _limits(settings: Mapping[str, Any]) -> tuple[int, list[str]]:

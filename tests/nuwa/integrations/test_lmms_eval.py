@@ -6,9 +6,13 @@ docs/lmms_eval.md has what whole runs of the harness said.
 from __future__ import annotations
 
 import abc
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import json
+import os
+import socket
 import sys
 import types
 from dataclasses import dataclass
@@ -17,6 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from forked import begin
 from PIL import Image
 
 import nuwa
@@ -223,3 +229,42 @@ def test_wrong_model_args_are_refused_before_the_weights_are_read(plugin, given,
     with pytest.raises(ValueError) as caught:
         built(plugin, **{"method": "nuwa", "average_tokens": 16, **given})
     assert str(caught.value) == message
+
+
+def answer_a_share(plugin, documents, port: int, process: int, found: Path) -> None:
+    """One of two processes, as a launcher begins it: the documents that are dealt to it, gathered as the harness does."""
+    places = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process this is a copy of
+
+    model = built(plugin, method="nuwa", average_tokens=16, device=None)
+    assert (model.rank, model._world_size, model.device.type) == (process, 2, "cpu")
+    dealt = range(process, len(documents), 2)
+    answers = model.generate_until([requests_of(model, documents)[number] for number in dealt])
+    gathered: list[Any] = [None, None]
+    torch.distributed.all_gather_object(gathered, list(zip(dealt, answers, strict=True)))
+    with pytest.raises(ValueError) as caught:
+        built(plugin, method="nuwa", average_tokens=16, device_map="auto")
+    if process == 0:
+        found.write_text(json.dumps({"answers": gathered, "refused": str(caught.value)}))
+
+
+def test_two_processes_answer_their_shares_as_one_answers_all(plugin, pruned, pictures, tmp_path):
+    documents = [([pictures[row % 3]], QUESTIONS[row % 2]) for row in range(5)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    found = tmp_path / "gathered.json"
+    started = [
+        begin(functools.partial(answer_a_share, plugin, documents, port, process, found)) for process in range(2)
+    ]
+    assert [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started] == [0, 0]
+
+    said = json.loads(found.read_text())
+    answers = [tuple(one) for share in said["answers"] for one in share]
+    assert len(answers) == len(documents) == len(dict(answers)), "each once"
+    assert [text for _, text in sorted(answers)] == pruned.generate_until(requests_of(pruned, documents))
+    assert said["refused"] == (
+        "model_args: device_map=auto spreads one model, and 2 processes have a model each; leave it out, or start one process"
+    )
