@@ -89,14 +89,14 @@ class ModelSettings(Section):
     """A folder or hub id that ``from_pretrained`` loads."""
     prompt_style: Literal["llava_v1", "testbed"]
     """In whose words benchmarks ask: ``nuwa.benchmarks.STYLES``."""
-    conversation: Literal["template", "vicuna_v1", "llava_v1"] = "template"
+    conversation: Literal["template", "vicuna_v1", "llava_v1", "qwen"] = "template"
     """The system prompt: a key of ``nuwa.vlm.adapter.CONVERSATIONS``."""
     image_aspect_ratio: Literal["processor", "pad"] = "processor"
     """Whether images are made square with bars first; see :class:`nuwa.vlm.Adapter`."""
     image_rules: str | None = None
     """The protocol whose pixel limits and layouts hold; null: ``prepare.protocol``."""
     min_pixels: Positive | None = None
-    """Of an image as Qwen2.5-VL sees it, at least; null: what the protocol pins."""
+    """Of an image as Qwen2-VL, Qwen2.5-VL and Qwen3-VL see it, at least; null: what the protocol pins."""
     max_pixels: Positive | None = None
     """Likewise, at most."""
     image_grid: Literal["transformers", "llava"] | None = None

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nuwa.image_rules import PINS, QWENS
 from nuwa.layout import VisualLayout
 from nuwa.plugins import plugin_modules
 from nuwa.stage1.learnpruner import WeightsError
@@ -84,7 +85,7 @@ def plan(settings: Settings) -> None:
     if Path(settings.model.path).is_dir():
         folder_memory(settings.model.path).save()  # what was asked of its processor
     speed = worker_speed(UNITS_LOG, settings.cluster)
-    lines = [*outlook.left_out, image_tokens(outlook.layouts.values())]
+    lines = [*outlook.left_out, *pixel_limits(outlook.vlm, settings), image_tokens(outlook.layouts.values())]
     lines += describe(outlook.forecast, outlook.feature_bytes, settings, speed)
     if exact:
         lines += compare(outlook, settings, speed, each=bool(os.environ.get("EXPLAIN")))
@@ -257,6 +258,23 @@ def describe(expected: Forecast, feature_bytes: int, settings: Settings, speed: 
         f"GPU hours: {seconds / 3600 * cluster.gpus:,.2f}",
         f"disk: {_size(feature_bytes)} features, {_size(expected.result_bytes)} results",
     ]
+
+
+def pixel_limits(vlm: Adapter, settings: Settings) -> list[str]:
+    """A line of how many pixels an image may have, and by whose rules, where a family has such limits."""
+    if vlm.model.config.model_type not in QWENS:
+        return []
+    image_processor, rules = vlm.processor.image_processor, settings.model.images
+    least, most = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    own = " and ".join(f"model.{name}" for name in ("min_pixels", "max_pixels") if getattr(rules, name) is not None)
+    pinned = vlm.model.config.model_type in PINS[rules.protocol]
+    by = [*([own] if own else []), f"the protocol {rules.protocol}" if pinned else "the checkpoint"]
+    line = f"pixels an image: {least:,} to {most:,}, by {' and '.join(by)}"
+
+    first = getattr(image_processor, "first_resize", None)
+    if first is not None and first != (least, most):
+        line += f"; resized before that to {first[0]:,} to {first[1]:,}"
+    return [line]
 
 
 def image_tokens(layouts: Iterable[VisualLayout]) -> str:

@@ -8,7 +8,7 @@ A benchmark is data: one frozen :class:`Benchmark` of plain functions in a file 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from nuwa.benchmarks.protocols import PROTOCOLS, TESTBED
+from nuwa.benchmarks.protocols import PROTOCOLS, TESTBED, ProtocolError
 from nuwa.benchmarks.records import RecordError, check_columns, image_size
 from nuwa.benchmarks.rows import Row, Source, rows_of
 from nuwa.registry import UnknownName, unknown
@@ -99,6 +99,7 @@ class Rules:
         headline: see :class:`Benchmark`.
         right: see :class:`Benchmark`.
         graded: see :class:`Benchmark`.
+        unwritten: model types that the harness asks in other words, which are not written here.
     """
 
     metric: str
@@ -110,6 +111,7 @@ class Rules:
     headline: str | None = None
     right: str | None = None
     graded: Callable[[str, Truth], bool] | None = None
+    unwritten: Collection[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +201,11 @@ class Benchmark:
         """
         protocol = PROTOCOLS[self.protocol]
         protocol.check_model(model_type)
+        if self.protocol in self.rules and model_type in self.rules[self.protocol].unwritten:
+            raise ProtocolError(
+                f"prepare.protocol: {self.protocol!r} asks {model_type} models {self.name} in other words, which are not "
+                "written here; choose another protocol or model, or leave the benchmark out"
+            )
         return protocol.limit(model_type) if self.max_new_tokens is None else self.max_new_tokens
 
     def examples(

@@ -199,7 +199,7 @@ VARIANTS = tuple(
         llava_v1=_prompt,
         score=_score,
         rules={
-            "lmms_eval": Rules("mmmu_acc", 128, read=partial(read, tagged=True)),
+            "lmms_eval": Rules("mmmu_acc", 128, read=partial(read, tagged=True), unwritten=("qwen3_vl",)),
             "lmms_eval_0_3": Rules("mmmu_acc", 16, read=partial(read, tagged=True)),
         },
     )

@@ -15,7 +15,8 @@ from nuwa.errors import UserError
 from nuwa.registry import Registry
 
 TESTBED = "testbed"
-LLAVA_1_5, LLAVA_NEXT, QWEN2_5_VL = "llava", "llava_next", "qwen2_5_vl"  # model types
+LLAVA_1_5, LLAVA_NEXT = "llava", "llava_next"  # model types
+QWEN2_VL, QWEN2_5_VL, QWEN3_VL = "qwen2_vl", "qwen2_5_vl", "qwen3_vl"
 
 
 class ProtocolError(UserError, ValueError):
@@ -63,8 +64,9 @@ for _protocol in (
     Protocol(TESTBED, "this repository: published prompts, short answer limits"),
     Protocol(
         "lmms_eval",
-        "lmms-eval 0.7.2 (commit 75571cfe), chat class of Qwen2.5-VL; grounding is its bbox_rec tasks",
-        {LLAVA_1_5: 1024, LLAVA_NEXT: 1024, QWEN2_5_VL: 128},
+        "lmms-eval 0.7.2 (commit 75571cfe), chat class of Qwen2.5-VL; Qwen2-VL (its one class) and Qwen3-VL (chat class) "
+        "as of 0.7.3; grounding is its bbox_rec tasks",
+        {LLAVA_1_5: 1024, LLAVA_NEXT: 1024, QWEN2_VL: 128, QWEN2_5_VL: 128, QWEN3_VL: 128},
     ),
     Protocol(
         "lmms_eval_0_3",

@@ -53,6 +53,7 @@ CONVERSATIONS = {
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions."
     ),
+    "qwen": "You are a helpful assistant.",  # what lmms-eval asks Qwen3-VL with, whose own template says nothing
 }
 AS_PUBLISHED = ImageRules()
 ASPECT_RATIOS = ("processor", "pad")  # of images, see Adapter
@@ -544,7 +545,7 @@ def check_end_tokens(settings: Any, config: Any) -> tuple[int, ...]:
 
     Raises :class:`nuwa.vlm.checkpoint.CheckpointError` where neither names one.
     """
-    for end in (settings.eos_token_id, config.text_config.eos_token_id):
+    for end in (settings.eos_token_id, getattr(config.text_config, "eos_token_id", None)):
         tokens = tuple(end) if isinstance(end, (list, tuple)) else (end,)
         if end is not None and tokens:
             return tokens

@@ -81,6 +81,7 @@ def _shape() -> Qwen3VLConfig:
         # As config.json of the checkpoint has it; what is not named is the default of transformers.
         text_config={
             "vocab_size": 151936,
+            "eos_token_id": 151645,
             "hidden_size": 4096,
             "intermediate_size": 12288,
             "num_hidden_layers": 36,

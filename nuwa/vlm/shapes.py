@@ -49,6 +49,7 @@ QWEN_PATCHES = {"num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "tem
 
 QWEN2_7B = {
     "model_type": "qwen2",
+    "eos_token_id": 151645,
     "hidden_size": 3584,
     "intermediate_size": 18944,
     "num_hidden_layers": 28,

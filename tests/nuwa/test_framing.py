@@ -153,7 +153,7 @@ def test_framing_is_part_of_the_identities(cropping):
 @pytest.mark.parametrize(
     ("framing", "message"),
     [
-        ({"conversation": "vicuna"}, "conversation 'vicuna' is unknown; allowed: template, vicuna_v1, llava_v1"),
+        ({"conversation": "vicuna"}, "conversation 'vicuna' is unknown; allowed: template, vicuna_v1, llava_v1, qwen"),
         (
             {"image_aspect_ratio": "pad"},
             "image_aspect_ratio 'pad' is not for LLaVA-NeXT's CLIP tower; allowed: processor",

@@ -10,18 +10,66 @@ import torch
 from PIL import Image
 
 from nuwa.image_rules import PINS, ImageRules, ImageRulesError
-from nuwa.vlm import LlavaNextAdapter, Qwen2_5VLAdapter, usual_image_processor
+from nuwa.vlm import adapt, adapter_class, usual_image_processor
 from nuwa.vlm.processors import check_torchvision, load_processor
 from nuwa.vlm.shapes import model_shape
 
 QWEN, NEXT = "Qwen/Qwen2.5-VL-7B-Instruct", "llava-hf/llava-v1.6-vicuna-7b-hf"
+QWEN2, QWEN3 = "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"
 
 
 def layout(path: str, rules: ImageRules, size: tuple[int, int]):
     config = model_shape(path)
-    family = {"qwen2_5_vl": Qwen2_5VLAdapter, "llava_next": LlavaNextAdapter}[config.model_type]
     processor = rules.framed(usual_image_processor(config), config.model_type)
-    return family.layout_for(config, processor, size)
+    return adapter_class(config.model_type).layout_for(config, processor, size)
+
+
+def seen(path: str, rules: ImageRules, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of what the model sees."""
+    config = model_shape(path)
+    processor = rules.framed(usual_image_processor(config), config.model_type)
+    return adapter_class(config.model_type).seen_size(config, processor, size)
+
+
+# Photo, what lmms-eval 0.7.3 makes of it for Qwen2-VL and Qwen3-VL, typed out from its own calls: qwen_vl_utils 0.0.14's
+# fetch_image, then transformers' processor with what its class hands over. Behind them what the checkpoint's own limits make.
+BY_THE_HARNESS = [
+    ((250, 200), (252, 196), (256, 192), (252, 196), (288, 256)),
+    ((300, 200), (308, 196), (288, 192), (308, 196), (320, 224)),
+    ((96, 96), (84, 84), (96, 96), (84, 84), (256, 256)),
+    ((640, 480), (644, 476), (640, 480), (644, 476), (640, 480)),
+    ((1280, 720), (1008, 560), (1280, 704), (1288, 728), (1280, 704)),
+    ((4000, 3000), (896, 672), (4000, 3008), (4004, 2996), (4000, 3008)),
+    ((40, 1000), (28, 1008), (32, 992), (28, 1008), (64, 1280)),
+    ((10, 300), (28, 308), (32, 288), (28, 308), (64, 1408)),
+    ((13, 13), (56, 56), (64, 64), (56, 56), (256, 256)),
+    ((8000, 6000), (896, 672), (4704, 3520), (4116, 3080), (4704, 3520)),
+    ((28, 20), (84, 56), (96, 64), (84, 56), (320, 224)),
+]
+
+
+@pytest.mark.parametrize(("photo", "second", "third", "own_second", "own_third"), BY_THE_HARNESS)
+def test_qwen2_and_qwen3_see_what_the_harness_shows_them(photo, second, third, own_second, own_third):
+    harness, usual = ImageRules("lmms_eval"), ImageRules()
+    assert (seen(QWEN2, harness, photo), seen(QWEN3, harness, photo)) == (second, third)
+    assert (seen(QWEN2, usual, photo), seen(QWEN3, usual, photo)) == (own_second, own_third)
+
+
+@pytest.mark.parametrize(
+    ("path", "rules", "photo", "size"),
+    [
+        (QWEN2, ImageRules(min_pixels=200_704), (250, 200), (504, 420)),
+        (QWEN2, ImageRules("lmms_eval", min_pixels=200_704), (250, 200), (504, 420)),
+        (QWEN2, ImageRules("lmms_eval", min_pixels=200_704), (4000, 3000), (896, 672)),  # the most is as pinned
+        (QWEN2, ImageRules("lmms_eval", max_pixels=12_845_056), (4000, 3000), (4004, 2996)),
+        (QWEN2, ImageRules(max_pixels=100_352), (4000, 3000), (364, 252)),
+        # As the harness' other class of Qwen3-VL does it, by its own call.
+        (QWEN3, ImageRules("lmms_eval", 200_704, 1_605_632), (250, 200), (512, 416)),
+        (QWEN3, ImageRules(min_pixels=200_704, max_pixels=1_605_632), (4000, 3000), (1440, 1088)),
+    ],
+)
+def test_limits_of_ones_own_hold_for_every_qwen_beside_a_protocols_too(path, rules, photo, size):
+    assert seen(path, rules, photo) == size
 
 
 @pytest.mark.parametrize(
@@ -130,20 +178,22 @@ def test_nobody_elses_processor_is_changed():
     assert set(PINS) == {"testbed", "lmms_eval", "lmms_eval_0_3", "llava", "vscan"}
 
 
-@pytest.mark.parametrize(("path", "family"), [(QWEN, "qwen2_5_vl"), (NEXT, "llava_next")])
+@pytest.mark.parametrize(
+    ("path", "family"), [(QWEN, "qwen2_5_vl"), (QWEN2, "qwen2_vl"), (QWEN3, "qwen3_vl"), (NEXT, "llava_next")]
+)
 def test_rules_that_hold_already_change_nothing_more(path, family):
     rules = ImageRules("lmms_eval")
     once = rules.framed(usual_image_processor(model_shape(path)), family)
     assert rules.framed(once, family).to_dict() == once.to_dict()
 
 
-def test_the_encoder_sees_what_the_layout_says(tiny_qwen):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
+def test_the_encoder_sees_what_the_layout_says(family, tiny_qwen, tiny_qwen2, tiny_qwen3):
     """Both steps of the harness, on pictures: as many tokens as planned, and another identity of the encoder."""
-    from nuwa.vlm import adapt
-
+    tiny = {"qwen2_5_vl": tiny_qwen, "qwen2_vl": tiny_qwen2, "qwen3_vl": tiny_qwen3}[family]
     limits = {"min_pixels": 28 * 28 * 16, "max_pixels": 28 * 28 * 40}
     plain, framed = (
-        adapt(tiny_qwen.model, tiny_qwen.processor, image_rules=rules)
+        adapt(tiny.model, tiny.processor, image_rules=rules)
         for rules in (ImageRules(), ImageRules("lmms_eval", **limits))
     )
     image = Image.effect_noise((90, 61), 60).convert("RGB")

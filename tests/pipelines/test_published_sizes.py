@@ -20,7 +20,7 @@ from nuwa.benchmarks.gqa import IMAGES, INSTRUCTIONS
 from nuwa.benchmarks.protocols import PROTOCOLS, TESTBED
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout
-from nuwa.vlm.shapes import model_shape
+from nuwa.vlm.shapes import SHAPES, model_shape
 from pipelines.addresses import BenchmarkName
 from pipelines.data.datasets import write_examples
 from pipelines.data.published_sizes import expected_examples, published_size
@@ -29,7 +29,7 @@ from pipelines.settings import Settings, parse_settings
 from pipelines.sweep.costs import forecast
 from pipelines.sweep.progress import usual_speed
 from stages.entry import run_stage
-from stages.plan import Outlook, expected, image_tokens, plan, plan_experiment
+from stages.plan import Outlook, expected, image_tokens, pixel_limits, plan, plan_experiment, weightless
 from stages.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -213,6 +213,40 @@ def test_a_plan_tells_the_tokens_of_an_image_by_layout():
     assert image_tokens([crops]) == "tokens an image: 2,340.0 on average; 24 x 24 + 36 x 49 = 2,340 of 1 images"
     many = [VisualLayout((View(PatchGrid(1, columns)),)) for columns in range(1, 8)]
     assert image_tokens(many).endswith(", 2 further layouts")
+
+
+@pytest.mark.parametrize("checkpoint", SHAPES)
+def test_every_published_checkpoint_is_planned_without_its_files(checkpoint):
+    settings = settings_of("nuwa_table14").model.model_copy(update={"path": checkpoint, "image_rules": None})
+    vlm = weightless(settings)
+    assert vlm.layout_of((640, 480)).tokens > 250 and vlm.end_tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "protocol", "limits", "line"),
+    [
+        ("Qwen/Qwen2-VL-7B-Instruct", "testbed", {}, "3,136 to 12,845,056, by the checkpoint"),
+        ("Qwen/Qwen2-VL-7B-Instruct", "lmms_eval", {}, "3,136 to 602,112, by the protocol lmms_eval"),
+        (
+            "Qwen/Qwen2.5-VL-7B-Instruct",
+            "lmms_eval",
+            {},
+            "200,704 to 1,605,632, by the protocol lmms_eval; resized before that to 3,136 to 12,845,056",
+        ),
+        (
+            "Qwen/Qwen3-VL-8B-Instruct",
+            "lmms_eval",
+            {"min_pixels": 200_704, "max_pixels": 1_605_632},
+            "200,704 to 1,605,632, by model.min_pixels and model.max_pixels and the protocol lmms_eval",
+        ),
+    ],
+)
+def test_a_plan_tells_the_pixels_of_an_image_and_who_says_so(model, protocol, limits, line):
+    settings = settings_of("nuwa_table14")
+    own = {"path": model, "image_rules": protocol, "min_pixels": None, "max_pixels": None, **limits}
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update=own)})
+    assert pixel_limits(weightless(settings.model), settings) == [f"pixels an image: {line}"]
+    assert pixel_limits(weightless(settings_of("nuwa_table6").model), settings) == [], "of a family without limits"
 
 
 def test_half_the_images_are_half_the_work():

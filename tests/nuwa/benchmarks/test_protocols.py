@@ -106,6 +106,16 @@ def test_a_protocol_refuses_models_it_was_never_run_on():
     assert str(caught.value) == (
         "prepare.protocol: 'vscan' is not run on llava models; it is on: qwen2_5_vl; choose another protocol or model"
     )
+    for family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        assert get_benchmark("chartqa", None, "lmms_eval").limit(family) == 16
+        assert get_benchmark("refcoco", None, "lmms_eval").limit(family) == 128
+    with pytest.raises(ProtocolError) as caught:
+        get_benchmark("mmmu", None, "lmms_eval").limit("qwen3_vl")
+    assert str(caught.value) == (
+        "prepare.protocol: 'lmms_eval' asks qwen3_vl models mmmu in other words, which are not written here; choose another "
+        "protocol or model, or leave the benchmark out"
+    )
+    assert get_benchmark("mmmu", None, "lmms_eval").limit("qwen2_vl") == 128
     with pytest.raises(ProtocolError, match="'llava' is not run on qwen2_5_vl models; it is on: llava, llava_next"):
         get_benchmark("gqa", None, "llava").limit("qwen2_5_vl")
     assert set(PROTOCOLS) == {"testbed", "lmms_eval", "lmms_eval_0_3", "llava", "vscan"}

@@ -105,7 +105,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"parameters": {"pillars": 1}}, "nuwa.pillars 1 is of the wrong type; allowed: bool"),
     ({"parameters": [1]}, "parameters=[1] must be a dictionary of hyper-parameters by name"),
     ({"parameters": {"coordinates": 2.0}}, "coordinates 2 must lie in [0, 1]"),
-    ({"conversation": "vicuna"}, "conversation 'vicuna' is unknown; allowed: template, vicuna_v1, llava_v1"),
+    ({"conversation": "vicuna"}, "conversation 'vicuna' is unknown; allowed: template, vicuna_v1, llava_v1, qwen"),
     (
         {"image_aspect_ratio": "pad"},
         "image_aspect_ratio 'pad' is not for Qwen2.5-VL's vision encoder; allowed: processor",
