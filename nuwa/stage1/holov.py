@@ -18,6 +18,7 @@ with features in raster order and counts the vision-start marker as the first to
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,7 @@ Overflow = Literal["redistribute", "zeros"]
 Crops = Literal["runs", "grid"]
 EPSILON = 1e-6
 SCALE = 1000  # of the attention
+SPANS = (2048, 256)  # channels whose products are summed in float32, by rising exactness
 
 
 @dataclass(frozen=True)
@@ -96,36 +98,33 @@ def _split(numbers: list[int], count: int) -> list[list[int]]:
     return [numbers[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
-def scores(
-    attention: Tensor, compared: Tensor, members: list[list[int]], config: HoloV, rough: bool
-) -> tuple[Tensor, Tensor]:
-    """The score of every token in its run, ``(batch, tokens)`` float64; runs of one length are computed together.
-
-    Also the largest error of a run's mean score, as a share of it, ``(batch,)``: not zero where similarities are rough.
-    """
+def scores(attention: Tensor, compared: Tensor, members: list[list[int]], config: HoloV) -> Tensor:
+    """The score of every token in its run, ``(batch, tokens)`` float64; runs of one length are computed together."""
     attention = attention.double()
-    totals, error = torch.zeros_like(attention), attention.new_zeros(len(attention))
-    doubt = rough * (2 * compared.shape[2] + 8) * 2**-24
+    totals = torch.zeros_like(attention)
 
-    for size in sorted({len(run) for run in members}):
-        alike = torch.tensor([run for run in members if len(run) == size], device=attention.device)
-        places = alike.flatten().expand(len(attention), -1)
-        own = attention.gather(1, places).view(len(attention), -1, size) * SCALE
+    for _, alike, own, places in alike_runs(attention, members):
+        size = alike.shape[1]
         if size == 1:
-            totals.scatter_(1, places, (own if config.scale_single else own / SCALE).flatten(1))
+            totals.scatter_(1, places, (own * (SCALE if config.scale_single else 1)).flatten(1))
             continue
-        similarity = (rough_similarities if rough else similarities)(compared, alike).double()
+        own = own * SCALE
+        similarity = similarities(compared, alike)
         similarity.diagonal(dim1=2, dim2=3).zero_()
         mean = similarity.sum(dim=3, keepdim=True) / (size - 1)
         variance = (similarity - mean).square().sum(dim=3) / (size - 1)
-        of_run = variance.mean(dim=2, keepdim=True)
-        scale = own.mean(dim=2, keepdim=True) / (of_run + EPSILON)
+        scale = own.mean(dim=2, keepdim=True) / (variance.mean(dim=2, keepdim=True) + EPSILON)
         totals.scatter_(1, places, (own + config.beta * variance * scale).flatten(1))
-        # A run's mean is that of its attention times 1 + β v / (v + ε), and the root of v is off by the doubt at most.
-        off = 2 * doubt * of_run.sqrt() + 3 * doubt**2
-        slope = config.beta * EPSILON / ((of_run - off).clamp_(min=0) + EPSILON).square()
-        error = torch.maximum(error, (off * slope).amax(dim=(1, 2)))
-    return totals, error
+    return totals
+
+
+def alike_runs(attention: Tensor, members: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Of the runs of each length: their numbers, their tokens ``(runs, size)``, these tokens' attention and places."""
+    for size in sorted({len(run) for run in members}):
+        numbers = [number for number, run in enumerate(members) if len(run) == size]
+        alike = torch.tensor([members[number] for number in numbers], device=attention.device)
+        places = alike.flatten().expand(len(attention), -1)
+        yield numbers, alike, attention.gather(1, places).view(len(attention), -1, size), places
 
 
 def similarities(projected: Tensor, members: Tensor) -> Tensor:
@@ -144,21 +143,53 @@ def similarities(projected: Tensor, members: Tensor) -> Tensor:
     return torch.cat(made).mul_(2**24).round_().mul_(2**-24).unflatten(0, (len(projected), -1))
 
 
-def rough_similarities(projected: Tensor, members: Tensor) -> Tensor:
-    """The same in float32, each off by ``(2 dim + 8) / 2²⁴`` at most: products and, of tokens with themselves, lengths."""
-    made = []
-    parts = members.split(max(1, 600 // members.shape[1]))
-    # Runs that lie behind one another need not be copied.
-    whole = [torch.equal(part.flatten(), torch.arange(part.numel()) + part[0, 0]) for part in parts]
-    for image in projected:
-        for part, row in zip(parts, whole, strict=True):
-            first = int(part[0, 0])
-            vectors = image[first : first + part.numel()].unflatten(0, part.shape) if row else image[part]
-            vectors = vectors.float()
-            product = vectors @ vectors.mT
-            norm = product.diagonal(dim1=1, dim2=2).sqrt() + EPSILON
-            made.append(product / (norm[:, :, None] * norm[:, None]))
-    return torch.cat(made).unflatten(0, (len(projected), -1))
+def rough_means(
+    attention: Tensor, image: Tensor, members: list[list[int]], config: HoloV, span: int
+) -> tuple[Tensor, Tensor]:
+    """The mean score of each run of one image, ``(1, runs)`` float64, and the most that one is off as a share, ``(1,)``.
+
+    A run's mean is that of its attention times ``1 + β v / (v + ε)``, with ``v`` the mean variance of its similarities in
+    float32. Products over ``span`` channels at a time are summed in float64, so that a similarity, and with it the root
+    of ``v``, is off by ``(2 span + 8) / 2²⁴`` at most.
+    """
+    doubt = (2 * min(span, image.shape[1]) + 8) * 2**-24
+    means = torch.zeros(1, len(members), dtype=torch.float64)
+    error = means.new_zeros(1)
+
+    for numbers, alike, own, _ in alike_runs(attention.double(), members):
+        level = own.mean(dim=2)
+        if alike.shape[1] == 1:
+            means[:, numbers] = level * (SCALE if config.scale_single else 1)
+            continue
+        variance = rough_variances(image, alike, span)
+        means[:, numbers] = SCALE * level * (1 + config.beta * variance / (variance + EPSILON))
+        off = 2 * doubt * variance.sqrt() + 3 * doubt**2
+        slope = config.beta * EPSILON / ((variance - off).clamp_(min=0) + EPSILON).square()
+        error = torch.maximum(error, (off * slope).amax())
+    return means, error
+
+
+def rough_variances(image: Tensor, members: Tensor, span: int) -> Tensor:
+    """Mean over the tokens of a run of the variance of their similarities to the others, ``(runs,)`` float64."""
+    made, size = [], members.shape[1]
+    for part in members.split(max(1, 600 // size)):
+        # Runs that lie behind one another need not be copied.
+        first = int(part[0, 0])
+        behind = torch.equal(part.flatten(), torch.arange(first, first + part.numel()))
+        vectors = (image[first : first + part.numel()].unflatten(0, part.shape) if behind else image[part]).float()
+        products = [channels @ channels.mT for channels in vectors.split(span, dim=2)]
+        product = products[0] if len(products) == 1 else sum(one.double() for one in products)
+
+        # Products of tokens with themselves are squared lengths.
+        norm = product.diagonal(dim1=1, dim2=2).sqrt() + EPSILON
+        similarity = product.div_(norm[:, :, None]).div_(norm[:, None])
+        similarity.diagonal(dim1=1, dim2=2).zero_()
+        total = similarity.sum(dim=2, dtype=torch.float64)
+        squares = torch.linalg.vector_norm(similarity, dim=2, dtype=torch.float64).square()
+        # Σ (s - m)² over a run with the token itself, whose similarity counts as 0, and m = Σ s / (size - 1).
+        variance = (squares - total.square() * ((size - 2) / (size - 1) ** 2)) / (size - 1)
+        made.append(variance.clamp_(min=0).mean(dim=1))
+    return torch.cat(made)
 
 
 def certain(means: Tensor, error: Tensor, sizes: Tensor, keep: int) -> Tensor:
@@ -209,6 +240,42 @@ def quotas(means: Tensor, sizes: Tensor, keep: int, config: HoloV) -> Tensor:
     return capped.scatter_add(1, order, filled)
 
 
+def deal(
+    attention: Tensor, compared: Tensor, members: list[list[int]], keep: int, config: HoloV
+) -> tuple[Tensor, Tensor]:
+    """Tokens that each run keeps, ``(batch, runs)``, and what decides inside a run, ``(batch, tokens)``."""
+    device = compared.device
+    sizes = torch.tensor([len(run) for run in members], device=device)
+
+    def exactly(rows: list[int]) -> tuple[Tensor, Tensor]:
+        score = scores(attention[rows], compared[rows], members, config)
+        of_run = torch.arange(len(members), device=device).repeat_interleave(sizes, output_size=int(score.shape[1]))
+        tokens = torch.tensor([token for run in members for token in run], device=device)
+        sums = torch.zeros(len(rows), len(members), dtype=score.dtype, device=device)
+        sums.scatter_add_(1, of_run.expand(len(rows), -1), score[:, tokens])
+        return quotas(sums / sizes, sizes, keep, config), score
+
+    images = list(range(len(attention)))
+    if config.inside == "score":
+        return exactly(images)
+    if device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":
+        return exactly(images)[0], attention.float()
+
+    # Where attention alone decides inside a run, rough scores mostly give the quotas that exact ones give.
+    quota = torch.empty(len(images), len(members), dtype=torch.long)
+    for span in SPANS:
+        doubtful = []
+        for image in images:
+            means, error = rough_means(attention[image : image + 1], compared[image], members, config, span)
+            quota[image] = quotas(means, sizes, keep, config)[0]
+            if not certain(means, error, sizes, keep):
+                doubtful.append(image)
+        images = doubtful
+    for image in images:
+        quota[image] = exactly([image])[0][0]
+    return quota, attention.float()
+
+
 def reads(config: HoloV) -> tuple[str, ...]:
     return ("features", "cls_attention", "projected")
 
@@ -223,21 +290,8 @@ def select(signals: VisionSignals, keep: int, config: HoloV, seed: int = 0) -> S
     run_of = torch.empty_like(tokens).scatter_(
         0, tokens, torch.arange(len(members), device=device).repeat_interleave(sizes, output_size=len(tokens))
     )
+    quota, signal = deal(signals.cls_attention, signals.compared(signals.projected), members, keep, config)
 
-    def quotas_of(attention: Tensor, compared: Tensor, rough: bool) -> tuple[Tensor, Tensor, Tensor]:
-        score, error = scores(attention, compared, members, config, rough)
-        means = torch.zeros(len(score), len(members), dtype=score.dtype, device=device)
-        means = means.scatter_add(1, run_of.expand(len(score), -1), score) / sizes
-        return score, quotas(means, sizes, keep, config), certain(means, error, sizes, keep)
-
-    # Where attention alone decides inside a run, rough scores mostly give the quotas that exact ones give.
-    rough = device.type == "cpu" and config.inside == "attention" and torch.get_float32_matmul_precision() == "highest"
-    attention, compared = signals.cls_attention, signals.compared(signals.projected)
-    score, quota, sure = quotas_of(attention, compared, rough)
-    for row in (~sure).nonzero()[:, 0].tolist() if rough else []:
-        quota[row] = quotas_of(attention[row : row + 1], compared[row : row + 1], False)[1][0]
-
-    signal = score if config.inside == "score" else signals.cls_attention.float()
     order = ranked(signal)
     grouped = order.gather(1, torch.sort(run_of[order], dim=1, stable=True).indices)
     starts = (sizes.cumsum(0) - sizes)[run_of[grouped]]
