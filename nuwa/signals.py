@@ -194,25 +194,33 @@ def rounded(cosines: Tensor) -> Tensor:
     return cosines.mul_(2**24).round_().mul_(2**-24).float()
 
 
-def products_of_pairs(vectors: Tensor) -> Tensor:
+def products_of_pairs(vectors: Tensor, span: int | None = None) -> Tensor:
     """Products of all pairs of ``(tokens, dim)``: ``(tokens, tokens)``.
 
-    Below the diagonal nearly all is copied, which takes half of the multiplications of a plain product.
+    Below the diagonal nearly all is copied, which takes half of the multiplications of a plain product. Of ``span``
+    channels at a time, if that is given: their sums, one after the other, are off by less than one sum over all.
     """
     products = vectors.new_empty(len(vectors), len(vectors))
-    _fill_products(vectors, products)
+    _fill_products(vectors.split(span or vectors.shape[1], dim=1), products)
     return products
 
 
-def _fill_products(vectors: Tensor, products: Tensor) -> None:
-    half = len(vectors) // 2
+def _fill_products(parts: Sequence[Tensor], products: Tensor) -> None:
+    half = len(products) // 2
     if half < SMALLEST_HALF:
-        torch.mm(vectors, vectors.T, out=products)
+        _add_products(parts, parts, products)
         return
-    torch.mm(vectors[:half], vectors[half:].T, out=products[:half, half:])
+    first, second = [part[:half] for part in parts], [part[half:] for part in parts]
+    _add_products(first, second, products[:half, half:])
     products[half:, :half] = products[:half, half:].T
-    _fill_products(vectors[:half], products[:half, :half])
-    _fill_products(vectors[half:], products[half:, half:])
+    _fill_products(first, products[:half, :half])
+    _fill_products(second, products[half:, half:])
+
+
+def _add_products(left: Sequence[Tensor], right: Sequence[Tensor], products: Tensor) -> None:
+    torch.mm(left[0], right[0].T, out=products)
+    for rows, columns in zip(left[1:], right[1:], strict=True):
+        products.addmm_(rows, columns.T)
 
 
 def ranked(scores: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ the lower index, and the features are those the projector consumes, not what it 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
-from nuwa.signals import VisionSignals, cosine_similarity, directions, products_of_pairs, rounded
+from nuwa.signals import NORM_EPSILON, VisionSignals, cosine_similarity, directions, products_of_pairs
 from nuwa.stage1.registry import register
 
+SPAN = 512  # channels whose products are summed in float32 before they join the others'
 SMALLEST_SLAB = 128  # tokens compared with all others at once, however few are kept
 
 
@@ -34,7 +36,7 @@ def select(signals: VisionSignals, keep: int, config: DivPrune, seed: int = 0) -
     features = signals.compared(signals.features)
     # Elsewhere products may be off by more, and which ones have to be made exactly would have to be asked of the device.
     if features.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest":
-        chosen = torch.tensor([one_by_one(directions(image), keep) for image in features])
+        chosen = torch.tensor([one_by_one(image, keep) for image in features.float()])
     else:
         chosen = together(directions(features), keep)
     return keep_unmerged(signals, chosen.sort(dim=1).values)
@@ -65,22 +67,25 @@ def nearest_similarity(unit: Tensor, rows: Tensor) -> Tensor:
     return similarity.scatter_(2, rows[..., None], -torch.inf).amax(dim=2)
 
 
-def one_by_one(unit: Tensor, keep: int) -> list[int]:
+def one_by_one(image: Tensor, keep: int) -> list[int]:
     """The tokens of one image ``(tokens, dim)`` in the order that they are chosen.
 
-    Products of unit vectors in float32 are off by less than ``(dim + 8) / 2²⁴``. So the least of exact similarities is
-    among those whose rough one lies within twice that of the least, mostly one; only these are made exactly.
+    Products of unit vectors in float32, :data:`SPAN` channels at a time, are off by less than ``(SPAN + dim / SPAN + 8) /
+    2²⁴``. So the least of exact similarities is among those whose rough one lies within twice that of the least, mostly
+    one; only these are made exactly.
     """
-    dim = unit.shape[1]
-    rough = products_of_pairs(unit.float()).fill_diagonal_(-torch.inf)
-    margin = 2 * (dim + 8) * 2**-24
+    dim = image.shape[1]
+    length = torch.linalg.vector_norm(image, dim=1, keepdim=True, dtype=torch.float64).clamp_(min=NORM_EPSILON)
+    rough = products_of_pairs(image / length.float(), SPAN).fill_diagonal_(-torch.inf)
+    margin = 2 * (min(dim, SPAN) + dim // SPAN + 8) * 2**-24
     nearest = rough.amax(dim=1)
     close = (nearest <= nearest.min() + margin).nonzero()[:, 0]
     if len(close) > 1:
-        exact = [nearest_similarity(unit[None], slab[None])[0] for slab in close.split(max(keep, SMALLEST_SLAB))]
+        unit = directions(image)[None]
+        exact = [nearest_similarity(unit, slab[None])[0] for slab in close.split(max(keep, SMALLEST_SLAB))]
         close = close[torch.cat(exact).argmin()]
 
-    known = Known(unit, rough.numpy(), margin)
+    known = Known(image.numpy(), length.numpy(), rough.numpy(), margin)
     known.add(int(close))
     for _ in range(1, keep):
         low = (known.closest <= known.closest.min() + margin).nonzero()[0]
@@ -91,15 +96,18 @@ def one_by_one(unit: Tensor, keep: int) -> list[int]:
 class Known:
     """What is known of one image's tokens and the chosen ones: roughly of all, exactly of those that were asked about.
 
-    ``unit`` ``(tokens, dim)``; ``rough`` ``(tokens, tokens)`` similarities, of which two within ``margin`` may be equal.
+    ``image`` ``(tokens, dim)`` with the tokens' lengths ``(tokens, 1)``; ``rough`` ``(tokens, tokens)`` similarities, of
+    which two within ``margin`` may be equal.
     """
 
-    def __init__(self, unit: Tensor, rough: NDArray[np.float32], margin: float) -> None:
-        self.unit, self.rough, self.margin = unit.numpy(), rough, margin
+    def __init__(
+        self, image: NDArray[Any], length: NDArray[np.float64], rough: NDArray[np.float32], margin: float
+    ) -> None:
+        self.image, self.length, self.rough, self.margin = image, length, rough, margin
         self.chosen: list[int] = []
-        self.closest = np.full(len(unit), -np.inf, np.float32)  # rough similarity to the nearest chosen token
+        self.closest = np.full(len(image), -np.inf, np.float32)  # rough similarity to the nearest chosen token
         self.nearest = self.closest.copy()  # the exact one, to the nearest of the first ``compared``
-        self.compared = np.zeros(len(unit), np.int64)
+        self.compared = np.zeros(len(image), np.int64)
 
     def add(self, token: int) -> None:
         self.chosen.append(token)
@@ -113,7 +121,9 @@ class Known:
         near = self.rough[tokens[:, None], added] >= self.closest[tokens, None] - self.margin
         added = added[near.any(axis=0)]
         if len(added):
-            similarity = rounded(torch.from_numpy(self.unit[tokens] @ self.unit[added].T))
-            self.nearest[tokens] = np.maximum(self.nearest[tokens], similarity.numpy().max(axis=1))
+            # As directions() and rounded() have it, without what a tensor costs at this size.
+            similarity = (self.image[tokens] / self.length[tokens]) @ (self.image[added] / self.length[added]).T
+            exact = (np.rint(similarity * 2**24) * 2**-24).astype(np.float32)
+            self.nearest[tokens] = np.maximum(self.nearest[tokens], exact.max(axis=1))
         self.compared[tokens] = len(self.chosen)
         return int(tokens[self.nearest[tokens].argmin()])
