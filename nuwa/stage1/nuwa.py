@@ -25,7 +25,6 @@ from fractions import Fraction
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nuwa.allowed import check_share, check_words
@@ -203,11 +202,12 @@ def aggregation_weights(signals: VisionSignals, indices: Tensor, config: Nuwa) -
     everywhere), rows of ``A ⊙ P`` normalised to sum 1, then the own weight set to 1.
     """
     similarity = signals.similarity.float()
-    rows = F.normalize(gather_tokens(similarity, indices), dim=-1, eps=NORM_EPSILON)
     # In place from here on: these tensors are the largest of the method. The norms of the columns divide the
     # product, so that no normalised copy of all tokens is made.
+    norm = similarity.norm(dim=-1).clamp_(min=NORM_EPSILON)
+    rows = gather_tokens(similarity, indices).div_(norm.gather(1, indices)[..., None])
     weights = (rows @ similarity.transpose(1, 2)).relu_()
-    weights.div_(similarity.norm(dim=-1).clamp_(min=NORM_EPSILON)[:, None])
+    weights.div_(norm[:, None])
     within = max(reach(signals.grid, config), WEIGHT_EPSILON)
     weights.mul_(signals.grid.distances(indices).div_(within).clamp_(max=1).neg_().add_(1))
     weights.div_(weights.sum(dim=-1, keepdim=True).add_(WEIGHT_EPSILON))
@@ -239,7 +239,10 @@ def select(signals: VisionSignals, keep: int, config: Nuwa, seed: int = 0) -> Se
     collectors = indices.gather(1, places)
     gathered = aggregation_weights(signals, collectors, config) @ signals.features.float()
     # Of signals that tie, some places hold a pillar, which keeps its own features.
-    is_pillar = pillars.gather(1, places)[..., None]
-    gathered = torch.where(is_pillar, gather_tokens(signals.features, collectors), gathered.to(signals.features.dtype))
-    features = untouched.features.scatter_(1, places[..., None].expand_as(gathered), gathered)
-    return Selection(indices, features, pillars)
+    image, place = (~pillars.gather(1, places)).nonzero(as_tuple=True)
+    if len(image) < places.numel():
+        gathered = gathered[image, place][None]
+    # Whole rows are copied, where scattering looks every number up.
+    row = image * indices.shape[1] + places[image, place]
+    features = untouched.features.flatten(0, 1).index_copy_(0, row, gathered.flatten(0, 1).to(untouched.features.dtype))
+    return Selection(indices, features.view_as(untouched.features), pillars)
