@@ -136,8 +136,11 @@ class InterleavedLayout(VisualLayout):
 
 
 def layout_order(layout: VisualLayout) -> tuple[int, str]:
-    """Sorts layouts from small to large."""
-    return layout.tokens, repr(layout.views)
+    """Sorts layouts from small to large; no two have the same place."""
+    views = repr(layout.views)
+    if isinstance(layout, InterleavedLayout):
+        views += repr(([len(image.views) for image in layout.images], layout.between))
+    return layout.tokens, views
 
 
 def layout_to_json(layout: VisualLayout) -> dict[str, Any]:

@@ -212,20 +212,22 @@ def _ends(name: BenchmarkName, folder: Path) -> None:
         raise RecordError(f"{folder}: no question of {name.table} in it; fetch the table again")
     for row in ends:
         for example in benchmark.questions_of(row):
-            _look_at(example.image, f"{row.place}: row {row.number} of {benchmark.name}")
+            for image in example.images:
+                _look_at(image, f"{row.place}: row {row.number} of {benchmark.name}")
 
 
 def _every_row(name: BenchmarkName, folder: Path) -> Iterator[Finding]:
     seen: set[bytes] = set()
     for example in name.benchmark().examples(read_benchmark(folder, name), f"{folder} ({name.table})", whole=True):
-        key = example.image[:64] + example.image[-64:] + len(example.image).to_bytes(8, "little")
-        if key in seen:
-            continue
-        seen.add(key)
-        try:
-            _look_at(example.image, example.example_id)
-        except UserError as error:  # all of them, not the first
-            yield Finding("error", f"prepare.tables.{name.table}: {error}")
+        for image in example.images:
+            key = image[:64] + image[-64:] + len(image).to_bytes(8, "little")
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                _look_at(image, example.example_id)
+            except UserError as error:  # all of them, not the first
+                yield Finding("error", f"prepare.tables.{name.table}: {error}")
 
 
 def _look_at(image: bytes, place: str) -> None:

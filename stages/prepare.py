@@ -42,7 +42,16 @@ def prepare(settings: Settings) -> None:
     seen = seen_by(path, rules) if told_in_pixels else lambda size: size
     model_type = model_shape(published(path)).model_type
     order = reading_order(path, rules)
-    notes = write_examples(sources, style, EXAMPLES, IMAGES, seen=seen, order=order, model_type=model_type)
+    notes = write_examples(
+        sources,
+        style,
+        EXAMPLES,
+        IMAGES,
+        seen=seen,
+        order=order,
+        model_type=model_type,
+        several=adapter_class(model_type).alike,
+    )
     for name, counts in notes.items():
         for note, count in counts.items():
             print(f"{name}: {note}: {count:,}")

@@ -40,9 +40,10 @@ class Example:
         truth: what ``score`` needs, JSON-serialisable and self-contained. ``truth["group"]``, where there is one, names
             the questions that are scored together (MME's pairs, MMBench's circular copies).
         category: the benchmark's own division, ``""`` where it has none.
-        image: encoded bytes, as published.
+        image: encoded bytes, as published; of several images the first.
         context: what the prompt shows besides the question (a hint, OCR tokens) and scoring does not need.
         note: what of the published question the model is not shown, ``""`` where it is shown all of it.
+        further: encoded bytes of the images behind the first, which all stand before the text.
     """
 
     example_id: str
@@ -52,6 +53,12 @@ class Example:
     image: bytes
     context: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    further: tuple[bytes, ...] = ()
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        """All that are shown, in their order."""
+        return self.image, *self.further
 
 
 def means(sums: Sums) -> Sums:
@@ -263,10 +270,11 @@ class Benchmark:
     def _examples_of(self, row: Row, whole: bool) -> Iterator[Example]:
         for example in self.read(row.values):
             if whole:
-                try:
-                    image_size(example.image)
-                except RecordError as error:
-                    raise RecordError(f"column {_column_of(row.values, example.image)!r}: {error}") from None
+                for image in example.images:
+                    try:
+                        image_size(image)
+                    except RecordError as error:
+                        raise RecordError(f"column {_column_of(row.values, image)!r}: {error}") from None
             yield example
 
     def _check_groups(self, groups: Mapping[str, tuple[int, str]]) -> None:

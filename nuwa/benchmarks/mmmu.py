@@ -1,9 +1,9 @@
 """MMMU (validation): college questions, multiple choice and open.
 
-The pipeline shows one image a question. Variants: ``single_image`` leaves out the questions that refer to several;
-``first_image`` asks them too, with the first of their images. The image's ``<image k>`` tag is taken out of the text;
-under the protocols of lmms-eval it stays where it stands, and the image before all text. How many questions are left out
-or lack images is counted when the table is read.
+Images stand before all text, in the order of their numbers, each once. Variants: ``all_images`` shows all that a
+question names; ``single_image`` leaves out the questions that name several; ``first_image`` asks them too, with the first
+of their images. The ``<image k>`` tag of a single image is taken out of the text; of several they stay, and under the
+protocols of lmms-eval all do. How many questions are left out or lack images is counted when the table is read.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ast
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,13 @@ NUMBER = re.compile(
     r"|-?\d+(?:\.\d+)?[eE][+-]?\d+"
     r"|-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"
 )
+
+
+def _read_all(row: dict[str, Any], tagged: bool = False) -> Iterator[Example]:
+    numbers = _tags(row)
+    example = _example(row, tagged or len(numbers) > 1)
+    further = tuple(image_bytes(row[f"image_{number}"], f"image_{number}") for number in numbers[1:])
+    yield replace(example, further=further, note="")
 
 
 def _read_single(row: dict[str, Any], tagged: bool = False) -> Iterator[Example]:
@@ -203,5 +211,5 @@ VARIANTS = tuple(
             "lmms_eval_0_3": Rules("mmmu_acc", 16, read=partial(read, tagged=True)),
         },
     )
-    for variant, read in (("single_image", _read_single), ("first_image", _read_first))
+    for variant, read in (("all_images", _read_all), ("single_image", _read_single), ("first_image", _read_first))
 )

@@ -268,7 +268,7 @@ class _Planning:
         self.vlm, self.options = vlm, options
         self.pictures: dict[int, tuple[Picture, ...]] = {}  # by image: its questions follow one another
         self.planned: dict[tuple[VisualLayout, ...], None] = {}
-        self.prompts: dict[str, EncodedPrompt] = {}  # of texts, which come again
+        self.prompts: dict[tuple[str, int], EncodedPrompt] = {}  # of texts and numbers of images, which come again
 
     def of(self, asked: Sequence[Asked]) -> Plan:
         work: dict[tuple[str, ...], tuple[tuple[Picture, ...], list[Prompted]]] = {}
@@ -310,9 +310,10 @@ class _Planning:
     def _prompt(self, one: Asked) -> EncodedPrompt:
         if one.asked.messages is not None:
             return encode_question(self.vlm, one.asked)
-        if one.asked.text not in self.prompts:
-            self.prompts[one.asked.text] = encode_question(self.vlm, one.asked)
-        return self.prompts[one.asked.text]
+        asked = one.asked.text, one.asked.places
+        if asked not in self.prompts:
+            self.prompts[asked] = encode_question(self.vlm, one.asked)
+        return self.prompts[asked]
 
 
 def _placed(error: Exception, image: int) -> Exception:

@@ -26,7 +26,7 @@ PARTS = ("image", "text")
 class Question:
     """``text``: what is asked, which methods read that look at it before the language model; of a conversation the last
     message's. ``messages``: the conversation in its plainest form; null: ``text`` alone, behind the images. ``images``:
-    those that the messages hold themselves; ``places``: how many images they speak of."""
+    those that the messages hold themselves; ``places``: how many images it is about."""
 
     text: str
     messages: tuple[dict[str, Any], ...] | None = None
@@ -35,11 +35,7 @@ class Question:
 
     def of(self, images: int) -> Question:
         """Asked about so many images: a text stands behind them all."""
-        if self.messages is not None or images == 1:
-            return self
-        content: list[dict[str, Any]] = [{"type": "image"}] * images
-        messages = ({"role": "user", "content": [*content, {"type": "text", "text": self.text}]},)
-        return replace(self, messages=messages, places=images)
+        return self if self.messages is not None else replace(self, places=images)
 
 
 def is_conversation(value: Any) -> bool:
@@ -110,7 +106,7 @@ def encode_question(vlm: Adapter, question: Question) -> EncodedPrompt:
     :class:`CallError` where the template refuses or drops what the messages say.
     """
     if question.messages is None:
-        return vlm.encode_prompt(question.text)
+        return vlm.encode_prompt(question.text, max(1, question.places))
     messages = list(question.messages)
     if vlm.opening:
         if messages[0]["role"] == "system":

@@ -172,6 +172,8 @@ class Adapter(ABC):
     ``dynamic``: whether images differ in layout.
     ``alike``: whether an image among several of one question is encoded as it is alone; where it is not,
     :meth:`layout_among` and :meth:`encode_among` say how.
+    ``joint``: what parts the placeholders of several images that stand before a text; null: what the checkpoint's
+    template puts there.
     ``layout``: the layout of every image where all images have the same, else null.
     ``text``: the language model's layers and what they take (:mod:`nuwa.vlm.language`).
     ``turn``: one question about one image as the family's published chat template renders it, with the placeholders
@@ -193,6 +195,7 @@ class Adapter(ABC):
     resizes: ClassVar[bool] = False
     dynamic: ClassVar[bool] = True
     alike: ClassVar[bool] = True
+    joint: ClassVar[str | None] = None
     pads: ClassVar[bool] = False
     pairs_text: ClassVar[bool] = False
     turn: ClassVar[str]
@@ -367,25 +370,30 @@ class Adapter(ABC):
             by_question.append(dataclasses.replace(rows, relevance=relevance.to(view.features.device)))
         return by_question
 
-    def encode_prompt(self, text: str) -> EncodedPrompt:
-        """The model's own chat template around ``text`` and one image, split at the image placeholder.
+    def encode_prompt(self, text: str, images: int = 1) -> EncodedPrompt:
+        """The model's own chat template around ``text`` and so many images before it, split at the image placeholders.
 
         Raises :class:`PromptError` where ``text`` holds a placeholder of its own, ``ValueError`` where the template hides
         the conversation's system prompt, :class:`nuwa.vlm.checkpoint.CheckpointError` where it shows no image.
         """
-        full = render_question(self.processor, text, self.opening)
+        full = render_question(self.processor, text, self.opening, 1 if self.joint is not None else images)
+        if self.joint is not None and images > 1:
+            placeholder = self.processor.tokenizer.convert_ids_to_tokens(self.image_token)
+            full = full.replace(placeholder, self.joint.join([placeholder] * images), 1)
         for message in self.opening:
             (system,) = message["content"]
             if system["text"] not in full:
                 raise ValueError("the model's chat template shows no system prompt: use conversation 'template'")
         ids = tokenize_prompt(self.processor.tokenizer, self.prompt_text(full))
 
-        if ids.count(self.image_token) != 1:
+        if ids.count(self.image_token) != images:
             if self.image_token in self.processor.tokenizer(text, add_special_tokens=False).input_ids:
                 raise PromptError(
                     f"the question {_shortened(text)!r} holds the model's image placeholder; reword it or take it out"
                 )
             check_template(self.processor, self.image_token)
+            if images > 1:
+                raise PromptError(f"the model's chat template does not show {images} images; ask about one at a time")
         return EncodedPrompt.split(ids, self.image_token)
 
     def prompt_text(self, rendered: str) -> str:
@@ -464,9 +472,9 @@ def _digest_weights(digest: Any, state: dict[str, Tensor]) -> None:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def render_question(processor: Any, text: str, opening: Sequence[dict[str, Any]] = ()) -> str:
-    """The chat template around one image and ``text``, up to where the answer begins; ``opening``: messages before."""
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+def render_question(processor: Any, text: str, opening: Sequence[dict[str, Any]] = (), images: int = 1) -> str:
+    """The chat template around ``images`` and ``text``, up to where the answer begins; ``opening``: messages before."""
+    turn = {"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
     return processor.apply_chat_template([*opening, turn], add_generation_prompt=True, tokenize=False)
 
 

@@ -34,6 +34,7 @@ class LlavaAdapter(ClipAdapter):
     resizes = True
     dynamic = False
     pads = True
+    joint = " "  # LLaVA's own code, and lmms-eval with it: "<image> <image>" and a line break before the text
     layout: VisualLayout
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: Any, **framing: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 class LlavaNextAdapter(ClipAdapter):
     model_class = FromTransformers("LlavaNextForConditionalGeneration")
     encoder = "LLaVA-NeXT's CLIP tower"
+    joint: ClassVar[str | None] = " "  # as LLaVA-1.5
 
     def __init__(self, model: LlavaNextForConditionalGeneration, processor: Any, **framing: Any) -> None:
         super().__init__(model, processor, **framing)

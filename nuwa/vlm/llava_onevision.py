@@ -52,6 +52,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     offers_cls = False
     pairs_text = False
     alike = False
+    joint = None
     turn = "{system}<|im_start|>user <image>\n{text}<|im_end|><|im_start|>assistant\n"
 
     @classmethod

@@ -18,27 +18,31 @@ import pyarrow.parquet as pq
 
 from nuwa.benchmarks import Benchmark, RecordError, image_size
 from pipelines.addresses import BenchmarkName
+from pipelines.data.image_keys import key_of
 from pipelines.data.tables import read_benchmark
 from pipelines.files.atomic import atomic_path
 from pipelines.settings import SettingsError
 
+SHOWN = pa.list_(pa.struct({"image": pa.string(), "width": pa.int32(), "height": pa.int32()}))
 EXAMPLES = pa.schema(
     {
         "example_id": pa.string(),  # <benchmark>:<question id>[:<k>]
         "benchmark": pa.string(),
         "family": pa.string(),  # grounding | vqa
-        "image": pa.string(),  # sha256 of the encoded image bytes
+        "image": pa.string(),  # sha256 of the encoded image bytes; of several see pipelines.data.image_keys
         "question": pa.string(),  # as people read it
         "prompt": pa.string(),  # the text behind the image that the model gets
         "truth": pa.string(),  # JSON, see nuwa.benchmarks
         "category": pa.string(),
-        "width": pa.int32(),
+        "width": pa.int32(),  # of the first image
         "height": pa.int32(),
         "max_new_tokens": pa.int32(),
+        "images": SHOWN,  # of a question about several images all of them; null where there is one
     }
 )
 IMAGES = pa.schema({"image": pa.string(), "width": pa.int32(), "height": pa.int32(), "bytes": pa.binary()})
 IMAGES_PER_ROW_GROUP = 64
+SEVERAL_IMAGES = "questions about several images left out, which the pipeline shows this model one at a time"
 NOTES = b"notes"  # key of the metadata of examples.parquet
 
 
@@ -59,6 +63,7 @@ def write_examples(
     seen: Callable[[Size], Size] = lambda size: size,
     order: Callable[[Size], Any] = lambda size: (),
     model_type: str = "",
+    several: bool = True,
 ) -> dict[str, Counter[str]]:
     """Read every benchmark from its folder; write ``examples.parquet`` sorted by image, and each image once.
 
@@ -69,6 +74,7 @@ def write_examples(
     are sorted by before their digest, from their size: those of one value stand in row groups of their own. It raises
     ``ValueError`` for a size that the model does not take. ``model_type``: of whose family answer limits are, where a
     protocol tells families apart; raises :class:`nuwa.benchmarks.ProtocolError` where it is not run on such a model.
+    ``several``: whether the model can be asked about several images at once; else such questions are left out and counted.
 
     Tables are read batch by batch and images wait on disk for their place, so memory does not grow with the images.
     """
@@ -82,10 +88,19 @@ def write_examples(
             benchmark, source = name.benchmark(), f"{folder} ({name.table})"
             limit, noted = benchmark.limit(model_type), Counter[str]()
             for example in benchmark.examples(read_benchmark(folder, name), source, noted, whole=True):
+                if example.further and not several:
+                    noted[SEVERAL_IMAGES] += 1
+                    continue
                 example_id = name.table + example.example_id.removeprefix(benchmark.name)
-                image = waiting.add(example.image, f"{source}: {example_id}")
-                width, height = waiting.sizes[image]
-                row = {"example_id": example_id, "benchmark": text, "family": benchmark.family, "image": image}
+                shown = [waiting.add(image, f"{source}: {example_id}") for image in example.images]
+                width, height = waiting.sizes[shown[0]]
+                row: dict[str, Any] = {
+                    "example_id": example_id,
+                    "benchmark": text,
+                    "family": benchmark.family,
+                    "image": key_of(shown),
+                }
+                row |= {"images": [_placed(one, waiting.sizes[one]) for one in shown]} if example.further else {}
                 row |= {"question": example.question, "prompt": benchmark.prompt(example, style)}
                 row |= {"truth": _truth_text(example.truth, seen((width, height))), "category": example.category}
                 rows.append(row | {"width": width, "height": height, "max_new_tokens": limit})
@@ -98,6 +113,11 @@ def write_examples(
     with atomic_path(examples) as path:
         pq.write_table(pa.Table.from_pylist(rows, schema), path)
     return notes
+
+
+def _placed(image: str, size: Size) -> dict[str, Any]:
+    """An image as the column ``images`` has it."""
+    return {"image": image, "width": size[0], "height": size[1]}
 
 
 def _truth_text(truth: Mapping[str, Any], seen: Size) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ def _asked_about(image: str, images_path: Path) -> str:
     """The questions about an image, from the table that ``prepare`` leaves beside the images."""
     examples = images_path.with_name("examples.parquet")
     if examples.exists():
-        held = pq.read_table(examples, columns=["example_id"], filters=[("image", "=", image)])
+        names_it = pc.match_substring(pc.field("image"), image)  # alone, or among several
+        held = pq.read_table(examples, columns=["example_id"], filters=names_it)
         names = held["example_id"].to_pylist()
         if names:
             more = f" and {len(names) - 1} more rows" if len(names) > 1 else ""

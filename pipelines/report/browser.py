@@ -19,6 +19,7 @@ import pyarrow.dataset as ds
 from PIL import Image
 
 from nuwa.images import read_image
+from pipelines.data.image_keys import shows_several
 from pipelines.report.gallery import (
     Tokens,
     accepted,
@@ -119,7 +120,7 @@ def questions(inputs: ReportInputs, outcomes: Outcomes, budget: float) -> list[Q
 def _sample(inputs: ReportInputs, outcomes: Outcomes) -> pd.DataFrame:
     """By turns of benchmarks, in the order of the page's columns; on one fixed grid of square images only, as there it is
     not known where tokens lie on others."""
-    examples = inputs.examples
+    examples = inputs.examples[~inputs.examples["image"].map(shows_several)]
     if not outcomes.dynamic:
         examples = examples[examples["width"] == examples["height"]]
     digests = examples["example_id"].map(lambda name: hashlib.sha256(name.encode()).hexdigest())

@@ -25,6 +25,7 @@ from nuwa.benchmarks.grounding import FRAME, ON_FRAME
 from nuwa.grid import PatchGrid
 from nuwa.images import read_image
 from pipelines.data.datasets import parse_name
+from pipelines.data.image_keys import shows_several
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes, TrialRow
 from pipelines.report.places import Size, TokenPlaces
@@ -121,7 +122,9 @@ def rows_of(dataset: ds.Dataset, column: str, values: set[str]) -> pd.DataFrame:
 def _answers(inputs: ReportInputs, trials: list[TrialRow], square: bool) -> _Answers:
     """``square``: only on square images; on others one fixed grid's place depends on the model's own padding."""
     ids = [trial.trial_id for trial in trials]
-    examples = inputs.examples.set_index("example_id")
+    # Where tokens lie is known on an image, not on several of one question.
+    alone = ~inputs.examples["image"].map(shows_several)
+    examples = inputs.examples[alone].set_index("example_id")
     if square:
         examples = examples[examples["width"] == examples["height"]]
     rows = rows_of(inputs.predictions, "trial_id", set(ids))

@@ -26,13 +26,15 @@ from nuwa import UNPRUNED
 from nuwa.decoder import Answer, Trunk
 from nuwa.decoder.finite import NotFinite
 from nuwa.grid import PatchGrid
-from nuwa.layout import VisualLayout
+from nuwa.layout import InterleavedLayout, VisualLayout, images_of, interleave
 from nuwa.methods import select_views
 from nuwa.plugins import load_plugins
 from nuwa.selection import Selection
 from nuwa.signals import VisionSignals
 from nuwa.vlm import Adapter, EncodedPrompt, view_signals
+from pipelines.data.image_keys import digests_of, shows_several
 from pipelines.features.images import read_images
+from pipelines.features.layouts import interleaved
 from pipelines.features.loading import FULL_PRECISION, Loading, load_model
 from pipelines.features.store import FeatureStore
 from pipelines.files.lines import tell
@@ -107,7 +109,7 @@ class SweepWorker:
         self.features, self.encoder = FeatureStore(spec.feature_root, spec.feature_identity), spec.encoder
         self.results = ResultStore(spec.results)
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="features")
-        self.encoded: dict[tuple[str, ...], Future[list[EncodedImages]]] = {}
+        self.encoded: dict[tuple[str, ...], Future[list[Encoded]]] = {}
         self.words = Words(self.vlm)
 
     def run(self, unit: WorkUnit, upcoming: WorkUnit | None = None) -> UnitReport | Partial:
@@ -140,7 +142,7 @@ class SweepWorker:
             return Partial(report, unit.only(failed), answered.failed[failed[0].trial_id])
         return report
 
-    def _store(self, finished: WorkUnit, answered: Answered, groups: Sequence[EncodedImages]) -> None:
+    def _store(self, finished: WorkUnit, answered: Answered, groups: Sequence[Encoded]) -> None:
         stored = StoredUnit(
             finished.unit_id,
             tuple(trial.answer_id for trial in finished.trials),
@@ -149,7 +151,7 @@ class SweepWorker:
         )
         self.results.write(stored, answered.tables(stored.unit))
 
-    def _provenance(self, groups: Sequence[EncodedImages]) -> str:
+    def _provenance(self, groups: Sequence[Encoded]) -> str:
         """Where a unit's answers come from; ``batches``: how many images were answered together."""
         spec, kind = self.spec, self.spec.device
         return json.dumps(
@@ -166,11 +168,12 @@ class SweepWorker:
             sort_keys=True,
         )
 
-    def _read(self, images: tuple[str, ...]) -> Future[list[EncodedImages]]:
+    def _read(self, images: tuple[str, ...]) -> Future[list[Encoded]]:
         if images in self.encoded:
             return self.encoded[images]
         resized = self._resized if self.vlm.resizes else None
-        return self.reader.submit(read_encoded, self.features, images, self.encoder, resized, self.vlm.heads)
+        together = functools.partial(interleaved, self.vlm)
+        return self.reader.submit(read_encoded, self.features, images, self.encoder, resized, self.vlm.heads, together)
 
     def _resized(self, images: tuple[str, ...]) -> Callable[[PatchGrid], Tensor]:
         """Encodes ``images`` at a smaller size, when a method asks for it.
@@ -191,14 +194,34 @@ def read_encoded(
     encoder: str,
     resized: Callable[[tuple[str, ...]], Callable[[PatchGrid], Tensor]] | None = None,
     heads: int = 1,
-) -> list[EncodedImages]:
+    together: Callable[[Sequence[VisualLayout]], InterleavedLayout] | None = None,
+) -> list[Encoded]:
     """What the store holds of ``images``, layout by layout; ``encoder``, ``resized``, ``heads``: see
-    :class:`nuwa.signals.VisionSignals`."""
-    groups = []
-    for layout, alike in store.by_layout(images).items():
+    :class:`nuwa.signals.VisionSignals`.
+
+    Keys of several images come behind the others; ``together``: the layout of a sequence from its images', which is only
+    asked where there is such a key.
+    """
+
+    def encoded(layout: VisualLayout, alike: tuple[str, ...]) -> EncodedImages:
         again = resized(alike) if resized else None
         views = view_signals(layout, store.read(alike), alike, resized=again, encoder=encoder, heads=heads)
-        groups.append(EncodedImages(alike, layout, views))
+        return EncodedImages(alike, layout, views)
+
+    alone = [image for image in images if not shows_several(image)]
+    groups: list[Encoded] = [encoded(layout, alike) for layout, alike in store.by_layout(alone).items()]
+
+    sequences = {key: digests_of(key) for key in images if shows_several(key)}
+    known = {image for shown in sequences.values() for image in shown}
+    layouts = {image: layout for layout, alike in store.by_layout(sorted(known)).items() for image in alike}
+    alike_sequences: dict[tuple[VisualLayout, ...], list[str]] = {}
+    for key, shown in sequences.items():
+        alike_sequences.setdefault(tuple(layouts[image] for image in shown), []).append(key)
+    for of_images, keys in alike_sequences.items():
+        assert together is not None
+        columns = zip(*(sequences[key] for key in keys), strict=True)
+        parts = [encoded(layout, column) for layout, column in zip(of_images, columns, strict=True)]
+        groups.append(EncodedSequences(tuple(keys), together(of_images), parts))
     return groups
 
 
@@ -207,13 +230,14 @@ class Words:
 
     def __init__(self, vlm: Adapter) -> None:
         self.vlm = vlm
-        self.prompts: dict[str, EncodedPrompt] = {}
+        self.prompts: dict[tuple[str, int], EncodedPrompt] = {}
         self.texts: dict[tuple[int, ...], str] = {}
 
-    def encode(self, text: str) -> EncodedPrompt:
-        if text not in self.prompts:
-            self.prompts[text] = self.vlm.encode_prompt(text)
-        return self.prompts[text]
+    def encode(self, text: str, images: int = 1) -> EncodedPrompt:
+        """``text`` behind so many images."""
+        if (text, images) not in self.prompts:
+            self.prompts[text, images] = self.vlm.encode_prompt(text, images)
+        return self.prompts[text, images]
 
     def decode(self, tokens: tuple[int, ...]) -> str:
         if tokens not in self.texts:
@@ -228,6 +252,10 @@ class EncodedImages(NamedTuple):
     layout: VisualLayout
     views: Sequence[VisionSignals]
 
+    def select(self, trial: Trial) -> Selection:
+        """Stage 1 of a trial on this layout."""
+        return select_views(trial.plan, self.layout, self.views)
+
     def to(self, device: torch.device) -> EncodedImages:
         return self._replace(views=[view.to(device) for view in self.views])
 
@@ -240,6 +268,34 @@ class EncodedImages(NamedTuple):
     def projected_by(self, vlm: Adapter) -> EncodedImages:
         """Where a method reads what stands behind the projector, ``vlm`` makes it."""
         return self._replace(views=[replace(view, project=vlm.project) for view in self.views])
+
+
+class EncodedSequences(NamedTuple):
+    """Keys of several images each, whose sequences have one layout. ``columns``: the first image of every sequence, the
+    second, and so on."""
+
+    images: tuple[str, ...]
+    layout: InterleavedLayout
+    columns: Sequence[EncodedImages]
+
+    def select(self, trial: Trial) -> Selection:
+        """Stage 1 on each image as if it were alone."""
+        of_images = [column.select(alone) for column, alone in zip(self.columns, trial.images, strict=True)]
+        return interleave(self.layout, of_images)
+
+    def to(self, device: torch.device) -> EncodedSequences:
+        return self._replace(columns=[column.to(device) for column in self.columns])
+
+    def by_question(self, vlm: Adapter, questions: Sequence[Sequence[UnitExample]]) -> EncodedSequences:
+        """See :meth:`EncodedImages.by_question`."""
+        columns = [column.by_question(vlm, questions) for column in self.columns]
+        return self._replace(images=columns[0].images, columns=columns)
+
+    def projected_by(self, vlm: Adapter) -> EncodedSequences:
+        return self._replace(columns=[column.projected_by(vlm) for column in self.columns])
+
+
+Encoded = EncodedImages | EncodedSequences
 
 
 @dataclass
@@ -278,7 +334,7 @@ class Answered:
         }
 
 
-def answer_unit(vlm: Adapter, groups: Sequence[EncodedImages], unit: WorkUnit, words: Words) -> Answered:
+def answer_unit(vlm: Adapter, groups: Sequence[Encoded], unit: WorkUnit, words: Words) -> Answered:
     """All answers of a unit, layout by layout, depth first along the tree of what the trials are there."""
     answered = Answered.of(unit.trials)
     for stored in groups:
@@ -303,7 +359,7 @@ def answer_unit(vlm: Adapter, groups: Sequence[EncodedImages], unit: WorkUnit, w
 class _Selected:
     """What stage 1 came to on images, or on questions each with a row of its own; ``questions``: of each row."""
 
-    rows: EncodedImages
+    rows: Encoded
     questions: list[list[UnitExample]]
     prompts: list[list[EncodedPrompt]]
     selection: Selection
@@ -320,13 +376,13 @@ class _LayoutWork:
 
     vlm: Adapter
     words: Words
-    images: EncodedImages
+    images: Encoded
     questions: list[list[UnitExample]]
     alike: Mapping[str, list[str]]
     answered: Answered
 
     @functools.cached_property
-    def _by_question(self) -> EncodedImages:
+    def _by_question(self) -> Encoded:
         """Made once for all trials whose stage 1 reads questions, and not at all where none does."""
         return self.images.by_question(self.vlm, self.questions)
 
@@ -349,8 +405,9 @@ class _LayoutWork:
             rows = self._by_question
             questions = [[example] for about_image in self.questions for example in about_image]
 
-        prompts = [[self.words.encode(example.prompt) for example in of_row] for of_row in questions]
-        selection = select_views(trial.plan, rows.layout, rows.views)
+        count = len(images_of(rows.layout))
+        prompts = [[self.words.encode(example.prompt, count) for example in of_row] for of_row in questions]
+        selection = rows.select(trial)
         return _Selected(rows, questions, prompts, selection, time.perf_counter() - began)
 
     def _answer_trunk(self, selected: _Selected, trials: list[Trial]) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from nuwa.cost import LlmShape
 from nuwa.decoder import share_beginnings
-from nuwa.layout import VisualLayout, layout_order
+from nuwa.layout import InterleavedLayout, VisualLayout, layout_order
 from nuwa.vlm import Adapter
 from pipelines.features.layouts import image_layouts
 from pipelines.sweep.tree import work_tree
@@ -262,7 +262,8 @@ def sweep_costs(vlm: Adapter, table: pd.DataFrame) -> list[Costs]:
             for _, questions in images[part]
         ]
         middle, _ = images[(part.start + part.stop - 1) // 2]
-        costs.append(Costs(model, Load.of(sample).scaled(factor), middle))
+        between = sum(middle.between) if isinstance(middle, InterleavedLayout) else 0
+        costs.append(Costs(replace(model, system=model.system + between), Load.of(sample).scaled(factor), middle))
     return costs
 
 

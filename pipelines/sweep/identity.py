@@ -22,6 +22,7 @@ from pipelines.features.encoding import features_identity
 from pipelines.features.identity import Described, ModelIdentity, code_names, model_type
 from pipelines.features.images import read_images
 from pipelines.features.known_code import known_code
+from pipelines.features.layouts import interleaved
 from pipelines.features.loading import Loading, load_model
 from pipelines.settings import FeatureSettings
 from pipelines.sweep.answers import SweepWorker, answer_unit, read_encoded
@@ -54,7 +55,7 @@ def trial_code(
     """
     roots: tuple[Any, ...] = (answer_unit, read_encoded, read_images, load_model, SweepWorker._resized)
     # What a trial is called on a layout decides whose answers it shares there.
-    roots += (Trial.on, Trial.plan, Trial.trial_id, Trial.selection_identity)
+    roots += (Trial.on, Trial._together, interleaved, Trial.plan, Trial.trial_id, Trial.selection_identity)
     roots += (Trial._asked, Trial.seeded, Trial.cuts, Trial.final_keep)
     names = code_names(family, language) | {
         "stage-1 method": [stage1],

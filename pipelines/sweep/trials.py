@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,10 +25,10 @@ from typing import Any
 from nuwa import UNPRUNED
 from nuwa.budget import BudgetUnit, budget_on
 from nuwa.grid import PatchGrid
-from nuwa.layout import View, VisualLayout, layout_order
+from nuwa.layout import InterleavedLayout, View, VisualLayout, images_of, layout_order
 from nuwa.methods import LayoutPlan, MethodSpec, Request, specify
 from nuwa.plugins import plugin_code
-from nuwa.schedule import TokenSchedule, UnreachableBudget
+from nuwa.schedule import TokenSchedule, UnreachableBudget, joined
 from nuwa.stage1 import Method, get_method
 from nuwa.stage2 import SCORERS
 from pipelines import axes
@@ -37,10 +37,14 @@ from pipelines.settings import GridEntry, SettingsError, SweepSettings
 
 @dataclass(frozen=True)
 class Layouts:
-    """The layouts of a sweep's images and how many images have each; ``dynamic``: whether they may differ at all."""
+    """The layouts of a sweep's images and how many images have each; ``dynamic``: whether they may differ at all.
+
+    ``together``: layouts of several images in one question; ``counts`` has each of the images.
+    """
 
     counts: Mapping[VisualLayout, int]
     dynamic: bool
+    together: frozenset[InterleavedLayout] = frozenset()
 
     @classmethod
     def fixed(cls, grid: PatchGrid) -> Layouts:
@@ -49,9 +53,11 @@ class Layouts:
 
     @classmethod
     def of(cls, layouts: Iterable[VisualLayout], dynamic: bool) -> Layouts:
-        """From the layout of every image."""
-        counts = Counter(layouts)
-        return cls({layout: counts[layout] for layout in sorted(counts, key=layout_order)}, dynamic)
+        """From the layout of every image, or of the images that a question shows together."""
+        given = list(layouts)
+        counts = Counter(image for layout in given for image in images_of(layout))
+        together = frozenset(layout for layout in given if isinstance(layout, InterleavedLayout))
+        return cls({layout: counts[layout] for layout in sorted(counts, key=layout_order)}, dynamic, together)
 
     @cached_property
     def typical(self) -> VisualLayout:
@@ -96,6 +102,7 @@ class Trial:
     unit: BudgetUnit = "tokens"
     dynamic: bool = False
     code: str = ""  # digests of the code it runs and of the versions it runs with
+    images: tuple[Trial, ...] = ()  # of a trial on several images in one sequence: the trial on each
 
     @property
     def answer_id(self) -> str:
@@ -108,6 +115,8 @@ class Trial:
 
     def on(self, layout: VisualLayout | None) -> Trial:
         """The trial on images of ``layout``; itself where all images have one."""
+        if isinstance(layout, InterleavedLayout):
+            return self._together([self.on(image) for image in layout.images])
         if not self.dynamic or layout is None:
             return self
         spec = self.spec
@@ -115,6 +124,17 @@ class Trial:
             spec = dataclasses.replace(spec, budget=budget_on(layout, self.budgets[0], self.unit, dynamic=True))
         plan = spec.on(layout, self.schedule.layers)
         return dataclasses.replace(self, spec=plan.spec, schedule=plan.schedule, keeps=plan.keeps, dynamic=False)
+
+    def _together(self, images: Sequence[Trial]) -> Trial:
+        """On several images in one sequence: stage 1 keeps of each what the trial keeps there, the cuts act on all."""
+        first, schedule = images[0], joined([one.schedule for one in images])
+        together = dataclasses.replace(first, schedule=schedule, keeps=(), images=tuple(images))
+        # What the images' sums have in common says nothing of the images.
+        together.know(
+            selection_identity=_digest([one.selection_identity for one in images]),
+            trial_id=_digest([one.trial_id for one in images])[:16],
+        )
+        return together
 
     def named(self, grids: Iterable[str], budgets: Iterable[float]) -> Trial:
         """The same work under all names and budgets that came to it; what was computed of it stays."""
@@ -370,6 +390,11 @@ class _Expansion:
             except UnreachableBudget as error:
                 where = f" (budget {budget:g}, an image of {layout.tokens} tokens)" if dynamic else ""
                 raise UnreachableBudget(f"{error}{where}") from None
+        for sequence in self.layouts.together if dynamic else ():
+            try:
+                joined([plans[image].schedule for image in sequence.images])
+            except ValueError as error:
+                raise UnreachableBudget(f"budget {budget:g}: {error}") from None
         return plans[self.layouts.typical]
 
     def named(self) -> list[Trial]:
