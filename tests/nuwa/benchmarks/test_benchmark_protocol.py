@@ -113,7 +113,7 @@ def test_the_registry_holds_every_benchmark_and_variant():
         "mmbench": ["rules", "judged", "submission"],
         "mmbench_cn": [""],
         "seedbench": [""],
-        "mmmu": ["single_image", "first_image"],
+        "mmmu": ["all_images", "single_image", "first_image"],
         "mmvet": ["", "judged"],
         "docvqa": [""],
         "infovqa": [""],

@@ -180,8 +180,15 @@ def test_mmmu_keeps_its_tags_and_counts_what_it_does_not_show(published):
     two = {"id": "validation_Art_4", "question": "<image 1> or <image 2>?", "image_2": image}
     table = source.table({}, two)
 
-    tagged = get_benchmark("mmmu", None, "lmms_eval")
-    notes: Counter[str] = Counter()
+    shown = list(get_benchmark("mmmu", None, "lmms_eval_0_3").examples(table, "f", notes := Counter()))
+    assert [(one.question, len(one.images)) for one in shown] == [
+        ("<image 1> Who painted this?", 1),
+        ("<image 1> or <image 2>?", 2),
+    ]
+    assert not notes
+
+    tagged = get_benchmark("mmmu", "single_image", "lmms_eval")
+    notes = Counter()
     (one,) = tagged.examples(table, "f", notes)
     lines = "A. Claude Monet\nB. Max Ernst\nC. O'Keeffe\n"
     assert tagged.prompt(one, "llava_v1") == "<image 1> Who painted this?\n" + lines + LETTER

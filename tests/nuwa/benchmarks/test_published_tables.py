@@ -439,7 +439,13 @@ def test_mmmu_with_several_images(published):
     only_second = {"question": "See <image 2>", "image_1": None, "image_2": second}
     in_options = {"question": "Which?", "options": "['<image 1>', '<image 2>']", "image_2": second}
     table = published("mmmu").table(both, only_second, in_options)
-    (single,) = examples("mmmu", table)
+    every, alone, options = examples("mmmu", table)
+    assert every.images == (published("mmmu").row["image_1"]["bytes"], b"second"), "in the order of their numbers"
+    assert (every.question, alone.question) == ("Compare <image 2> and <image 1>.", "See")
+    assert alone.images == (b"second",) and not every.note
+    assert (options.truth["options"], len(options.images)) == ({"A": "<image 1>", "B": "<image 2>"}, 2)
+
+    (single,) = examples("mmmu", table, "single_image")
     assert (single.question, single.image) == ("See", b"second")
     first = examples("mmmu", table, "first_image")
     assert [one.question for one in first] == ["Compare <image 2> and.", "See", "Which?"]
