@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from oracles.inside_model import InsideModel
@@ -223,8 +225,14 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("case", INSIDE)
-@pytest.mark.parametrize("family", ["tiny_vlm", "tiny_next", "tiny_qwen"], indirect=True)
+# Of families whose layouts differ in what stands between patches, the methods that read places and texts before.
+CHOOSING = [
+    *itertools.product(["tiny_vlm", "tiny_next", "tiny_qwen"], INSIDE),
+    *itertools.product(["tiny_onevision", "tiny_smolvlm"], ["feather", "ivc_prune"]),
+]
+
+
+@pytest.mark.parametrize(("family", "case"), CHOOSING, indirect=["family"])
 def test_methods_inside_the_model_choose_by_all_that_is_seen(family, twin, pictures, case):
     """As a masked stock model, from whose layers the methods choose: texts between images are seen like any other."""
     images, method = [pictures[number] for number in (0, 3, 5)], case.split(",")[0]
@@ -234,13 +242,16 @@ def test_methods_inside_the_model_choose_by_all_that_is_seen(family, twin, pictu
             family.model, family.processor, [images], [messages],
             method=method, retention=0.6, max_new_tokens=MAX_NEW, **options,
         )  # fmt: skip
-        layouts = [family.layout_of(image.size) for image in images]
+        layouts = [family.layout_among(image.size) for image in images]
         places = [
-            (row, column) if column < view.grid.width else None
+            None if column in (-3, -2, -1, view.grid.width) else (row, column)
             for layout in layouts
             for view in layout.views
             for row in range(view.grid.height)
-            for column in range(view.grid.width + view.newline)
+            for column in [
+                *range(-view.leading if row == 0 else 0, view.grid.width),
+                *[view.grid.width] * (view.newline or (view.closing and row == view.grid.height - 1)),
+            ]
         ]
         spec = specify(method, budget=0.6 * layouts[0].tokens, **options).on(layouts[0], family.layers).spec
         reference = InsideModel(

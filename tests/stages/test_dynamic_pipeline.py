@@ -10,6 +10,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import lxml.html
 import numpy as np
@@ -29,6 +30,7 @@ from transformers import (
     SmolVLMConfig,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.utils import import_utils
 from workers_here import work_here
 
@@ -395,7 +397,8 @@ def test_a_newer_family_goes_through_all_stages(newer, tmp_path, monkeypatch):
 
 
 def test_without_torchvision_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
-    """Transformers' own refusal to make Qwen2.5-VL's processor; any other import that fails is a fault of ours."""
+    """Transformers' own refusal to make Qwen2.5-VL's processor, and SmolVLM's; any other import that fails is a fault of
+    ours."""
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
     absent = (lambda: False, import_utils.TORCHVISION_IMPORT_ERROR)
@@ -406,6 +409,15 @@ def test_without_torchvision_one_line_says_what_to_install(tmp_path, monkeypatch
     assert capsys.readouterr().err == (
         "error: model.path = 'models/testbed': the model's processor needs torchvision, which is not installed; "
         "pip install torchvision\n"
+    )
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    words = SimpleNamespace(convert_tokens_to_ids=lambda _: 0)
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(lambda _: processing_smolvlm.SmolVLMProcessor(None, words, None), needs_model=False)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: model.path = 'models/testbed': the model's processor needs num2words, which is not installed; "
+        "pip install num2words\n"
     )
     with pytest.raises(SystemExit) as stopped:
         run_stage(lambda _: __import__("a_module_that_is_not_there"), needs_model=False)
