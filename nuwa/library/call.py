@@ -72,8 +72,8 @@ def generate(model: PreTrainedModel, processor: Any, images: Any = None, questio
     ``Qwen2_5_VLForConditionalGeneration``, ``Qwen3VLForConditionalGeneration``, ``InternVLForConditionalGeneration``,
     ``SmolVLMForConditionalGeneration`` or ``Idefics3ForConditionalGeneration`` in evaluation mode, and its processor; neither is changed.
 
-    ``images``: one image or a list; each a path, bytes of a file, a Pillow image (an animation at the frame where it
-    stands), or an array or tensor ``(height, width[, channels])`` or ``(channels, height, width)`` of uint8 or of floats
+    ``images``: one image or a list; each a path, bytes of a file, the same as a ``file:`` or ``data:`` URL, a Pillow image
+    (an animation at the frame where it stands), or an array or tensor ``(height, width[, channels])`` or ``(channels, height, width)`` of uint8 or of floats
     in [0, 1]. All are read as :mod:`nuwa.images` says: turned upright, transparency on white. A list in the place of one
     is several images that its questions are about together. ``questions``: for each
     image a text, chat messages (:mod:`nuwa.library.conversations`), or a list of these, which share the image's prefix.

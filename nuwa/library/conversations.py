@@ -2,7 +2,8 @@
 
 messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
 
-A conversation holds one image or several, in whichever messages; turns may be many. Messages pass through the checkpoint's
+An image stands in its part under ``image``, ``path``, ``url`` or ``base64``, or in a part of type ``image_url``; a part
+without is the place of one that is given beside the messages. A conversation holds one image or several, in whichever messages; turns may be many. Messages pass through the checkpoint's
 own chat template, and every text of theirs has to stand in what comes out.
 """
 
@@ -13,13 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nuwa.errors import in_one_line
-from nuwa.library.pictures import embedded
+from nuwa.library.pictures import HOLDING, embedded
 from nuwa.library.refusal import CallError, counted, shown
+from nuwa.registry import unknown
 from nuwa.vlm import Adapter, EncodedPrompt, PromptError
 from nuwa.vlm.adapter import tokenize_prompt
 
 ROLES = ("system", "user", "assistant")
-PARTS = ("image", "text")
+PARTS = {**HOLDING, "text": ("text",)}  # type of a part → its other keys
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ def is_conversation(value: Any) -> bool:
 def read_question(given: Any) -> Question:
     """Raises :class:`CallError` where ``given`` is neither a text nor a conversation about images."""
     if isinstance(given, str):
-        return Question(given)
+        return Question(_text(given))
     if not is_conversation(given):
         raise CallError(f"{shown(given)} is no question; give a text, or messages with role and content")
 
     messages = tuple(_message(one) for one in given)
     _check_order(messages)
     parts = [part for message in given if not isinstance(message["content"], str) for part in message["content"]]
-    places = [part for part in parts if part["type"] == "image"]
+    places = [part for part in parts if part["type"] in HOLDING]
     if not places:
         raise CallError('the conversation speaks of no image; give a part {"type": "image"} where each stands')
     held = [image for image in map(embedded, places) if image is not None]
@@ -79,14 +81,31 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part(given: Any) -> dict[str, Any]:
-    kind = given.get("type") if isinstance(given, Mapping) else given
-    if kind not in PARTS:
+    if not isinstance(given, Mapping):
+        raise CallError(
+            f'{shown(given)} is no part of a message; give {{"type": "text", "text": …}} or {{"type": "image"}}'
+        )
+    kind = given.get("type")
+    if not isinstance(kind, str) or kind not in PARTS:
         raise CallError(f"a part of type {shown(kind)} is unknown; allowed: {', '.join(PARTS)}")
-    if kind == "image":
+    # Rows of a table have a null where others have something.
+    for key in (key for key, value in given.items() if value is not None):
+        if key not in ("type", *PARTS[kind]):
+            raise CallError(unknown(f"a part of type {kind}: key", key, PARTS[kind]))
+    if kind in HOLDING:
         return {"type": "image"}
     if not isinstance(given.get("text"), str):
         raise CallError(f"a part of type text has the text {shown(given.get('text'))}; give a string")
-    return {"type": "text", "text": given["text"]}
+    return {"type": "text", "text": _text(given["text"])}
+
+
+def _text(given: str) -> str:
+    """``given``, which a tokenizer can read: with half a character in it, it could not be written anywhere."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise CallError(f"the text {shown(given)} holds half a character at {error.start}; decode it anew") from None
+    return given
 
 
 def _check_order(messages: tuple[dict[str, Any], ...]) -> None:

@@ -89,6 +89,8 @@ class Options:
         _check_kind("without_stage2", self.without_stage2, "true or false", bool)
         _check_kind("parameters", self.parameters, "a dictionary of hyper-parameters by name", Mapping, type(None))
         _check_kind("preset", self.preset, "a preset's name", str, type(None))
+        if self.preset == "":
+            raise CallError("preset='' must be a preset's name")
         _check_kind("text_tower", self.text_tower, "a folder", str, Path, type(None))
         if not callable(self.progress):
             _check_kind("progress", self.progress, "true, false, or a function of (done, all)", bool)

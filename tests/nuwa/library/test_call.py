@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import inspect
 import io
@@ -53,6 +54,10 @@ def test_every_form_of_an_image_is_the_same_image(tiny_qwen, photos, tmp_path):
         saved(picture, tmp_path / "photo.png"),
         str(tmp_path / "photo.png"),
         encoded.getvalue(),
+        bytearray(encoded.getvalue()),
+        memoryview(encoded.getvalue()),
+        (tmp_path / "photo.png").as_uri(),
+        "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode(),
         pixels,
         pixels.transpose(2, 0, 1),
         (pixels / 255).astype(np.float32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 
 import pytest
@@ -67,15 +68,22 @@ def test_a_pruned_conversation_of_one_turn_is_the_question(family, pictures, con
 
 
 def test_several_conversations_hold_their_images(tiny_qwen, photos, tmp_path):
-    photos[1].save(tmp_path / "photo.png")
-    held = [
-        [said("user", {"type": "image", key: image}, text("how many red"))]
-        for key, image in (("image", photos[0]), ("path", tmp_path / "photo.png"), ("url", str(tmp_path / "photo.png")))
+    path = tmp_path / "photo.png"
+    photos[1].save(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    url = f"data:image/png;base64,{encoded}"
+    parts = [
+        {"type": "image", "image": photos[0]},
+        {"type": "image", "path": path, "image": None, "text": None},  # as rows of a table have it
+        *({"type": "image", "url": given} for given in (str(path), path.as_uri(), url)),
+        *({"type": "image", "base64": given} for given in (encoded, url)),
+        *({"type": "image_url", "image_url": given} for given in (url, {"url": url})),
     ]
+    held = [[said("user", part, text("how many red"))] for part in parts]
     options = {"average_tokens": 20, "max_new_tokens": 2}
     found = nuwa.generate(tiny_qwen.model, tiny_qwen.processor, None, held, **options)
     plain = nuwa.generate(tiny_qwen.model, tiny_qwen.processor, photos[:2], ["how many red"] * 2, **options)
-    assert [(one.tokens, one.kept) for one in found] == [(plain[at].tokens, plain[at].kept) for at in (0, 1, 1)]
+    assert [(one.tokens, one.kept) for one in found] == [(plain[at].tokens, plain[at].kept) for at in (0, *[1] * 8)]
 
 
 def test_a_system_message_of_the_callers(tiny_qwen, photos):

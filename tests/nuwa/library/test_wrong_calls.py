@@ -51,6 +51,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
         "nuwa has no preset 'release'; allowed: released, released_next, released_qwen, paper, paper_next",
     ),
     ({"preset": 3}, "preset=3 must be a preset's name"),
+    ({"preset": ""}, "preset='' must be a preset's name"),
     ({"average_tokens": None}, "method 'nuwa' needs average_tokens or retention, one of the two"),
     ({"retention": 0.5}, "method 'nuwa' needs average_tokens or retention, one of the two"),
     ({"average_tokens": None, "retention": 1.5}, "retention 1.5 must lie in (0, 1]"),
@@ -125,6 +126,19 @@ IMAGES: list[tuple[Any, str]] = [
     (torch.zeros(2, 2, 2, 2, 2), f"images is of type Tensor; give {TAKEN}, or a list of them"),
     ([None], f"NoneType is no image; give {TAKEN}"),
     (["nowhere.png"], "there is no file 'nowhere.png'"),
+    (
+        ["data:text/plain,hallo"],
+        "'data:text/plain,hallo' is no image in base64; write the bytes of its file so, alone or behind data:image/png;base64,",
+    ),
+    (["file:///nowhere/a%20b.png"], "there is no file '/nowhere/a b.png'"),
+    (
+        [torch.zeros(3, 8, 8, device="meta")],
+        "Tensor of shape (3, 8, 8) does not hold a number for every pixel; give a dense tensor of uint8 or floats in [0, 1]",
+    ),
+    (
+        [torch.zeros(8, 8).to_sparse()],
+        "Tensor of shape (8, 8) does not hold a number for every pixel; give a dense tensor of uint8 or floats in [0, 1]",
+    ),
     (["https://example.org/a.png"], f"'https://example.org/a.png' is no path; fetch the image and give {TAKEN}"),
     ([b"no picture"], "its 10 image bytes cannot be opened (UnidentifiedImageError)"),
     (
@@ -206,7 +220,35 @@ QUESTIONS: list[tuple[Any, Any, str]] = [
     (PICTURE, said(PLACE, TEXT) + said(TEXT, role="system"), "a system message stands first or nowhere"),
     (PICTURE, [{"role": "user"}], "a message has the keys ['role']; allowed: role and content, both"),
     (PICTURE, [{"role": "user", "content": 7}], "a message's content 7 must be a text or a list of parts"),
-    (PICTURE, said(PLACE, {"type": "video"}), "a part of type 'video' is unknown; allowed: image, text"),
+    (PICTURE, said(PLACE, {"type": "video"}), "a part of type 'video' is unknown; allowed: image, image_url, text"),
+    (PICTURE, said(PLACE, {"text": ASKED}), "a part of type None is unknown; allowed: image, image_url, text"),
+    (
+        PICTURE,
+        said("image", TEXT),
+        """'image' is no part of a message; give {"type": "text", "text": …} or {"type": "image"}""",
+    ),
+    (
+        None,
+        said({"type": "image", "imgae": PICTURE}, TEXT),
+        "a part of type image: key 'imgae' is unknown; allowed: base64, image, path, url; did you mean 'image'?",
+    ),
+    (
+        PICTURE,
+        said(PLACE, TEXT | {"cache_control": "x"}),
+        "a part of type text: key 'cache_control' is unknown; allowed: text",
+    ),
+    (
+        None,
+        said({"type": "image", "base64": "no base"}, TEXT),
+        "'no base' is no image in base64; write the bytes of its file so, alone or behind data:image/png;base64,",
+    ),
+    (None, said({"type": "image", "base64": b"aGFsbG8="}, TEXT), "a message's base64 is of type bytes; give a string"),
+    (
+        None,
+        said({"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}, TEXT),
+        "a message's image_url {'url': 'a.png', 'detail': 'high'} must be a URL, or a dictionary of url alone",
+    ),
+    (PICTURE, "a \ud800", "the text 'a \\ud800' holds half a character at 2; decode it anew"),
     (PICTURE, said(PLACE, {"type": "text"}), "a part of type text has the text None; give a string"),
     (
         PICTURE,
@@ -216,7 +258,7 @@ QUESTIONS: list[tuple[Any, Any, str]] = [
     (
         None,
         said({"type": "image", "image": PICTURE, "path": "a.png"}, TEXT),
-        "a message's image has one of image, path and url, not several",
+        "a message's image has one of image, path, url and base64, not several",
     ),
     (
         PICTURE,
