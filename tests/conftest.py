@@ -7,6 +7,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import numpy as np
 import pytest
+from garbage import pytest_collection_finish, pytest_collectstart  # noqa: F401  (hooks)
 from isolation import _leaves_nothing_behind, _one_thread, _random_numbers_begin_alike  # noqa: F401  (for all tests)
 from running_order import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
 from tiny_families import (  # noqa: F401  (fixtures for all tests)
