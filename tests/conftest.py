@@ -10,6 +10,7 @@ import pytest
 from garbage import pytest_collection_finish, pytest_collectstart  # noqa: F401  (hooks)
 from isolation import _leaves_nothing_behind, _one_thread, _random_numbers_begin_alike  # noqa: F401  (for all tests)
 from running_order import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
+from stores import new_store  # noqa: F401  (a fixture)
 from tiny_families import (  # noqa: F401  (fixtures for all tests)
     families,
     family,

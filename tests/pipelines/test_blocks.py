@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from bench import BENCHMARKS, SLOW, Bench, Swept, same
+from bench import SLOW, Bench, Swept, same
 
 from pipelines.data.datasets import choose_questions
 from pipelines.features.encoding import encode_missing
@@ -20,6 +20,7 @@ from pipelines.sweep.trials import Trial
 from pipelines.sweep.units import Blocks, UnitExample, plan_units, read_examples
 
 BLOCKS = Blocks(3, seed=5)
+BENCHMARKS = ["refcoco", "pope"]  # one question an image and two
 ONE = ClusterSettings(address=None, workers=1, cpus=1, gpus=0)
 METHODS = {"unpruned", "nuwa", "sparsevlm", "downsample", "random"}  # cut once and often, of other images, drawn
 SETTINGS = FeatureSettings(dtype="float16", shard_images=5, batch_size=3)

@@ -201,7 +201,7 @@ def test_encoding_reads_every_row_group_of_prepared_images_once(tiny_qwen, tmp_p
 def test_every_answer_is_that_of_the_image_alone_in_units_of_any_size(dynamic, tmp_path):
     """The slow way: pixels, one image, one question, one trial at a time, budgets from the image's own tokens.
 
-    Every trial on every other image, and every image under every other trial. Units of one image come to the same, and
+    Every trial on every third image, and every image under every third trial. Units of one image come to the same, and
     nothing is asked twice.
     """
     vlm, trials = dynamic.vlm, dynamic.expand("share", SHARES, *GRIDS)
@@ -211,8 +211,9 @@ def test_every_answer_is_that_of_the_image_alone_in_units_of_any_size(dynamic, t
     found = outcome.predictions.to_pandas().set_index(["trial_id", "example_id"])
     assert len(found) == len(trials) * len(dynamic.table)
     kept = outcome.kept.to_pandas().set_index(["trial_id", "image"])
+    alone_encoded = functools.cache(lambda image: vlm.encode_images([dynamic.photos[image]]))
     pairs = itertools.product(enumerate(trials), enumerate(dynamic.photos))
-    for trial, image in [(trial, image) for (row, trial), (column, image) in pairs if (row + column) % 2 == 0]:
+    for trial, image in [(trial, image) for (row, trial), (column, image) in pairs if (row + column) % 3 == 0]:
         asked = trial.spec
 
         def spec_of(layout, asked=asked, trial=trial):
@@ -227,10 +228,9 @@ def test_every_answer_is_that_of_the_image_alone_in_units_of_any_size(dynamic, t
                 without_stage2=asked.stage2 is None,
             )
 
-        encoded = vlm.encode_images([dynamic.photos[image]])
         mine = dynamic.table[dynamic.table["image"] == image]
         for row in mine.itertuples():
-            batch = ImageBatch(encoded=encoded, names=[image], questions=[[row.prompt]])
+            batch = ImageBatch(encoded=alone_encoded(image), names=[image], questions=[[row.prompt]])
             ((alone,),) = answer_encoded(vlm, batch, spec_of, MAX_NEW)
             there = found.loc[(trial.trial_id, row.example_id)]
             assert (alone.text, alone.kept_last) == (there["prediction"], tuple(there["kept_final"])), trial.label

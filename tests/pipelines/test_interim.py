@@ -10,6 +10,7 @@ import test_plan_stage
 import yaml
 from bench import BENCHMARKS
 from mlflow import MlflowClient
+from stores import copy_store
 
 from pipelines.sweep.results import ResultStore, StoredUnit, unit_name
 from pipelines.tracking.runs import metric_key
@@ -36,7 +37,8 @@ def half_done(store: ResultStore) -> set[str]:
     return set(store.read(whole.unit)["predictions"]["example_id"].to_pylist())
 
 
-def test_a_sweep_that_is_half_done_is_shown_on_what_all_trials_have_answered(project, capsys, tmp_path):
+def test_a_sweep_that_is_half_done_is_shown_on_what_all_trials_have_answered(project, new_store, capsys, tmp_path):
+    copy_store(new_store, project / "mlflow.db")
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["evaluate"] |= {"resamples": 100, "against": {"method": "random", "preset": None}}
     params["report"] |= {"headline_budget": 16}

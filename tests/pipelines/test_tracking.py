@@ -32,6 +32,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow.utils.validation import _validate_metric_name
+from stores import EXPERIMENT, SWEEP, copy_store
 
 from pipelines.files.lock import exclusive
 from pipelines.tracking import tracker as tracking
@@ -44,9 +45,6 @@ from pipelines.workers.joining import own_sigterm
 from stages import dashboard
 from stages.entry import run_stage
 
-EXPERIMENT = "pruning"
-SWEEP = "4f1c9a"
-
 
 @pytest.fixture(autouse=True)
 def quick_client(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,26 +55,11 @@ def quick_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-@pytest.fixture(scope="module")
-def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `Tracker.open(None, ...)` made everything itself; the migration takes seconds, so once."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        with Tracker.open(None, EXPERIMENT, sweep_id=SWEEP) as tracker:
-            assert tracker.on
-    return folder
-
-
 @pytest.fixture
 def database(new_store: Path, tmp_path: Path) -> Path:
     """A migrated database of one's own, with an experiment that has no runs."""
     path = tmp_path / "mlflow.db"
-    with sqlite3.connect(new_store / "mlflow.db") as source, sqlite3.connect(path) as target:
-        source.backup(target)
-        target.execute("UPDATE experiments SET artifact_location = ?", (str(tmp_path / "mlartifacts"),))
-    source.close(), target.close()
+    copy_store(new_store, path)
     return path
 
 
@@ -976,10 +959,7 @@ def first_home(new_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A project with one logged artifact, in a folder of its own."""
     home = tmp_path / "first"
     home.mkdir()
-    with sqlite3.connect(new_store / "mlflow.db") as source, sqlite3.connect(home / "mlflow.db") as target:
-        source.backup(target)
-        target.execute("UPDATE experiments SET artifact_location = ?", (str(home / "mlartifacts"),))
-        target.execute("DELETE FROM tags")
+    copy_store(new_store, home / "mlflow.db")
     _log_a_file(home, monkeypatch, "one.txt")
     assert list((home / "mlartifacts").rglob("one.txt"))
     return home

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
+from stores import copy_store
 from transformers import (
     InternVLConfig,
     LlavaOnevisionConfig,
@@ -187,7 +188,7 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=list(PRESETS))
-def run(request, tmp_path_factory):
+def run(request, new_store, tmp_path_factory):
     """All stages, one after the other, with workers in this process."""
     vlm = request.getfixturevalue(request.param)
     with pytest.MonkeyPatch.context() as patch:
@@ -200,6 +201,7 @@ def run(request, tmp_path_factory):
         tables = {BOXES[request.param]: "tables/refcoco", "textvqa/val": "tables/textvqa"}
         write_params(request.param, tables, grids_of(request.param))
         settings = load_settings()
+        copy_store(new_store, Path(f"{request.param}.db").absolute())
         prepare(settings)
         content = pd.read_parquet("data/images.parquet").set_index("image")["bytes"]
         images = {name: Image.open(io.BytesIO(held)).convert("RGB") for name, held in content.items()}

@@ -6,17 +6,21 @@ import copy
 import hashlib
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from commands import run_here
+from forked import forked
 from instruction_data import tiny_llava, write_data
 from mlflow import MlflowClient
+from stores import copy_store
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import InternVLConfig, Qwen3VLConfig
 
 from nuwa.pruner.instructions import Conversations, read_instructions
@@ -44,7 +48,7 @@ def settings_of(folder: Path, **changes):
 
 
 def test_the_stage_trains_for_the_model_of_the_settings_logs_and_stops_early_where_it_is_done(
-    tiny_vlm, tmp_path, monkeypatch, capsys
+    tiny_vlm, new_store, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -54,6 +58,7 @@ def test_the_stage_trains_for_the_model_of_the_settings_logs_and_stops_early_whe
     recipe = {"steps": 6, "batch_size": 1, "images": 10}
     tiny_vlm.model.save_pretrained("tiny")
     tiny_vlm.processor.save_pretrained("tiny")
+    copy_store(new_store, tmp_path / "mlflow.db")
     settings = settings_of(tmp_path, model={"path": "tiny"}, pruner=recipe)
     pruner(settings)
     config, model = LearnPruner(), LlavaAdapter.load("tiny")
@@ -93,6 +98,13 @@ def published(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def taught(published, new_store) -> Path:
+    """The same with MLflow's database, for what is trained."""
+    copy_store(new_store, published / "mlflow.db")
+    return published
+
+
 INSTRUCTIONS = {
     "data": "tables/instructions.json",
     "share": 0.5,
@@ -114,9 +126,9 @@ def refusal(settings) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_instruction_data_replace_the_weights_of_another_encoder(published, dtype, capsys):
+def test_instruction_data_replace_the_weights_of_another_encoder(taught, dtype, capsys):
     before = read_lpm(Path(DEFAULT_WEIGHTS))
-    settings = taught_with(published, {"dtype": dtype})
+    settings = taught_with(taught, {"dtype": dtype})
     pruner(settings)
     file, model = read_lpm(Path(DEFAULT_WEIGHTS)), LlavaAdapter.load("llava", dtype=getattr(torch, dtype))
     assert file.encoder == model.encoder_fingerprint() != before.encoder
@@ -130,23 +142,23 @@ def test_instruction_data_replace_the_weights_of_another_encoder(published, dtyp
     assert capsys.readouterr().out.splitlines()[0] == (
         "tables/instructions.json: 3 of 6 conversations about images are taught; 2 entries without an image are left out"
     )
-    client = MlflowClient(f"sqlite:///{published / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{taught / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name(PARAMS["tracking"]["experiment"]).experiment_id])
     assert run.data.params["data"] == "tables/instructions.json"
     losses = [point.value for point in client.get_metric_history(run.info.run_id, "pruner/loss_answers")]
     assert losses[-1] < losses[0]
 
 
-def test_a_folder_of_their_own_and_other_data_give_other_weights(published):
+def test_a_folder_of_their_own_and_other_data_give_other_weights(taught):
     written = []
     for change in ("none", "folder", "content"):
         if change == "folder":
-            (published / "tables/photos").rename(published / "photos")
+            (taught / "tables/photos").rename(taught / "photos")
         if change == "content":
-            path = published / "tables/instructions.json"
+            path = taught / "tables/instructions.json"
             path.write_text(path.read_text().replace("A blue sign", "A red sign").replace("A dog", "Two dogs"))
         folder = None if change == "none" else "."
-        pruner(taught_with(published, steps=1, share=1.0, images_folder=folder))
+        pruner(taught_with(taught, steps=1, share=1.0, images_folder=folder))
         file = read_lpm(Path(DEFAULT_WEIGHTS))
         written.append((file.training["data"], [value.tolist() for value in file.lpm.state_dict().values()]))
     assert written[0] == written[1]
@@ -173,31 +185,31 @@ def test_wrong_data_are_one_line_before_the_model_is_loaded(published):
     assert Path(DEFAULT_WEIGHTS).read_bytes() == before and not Path("mlflow.db").exists()
 
 
-def test_damage_that_shows_while_training_is_one_line_and_the_training_goes_on_where_it_was(published, monkeypatch):
+def test_damage_that_shows_while_training_is_one_line_and_the_training_goes_on_where_it_was(taught, monkeypatch):
     monkeypatch.setattr("stages.pruner.CHECKPOINT_EVERY", 1)
     image = Path("tables/photos/0.png")
     whole = image.read_bytes()
-    pruner(taught_with(published, share=1.0))
+    pruner(taught_with(taught, share=1.0))
     expected = Path(DEFAULT_WEIGHTS).read_bytes()
     Path(DEFAULT_WEIGHTS).unlink()  # or the stage would see that it is done
     image.write_bytes(whole[:100])
-    message = refusal(taught_with(published, share=1.0))
+    message = refusal(taught_with(taught, share=1.0))
     assert message.startswith("pruner.data: tables/photos/0.png: the image of entry 0 cannot be read (")
     (checkpoint,) = Path("cache/training").glob("*/step.json")
     assert 0 < json.loads(checkpoint.read_text())["step"] < INSTRUCTIONS["steps"]
     image.write_bytes(whole)
-    pruner(taught_with(published, share=1.0))
+    pruner(taught_with(taught, share=1.0))
     assert Path(DEFAULT_WEIGHTS).read_bytes() == expected
 
 
-def test_a_llava_next_is_taught_by_the_same_stage(tiny_next, published, monkeypatch):
+def test_a_llava_next_is_taught_by_the_same_stage(tiny_next, taught, monkeypatch):
     """Pictures of three shapes; the weights are those of its encoder and of the rules by which pictures are prepared."""
     vlm = copy.deepcopy(tiny_next)
     template = vlm.processor.chat_template
     vlm.processor.chat_template = template.replace("user :", "{{ '' if loop.first else ' ' }}{{ message['role'] }} :")
     vlm.model.save_pretrained("next")
     vlm.processor.save_pretrained("next")
-    pruner(taught_with(published, {"path": "next", "image_grid": "llava"}, steps=2, share=1.0))
+    pruner(taught_with(taught, {"path": "next", "image_grid": "llava"}, steps=2, share=1.0))
     rules = ImageRules(grid="llava")
     file, model = read_lpm(Path(DEFAULT_WEIGHTS)), LlavaNextAdapter.load("next", image_rules=rules)
     assert file.encoder == model.encoder_fingerprint() != LlavaNextAdapter.load("next").encoder_fingerprint()
@@ -244,16 +256,37 @@ def with_a_sweep(folder: Path) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
-def test_two_processes_learn_from_both_their_batches(published):
-    taught_with(published, steps=3, batch_size=4, share=1.0)
-    with_a_sweep(published)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stages.pruner"]
-    done = subprocess.run([sys.executable, *launcher], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("conversations about images are taught") == 1, "one process speaks"
+def started_stage() -> None:
+    """``python -m stages.pruner`` in a copy of this process, which may have trained before."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    sys.argv = [str(ROOT / "stages/pruner.py")]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def launch_two() -> None:
+    """``torchrun --standalone --nproc_per_node 2 -m stages.pruner``, whose processes are copies and import nothing anew."""
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        start_method="fork",
+        monitor_interval=0.1,
+    )
+    elastic_launch(launch, started_stage)()
+
+
+def test_two_processes_learn_from_both_their_batches(taught):
+    taught_with(taught, steps=3, batch_size=4, share=1.0)
+    with_a_sweep(taught)
+    done = forked(launch_two)
+    assert done.code == 0, done.err[-2000:]
+    assert done.out.count("conversations about images are taught") == 1, "one process speaks"
     vlm = LlavaAdapter.load("llava")
-    path = published / "tables/instructions.json"
+    path = taught / "tables/instructions.json"
     data = Conversations(vlm, read_instructions(path, path.parent, 0, 1.0), 2048)
     learner = build_learner(vlm, 0, "topk_ste", 0.2, 10.0)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=0.003, betas=(0.9, 0.98), weight_decay=0.0)
@@ -266,7 +299,7 @@ def test_two_processes_learn_from_both_their_batches(published):
         torch.nn.utils.clip_grad_norm_(learner.parameters(), schedule.clip)
         optimizer.step()
     fresh = build_learner(vlm, 0, "topk_ste", 0.2, 10.0).lpm.state_dict()
-    written = read_lpm(published / DEFAULT_WEIGHTS).lpm.state_dict()
+    written = read_lpm(taught / DEFAULT_WEIGHTS).lpm.state_dict()
     for name, value in learner.lpm.state_dict().items():
         assert torch.allclose(written[name], value, atol=1e-6), name
         assert not torch.allclose(written[name], fresh[name], atol=1e-4), name

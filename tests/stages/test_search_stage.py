@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from mlflow import MlflowClient
+from stores import copy_store
 from workers_here import work_here
 
 from pipelines.settings import SettingsError, load_settings
@@ -40,13 +41,14 @@ def settings_of(folder: Path, **changes):
 
 
 @pytest.fixture
-def work(tiny_vlm, tmp_path, monkeypatch) -> Path:
+def work(tiny_vlm, new_store, tmp_path, monkeypatch) -> Path:
     """A folder with a random model and prepared questions."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tiny_vlm.model.save_pretrained("tiny")
     tiny_vlm.processor.save_pretrained("tiny")
+    copy_store(new_store, tmp_path / "mlflow.db")
     prepare(settings_of(tmp_path))
     # A random model never ends an answer by itself.
     pd.read_parquet(EXAMPLES).assign(max_new_tokens=3).to_parquet(EXAMPLES)
