@@ -87,8 +87,8 @@ def testbed(images: int, stride: int, only_unpruned: bool) -> dict[str, Any]:
     photos = [Image.fromarray(scene.image) for scene in scenes]
     signals = vlm.signals(vlm.encode(vlm.pixels(photos)), names)
     trials = expand(load_settings().sweep, Layouts.fixed(PatchGrid(12, 12)), vlm.layers)
-    # Encoding anew and trained weights are no part of this.
-    trials = [one for one in trials if one.spec.stage1 not in ("downsample", "learnpruner")]
+    # Encoding anew, trained weights and signals that are made only where they are asked for are no part of this.
+    trials = [one for one in trials if one.spec.stage1 not in ("downsample", "learnpruner", "vscan")]
     trials = trials[:1] if only_unpruned else trials[::stride]
     limits = [16] * sum(map(len, prompts))
 

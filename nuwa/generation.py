@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
-from nuwa.decoder import Trunk
+from nuwa.decoder import Answer, Trunk
 from nuwa.layout import InterleavedLayout, VisualLayout, images_of, interleave
 from nuwa.methods import LayoutPlan, MethodSpec, check_encoder, select_views
 from nuwa.positions import visual_positions
@@ -202,12 +202,17 @@ def _answer_layout(
         names = [name for name, prompts in zip(names, rows, strict=True) for _ in prompts]
         rows = [[prompt] for prompts in rows for prompt in prompts]
 
+    timings = {"select": select_seconds, "prefill": 0.0, "decode": 0.0}
     began = time.perf_counter()
     trunk = Trunk(vlm, selection, rows, spec.position, names, layout)
-    stretches = trunk.prefill(spec.running_cuts(schedule), spec.seed)
-    prefill_seconds, began = seconds_since(vlm, began), time.perf_counter()
-    answers = trunk.decode(stretches, [max_new_tokens] * sum(map(len, rows)))
-    timings = {"select": select_seconds, "prefill": prefill_seconds, "decode": seconds_since(vlm, began)}
+    cuts, answers = spec.running_cuts(schedule), list[Answer]()
+    for portion in trunk.portions(cuts):
+        stretches = portion.prefill(cuts, spec.seed)
+        timings["prefill"] += seconds_since(vlm, began)
+        began = time.perf_counter()
+        answers += portion.decode(stretches, [max_new_tokens] * len(portion.prompts))
+        timings["decode"] += seconds_since(vlm, began)
+        began = time.perf_counter()
 
     kept = _kept(selection, layout, spec, len(trunk.before))
     kept_of_answers = [kept[number] for number, row in enumerate(rows) for _ in row]

@@ -110,6 +110,9 @@ class ModelSettings(Section):
     text_tower: Annotated[str, Field(min_length=1)] | None = None
     """A folder with the CLIP model that the encoder is a half of, for methods that read the question before the language
     model (CDPruner)."""
+    pass_tokens: Positive | None = None
+    """About how many tokens pass the language model's layers at once, which bounds memory beside weights and caches; null: by
+    device and width (``nuwa.decoder.trunk.usual_pass_tokens``). Part of what answers are in half precision, not in float32."""
 
     @property
     def images(self) -> ImageRules:

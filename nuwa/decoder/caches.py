@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]  # keys and values of one layer
+COPIED_NUMBERS = 2**22  # of keys or values that stand between two caches at once
 
 
 class Keys:
@@ -33,16 +34,16 @@ class Keys:
         """Columns that are filled."""
         return next(iter(self.held.values()))[0].shape[2]
 
-    def part(self, rows: slice, width: int, shape: tuple[int, int]) -> PartOfKeys:
-        """The cache of some rows and their first columns, of ``shape`` (rows, columns) in all."""
-        return PartOfKeys(self, rows, width, shape)
+    def part(self, rows: slice, begin: int, end: int, shape: tuple[int, int]) -> PartOfKeys:
+        """The cache of some rows for columns from ``begin`` to ``end``, of ``shape`` (rows, columns) in all."""
+        return PartOfKeys(self, rows, begin, end, shape)
 
 
 class PartOfKeys:
-    """The cache of some rows and their first columns: what they write stands in the whole cache."""
+    """The cache of some rows for a run of columns, which look at those before: what they write stands in the whole cache."""
 
-    def __init__(self, whole: Keys, rows: slice, width: int, shape: tuple[int, int]) -> None:
-        self.whole, self.rows, self.width, self.shape = whole, rows, width, shape
+    def __init__(self, whole: Keys, rows: slice, begin: int, end: int, shape: tuple[int, int]) -> None:
+        self.whole, self.rows, self.begin, self.end, self.shape = whole, rows, begin, end, shape
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_args: Any, **_kwargs: Any) -> Pair:
         count, columns = self.shape
@@ -50,7 +51,9 @@ class PartOfKeys:
             keys, values = (_tokens_together(one, count, columns).zero_() for one in (key, value))
             self.whole.held[layer] = (keys, values)
         for buffer, one in zip(self.whole.held[layer], (key, value), strict=True):
-            buffer[self.rows, :, : self.width] = one
+            buffer[self.rows, :, self.begin : self.end] = one
+        if self.begin:
+            key, value = (buffer[self.rows, :, : self.end] for buffer in self.whole.held[layer])
         return key, value
 
 
@@ -93,13 +96,17 @@ class StaticKeys:
     ) -> None:
         """Row ``i`` starts from ``columns[i]`` of row ``rows[i]`` of ``held``; ``room`` columns stand free behind.
 
+        ``held`` is emptied layer by layer, so that what nobody else holds is in memory twice for a half of one layer at most.
         ``prefix``: by layer, ``(1, heads, prefix, head_dim)``: what stands before every row.
         """
         self.buffers: dict[int, Pair] = {}
-        for number, pair in held.items():
-            shared = (None, None) if prefix is None else prefix[number]
-            keys, values = (_taken(one, rows, columns, room, first) for one, first in zip(pair, shared, strict=True))
-            self.buffers[number] = keys, values
+        for number in list(held):
+            first_key, first_value = (None, None) if prefix is None else prefix[number]
+            key, value = held.pop(number)
+            keys = _taken(key, rows, columns, room, first_key)
+            del key
+            self.buffers[number] = keys, _taken(value, rows, columns, room, first_value)
+            del value
         self.filled = {number: keys.shape[2] - room for number, (keys, _) in self.buffers.items()}
 
     @property
@@ -129,10 +136,14 @@ def _taken(held: Tensor, rows: Tensor, columns: Tensor, room: int, prefix: Tenso
     start = 0 if prefix is None else prefix.shape[2]
     buffer = held.new_empty(count, held.shape[1], start + width + room, held.shape[3])
     tokens = held.transpose(1, 2)
-    place = (rows[:, None] * tokens.shape[1] + columns).flatten().to(held.device)
-    # A token's heads are copied in one piece where they lie together.
-    chosen = tokens.flatten(0, 1).flatten(1).index_select(0, place).view(count, width, *tokens.shape[2:])
-    buffer[:, :, start : start + width] = chosen.transpose(1, 2)
+    flat = tokens.flatten(0, 1).flatten(1)
+    together = max(1, COPIED_NUMBERS // max(1, width * flat.shape[1]))
+    for first in range(0, count, together):
+        part = slice(first, first + together)
+        place = (rows[part, None] * tokens.shape[1] + columns[part]).flatten().to(held.device)
+        # A token's heads are copied in one piece where they lie together.
+        chosen = flat.index_select(0, place).view(-1, width, *tokens.shape[2:])
+        buffer[part, :, start : start + width] = chosen.transpose(1, 2)
     if prefix is not None:
         buffer[:, :, :start] = prefix
     return buffer

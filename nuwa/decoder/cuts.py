@@ -35,11 +35,10 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
     enters later layers follows its token; a recycled one has that of its cluster's centre.
     """
     rows, text = below.place[:, 0], below.text
-    entering = true_columns(below.slot[rows] != TEXT)  # (questions, visual)
+    entering = visual_columns(below)
     recycled = cut.recycling.clusters(entering.shape[1], cut.keep) if cut.recycling else 0
-    scores = scores_at(trunk, below, cut.scorer, entering, cut.keep - recycled, seed)
+    scores = scores_at(trunk, below, cut.scorer, cut.keep - recycled, seed)
     chosen, states = _survivors(trunk, below, cut, entering, scores, recycled, seed)
-    check_cut(below, states, scores)
     front = Front.of(entering.gather(1, chosen), below.between[rows])
     kept = front.columns.shape[1]
     real = torch.cat([torch.ones_like(front.columns), text >= 0], dim=1).bool()
@@ -54,16 +53,19 @@ def cut_stretch(trunk: Trunk, below: Stretch, cut: Cut, seed: int) -> Stretch:
     order = own.sum(dim=1).argsort(stable=True)
     row = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     behind = torch.arange(kept, columns.shape[1], device=columns.device)
-    hidden = take(below.hidden, rows[:, None], columns)
-    if front.visual is None:
-        hidden[:, :kept] = states
-    else:
-        hidden.scatter_(1, front.visual.to(states.device)[..., None].expand_as(states), states)
+    from_row, from_columns = rows[order, None], columns[order]
+    hidden = take(below.hidden, from_row, from_columns)
+    if states is not None:
+        places = (
+            torch.arange(kept, device=order.device).expand(len(order), -1) if front.visual is None else front.visual
+        )
+        hidden.scatter_(1, places[order].to(hidden.device)[..., None].expand_as(states), take(states, order))
+    check_cut(below, hidden, scores)
     entering_later = below.deep if below.layer < len(below.deep) else ()
-    deep = tuple(take(take(part, rows[:, None], columns), order) for part in entering_later)
+    deep = tuple(take(part, from_row, from_columns) for part in entering_later)
 
     return Stretch(
-        hidden=take(hidden, order),
+        hidden=hidden,
         spans=spans[order],
         positions=positions[:, order],
         slot=slot[order],
@@ -128,7 +130,7 @@ def trimmed(below: Stretch, alive: Tensor, layers: range, start: int) -> Stretch
     question has a row of its own, because each keeps other tokens.
     """
     rows, text = below.place[:, 0], below.text
-    visual = true_columns(below.slot[rows] != TEXT)
+    visual = visual_columns(below)
     slots = below.slot[rows].gather(1, visual)
     going = (slots[:, :, None] == alive[:, None]).any(dim=2)
     visual = visual.gather(1, true_columns(going, alive.shape[1]))
@@ -162,23 +164,35 @@ def trimmed(below: Stretch, alive: Tensor, layers: range, start: int) -> Stretch
     )
 
 
+def visual_columns(stretch: Stretch) -> Tensor:
+    """Columns of the visual tokens that every question sees, ``(questions, visual)``."""
+    return true_columns(stretch.slot[stretch.place[:, 0]] != TEXT)
+
+
 def _survivors(
     trunk: Trunk, below: Stretch, cut: Cut, visual: Tensor, scores: Tensor, recycled: int, seed: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """What goes on of the ``visual`` columns: their numbers, ascending ``(questions, keep)``, and hidden states.
 
-    The best by score go on as they are; of ``recycled`` ones, aggregated, each stands at its cluster's centre.
+    The best by score go on as they are; of ``recycled`` ones, aggregated, each stands at its cluster's centre. States
+    are null where all go on as they are.
     """
-    hidden = take(below.hidden, below.place[:, :1], visual)
     chosen = top_indices(scores, cut.keep - recycled)
-    states = gather_tokens(hidden, chosen.to(hidden.device))
     if cut.recycling is None or not recycled:
-        return chosen, states
-    noise = torch.from_numpy(cluster_noise(seed, _identity(trunk, below), visual.shape[1])).to(hidden.device)
-    scores, picked = scores.to(hidden.device), chosen.to(hidden.device)
-    centres, means = recycle(hidden, scores, picked, recycled, cut.recycling, noise)
-    chosen, order = torch.cat([picked, centres], dim=1).sort(dim=1)
-    return chosen.to(visual.device), gather_tokens(torch.cat([states, means], dim=1), order)
+        return chosen, None
+    device, identity = below.hidden.device, _identity(trunk, below)
+    together = max(1, EVIDENCE_NUMBERS // (visual.shape[1] * below.hidden.shape[2]))
+    numbers, kept = [], []
+
+    for at in range(0, len(visual), together):
+        part = slice(at, at + together)
+        hidden, picked = take(below.hidden, below.place[part, :1], visual[part]), chosen[part].to(device)
+        noise = torch.from_numpy(cluster_noise(seed, identity[part], visual.shape[1])).to(device)
+        centres, means = recycle(hidden, scores[part].to(device), picked, recycled, cut.recycling, noise)
+        both, order = torch.cat([picked, centres], dim=1).sort(dim=1)
+        numbers.append(both.to(visual.device))
+        kept.append(gather_tokens(torch.cat([gather_tokens(hidden, picked), means], dim=1), order))
+    return torch.cat(numbers), torch.cat(kept)
 
 
 def _identity(trunk: Trunk, below: Stretch) -> list[tuple[str, ...]]:
@@ -189,19 +203,22 @@ def _identity(trunk: Trunk, below: Stretch) -> list[tuple[str, ...]]:
     ]
 
 
-def scores_at(trunk: Trunk, below: Stretch, scorer: Scorer, visual: Tensor, keep: int, seed: int) -> Tensor:
+def scores_at(trunk: Trunk, below: Stretch, scorer: Scorer, keep: int, seed: int) -> Tensor:
     """``(questions, visual)``; forks of the trunk that differ in how many tokens they ``keep`` share them, where they may."""
     if below is not trunk.stretch:
-        return _scores(trunk, below, scorer, visual, keep, seed)
+        return _scores(trunk, below, scorer, keep, seed)
+    if trunk.whole is not None:
+        return scores_at(trunk.whole, trunk.whole.stretch, scorer, keep, seed)[trunk.questions]
     key = (below.layer, scorer, keep if scorer.by_keep else None, seed)
     if key not in trunk.scored:
         trunk.scored = {known: scores for known, scores in trunk.scored.items() if known[0] == below.layer}
-        trunk.scored[key] = _scores(trunk, below, scorer, visual, keep, seed)
+        trunk.scored[key] = _scores(trunk, below, scorer, keep, seed)
     return trunk.scored[key]
 
 
-def _scores(trunk: Trunk, below: Stretch, scorer: Scorer, visual: Tensor, keep: int, seed: int) -> Tensor:
+def _scores(trunk: Trunk, below: Stretch, scorer: Scorer, keep: int, seed: int) -> Tensor:
     """Some questions at a time: what a scorer reads of a question may be as large as the model's attention."""
+    visual = visual_columns(below)
     questions, longest = below.text.shape
     config = trunk.vlm.language.config
     attention = config.num_attention_heads * longest * below.hidden.shape[1]
@@ -265,7 +282,7 @@ class MeasuredEvidence(CutEvidence):
     @property
     def text(self) -> Tensor:
         own = self.trunk.stretch.text[self.part].clamp(min=0)
-        return take(self.trunk.text_embeddings, self.trunk_rows[:, None], own)
+        return self.trunk.vlm.language.embed_tokens(take(self.trunk.ids, self.trunk_rows[:, None], own))
 
     @property
     def entered(self) -> Tensor:

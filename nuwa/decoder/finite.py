@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from nuwa.decoder.caches import Pair
 from nuwa.decoder.sequence import Stretch
 from nuwa.errors import UserError
 
@@ -17,26 +18,34 @@ class NotFinite(UserError, ArithmeticError):
 def check_cut(below: Stretch, states: Tensor, scores: Tensor) -> None:
     """Raises :class:`NotFinite` where what a cut reads is not finite.
 
-    ``states`` ``(questions, kept, dim)``: hidden states that go on; ``scores`` ``(questions, visual)``.
+    ``states`` ``(questions, columns, dim)``: hidden states that go on; ``scores`` ``(questions, visual)``.
     """
-    if not bool(states.isfinite().all()):
-        raise _not_finite(f"layer {_first_layer([below], below.layer - 1)}", states)
-    if not bool(scores.isfinite().all()):
+    if not _finite(states):
+        raise _not_finite(f"layer {_first_layer([below.keys.held], below.layer - 1)}", states)
+    if not _finite(scores):
         raise _not_finite(f"the scores of the cut before layer {below.layer}", states)
 
 
-def not_finite_logits(stretches: Sequence[Stretch], layers: int, logits: Tensor) -> NotFinite:
-    """The error about logits that are not finite, by the first layer whose keys or values are not."""
-    return _not_finite(f"layer {_first_layer(stretches, layers - 1)}", logits)
+def not_finite_logits(held: Sequence[Mapping[int, Pair]], layers: int, logits: Tensor) -> NotFinite:
+    """The error about logits that are not finite, by the first layer whose keys or values are not.
+
+    ``held``: of every stretch, keys and values by layer.
+    """
+    return _not_finite(f"layer {_first_layer(held, layers - 1)}", logits)
 
 
-def _first_layer(stretches: Sequence[Stretch], last: int) -> int:
+def _first_layer(held: Sequence[Mapping[int, Pair]], last: int) -> int:
     """The layer that first left something not finite: the one before the first whose keys or values show it."""
-    for stretch in stretches:
-        for number, pair in sorted(stretch.keys.held.items()):
-            if not all(bool(one.isfinite().all()) for one in pair):
+    for of_stretch in held:
+        for number, pair in sorted(of_stretch.items()):
+            if not all(_finite(one) for one in pair):
                 return max(0, number - 1)
     return last
+
+
+def _finite(values: Tensor) -> bool:
+    """Without a tensor of flags, which ``isfinite`` makes as large as the values."""
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())
 
 
 def _not_finite(where: str, values: Tensor) -> NotFinite:

@@ -53,6 +53,7 @@ class Growing:
         self.modules = grouped_layers(vlm, self.layers)
         self.prefix = stretch.prefix  # until the first layout, which takes it into every row
         self.keys: Keys | StaticKeys = Keys({number: stretch.keys.held[number] for number in self.layers})
+        stretch.keys = Keys()  # they are handed over: a layout copies them, and then they are let go
         self.spans, self.positions = stretch.spans.cpu(), stretch.positions[0].cpu()
         self.rows, self.ranks = stretch.place.cpu().unbind(1)
         self.next_position = stretch.next_position.cpu()
@@ -83,7 +84,8 @@ class Growing:
         self.slot = torch.zeros_like(self.rows)
         self.rows[active], self.slot[active] = row, slot
         shared = None if self.prefix is None else self.prefix.held
-        self.keys, self.prefix = StaticKeys(self.keys.held, old, columns, steps * slots, shared), None
+        held, self.keys = self.keys.held, Keys()
+        self.keys, self.prefix = StaticKeys(held, old, columns, steps * slots, shared), None
         self.shape, self.filled, self.steps = (len(old), slots), self.keys.width, steps
         self._tables(hidden, future, ahead)
         self.narrow(active)
@@ -201,7 +203,10 @@ class Penalty:
 def generate(
     vlm: Adapter, stretches: list[Stretch], prompts: Sequence[EncodedPrompt], max_new_tokens: Sequence[int]
 ) -> list[Answer]:
-    """Greedy decoding; a question leaves the batch when it ends or reaches its limit."""
+    """Greedy decoding; a question leaves the batch when it ends or reaches its limit.
+
+    Of ``stretches`` the keys and values are taken away.
+    """
     top = stretches[-1]
     hidden = top.left
     if hidden is None:
@@ -229,7 +234,7 @@ def generate(
         if len(unread) == look or step >= max(limits[question] for question in active.tolist()):
             going = _read(unread, active.tolist(), made, limits, vlm.end_tokens)
             if going is None:
-                raise not_finite_logits(stretches, vlm.layers, logits)
+                raise not_finite_logits([part.keys.held for part in growing], vlm.layers, logits)
             unread = []
             if not going:
                 break
@@ -242,7 +247,8 @@ def generate(
         if not laid_out or growing[0].full or len(active) <= ENOUGH_ENDED * laid_out:
             laid_out = len(active)
             steps = min(STEPS_AHEAD, max(limits[question] for question in active.tolist()) - step)
-            for part in growing:
+            # The last first: its cache is let go by that, where forks to come may ask for those below.
+            for part in reversed(growing):
                 part.lay_out(active, step - 1, steps, hidden)
         elif changed:
             for part in growing:

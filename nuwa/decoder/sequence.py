@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -172,7 +172,8 @@ class Stretch:
     the right with -1. ``last`` ``(questions,)``: column of its last token. ``next_position`` ``(questions,)``: position
     id of its first generated token. ``keys``: what the stretch's layers have written. ``inputs``: hidden states entering
     the layers that a cut's scorer reads. ``prefix``: tokens that stand before every row, where they are no columns of it.
-    ``left`` ``(questions, dim)``: the questions' last tokens as they left the model's last layer, once they have.
+    ``left`` ``(questions, dim)``: the questions' last tokens as they left the model's last layer, once they have;
+    ``hidden`` and ``inputs`` are empty from then on.
     ``deep``: for each of the model's first layers what is added behind it, ``(rows, columns, dim)``, zero but for visual
     tokens; empty where nothing is, or all of it has been.
     """
@@ -194,16 +195,34 @@ class Stretch:
     left: Tensor | None = None
     deep: tuple[Tensor, ...] = ()
 
+    def columns(self, part: Part) -> Columns:
+        return Columns(self.spans[part.rows, part.columns], self.positions[:, part.rows, part.columns])
+
     def standing(self, rows: Tensor | slice, width: int | None = None) -> Columns:
         """All that the first ``width`` columns of some rows may look at, the prefix among it."""
         own = Columns(self.spans[rows, :width], self.positions[:, rows, :width])
         return own if self.prefix is None else self.prefix.before(own)
 
-    def cache(self, rows: slice, width: int, parts: Sequence[Any]) -> Any:
-        """What layers write to when the first ``width`` columns of some rows pass, one of ``parts``."""
-        whole = len(parts) == 1
-        keys = self.keys if whole else self.keys.part(rows, width, (self.hidden.shape[0], self.hidden.shape[1]))
+    def cache(self, part: Part) -> Any:
+        """What layers write to when a part passes."""
+        shape = (self.spans.shape[0], self.spans.shape[1])
+        keys = self.keys if part.shape == shape else self.keys.part(part.rows, part.begin, part.end, shape)
         return keys if self.prefix is None else BehindPrefix(keys, self.prefix.held)
+
+    def of(self, questions: slice) -> Stretch:
+        """The stretch as some of its questions see it; all else is shared."""
+        return replace(
+            self,
+            place=self.place[questions],
+            text=self.text[questions],
+            last=self.last[questions],
+            next_position=self.next_position[questions],
+            keys=Keys(self.keys.held),
+        )
+
+    def let_go(self) -> None:
+        """Drop what only layers and cuts to come would read: generation looks at keys and values alone."""
+        self.hidden, self.inputs, self.deep = self.hidden.new_empty(0, 0, self.hidden.shape[2]), {}, ()
 
     @property
     def offset(self) -> int:
@@ -246,29 +265,29 @@ def advance(vlm: Adapter, stretch: Stretch, layer: int, pass_tokens: int, watch:
     if layer <= stretch.layer:
         return
     numbers, shape = range(stretch.layer, layer), (stretch.hidden.shape[0], stretch.hidden.shape[1])
-    parts = list(_parts(stretch.spans, pass_tokens))
-    entering: dict[int, list[Tensor]] = {number: [] for number in sorted(watch & set(numbers))}
-    left = []
+    entering: dict[int, Tensor | None] = dict.fromkeys(sorted(watch & set(numbers)))
+    left = None
 
-    for rows, width in parts:
-        hidden = stretch.hidden[rows, :width]
-        columns = Columns(stretch.spans[rows, :width], stretch.positions[:, rows, :width])
-        masks = masks_of(vlm, columns, stretch.standing(rows, width), hidden.dtype, causal=True)
+    for part in _parts(stretch.spans, pass_tokens, whole_rows=vlm.flash_attention):
+        hidden, columns = stretch.hidden[part.rows, part.columns], stretch.columns(part)
+        masks = masks_of(vlm, columns, stretch.standing(part.rows, part.end), hidden.dtype, causal=True)
         rotations = vlm.text.rotations(hidden, columns.positions)
-        keys = stretch.cache(rows, width, parts)
+        keys = stretch.cache(part)
         for number in numbers:
-            if number in entering:
-                entering[number].append(hidden)
+            if number in entering and number > stretch.layer:
+                entering[number] = part.put(entering[number], hidden, shape)
             kind = vlm.text.kinds[number]
             hidden = vlm.language.layers[number](
                 hidden, attention_mask=masks[kind], position_embeddings=rotations[kind], past_key_values=keys
             )
             if number < len(stretch.deep):
-                hidden = hidden + stretch.deep[number][rows, :width].to(hidden)
-        left.append(hidden)
+                hidden = hidden + stretch.deep[number][part.rows, part.columns].to(hidden)
+        left = part.put(left, hidden, shape)
 
-    stretch.inputs |= {number: _whole(held, parts, shape) for number, held in entering.items()}
-    stretch.hidden, stretch.layer = _whole(left, parts, shape), layer
+    assert left is not None
+    # What entered the first of these layers is at hand as it is.
+    stretch.inputs |= {number: stretch.hidden if held is None else held for number, held in entering.items()}
+    stretch.hidden, stretch.layer = left, layer
 
 
 def leave(vlm: Adapter, stretch: Stretch, pass_tokens: int) -> None:
@@ -280,6 +299,7 @@ def leave(vlm: Adapter, stretch: Stretch, pass_tokens: int) -> None:
     if vlm.flash_attention:  # counts queries from the end of a row's keys, and a row's last token may stand before it
         advance(vlm, stretch, vlm.layers, pass_tokens)
         stretch.left = take(stretch.hidden, rows, last)
+        stretch.let_go()
         return
     number = vlm.layers - 1
     advance(vlm, stretch, number, pass_tokens)
@@ -288,17 +308,18 @@ def leave(vlm: Adapter, stretch: Stretch, pass_tokens: int) -> None:
     # A row with fewer questions than others asks for one of its own columns again.
     asking = torch.zeros(len(stretch.hidden), slots, dtype=last.dtype, device=last.device)
     asking[rows, slot] = last
-    parts, left = list(_parts(stretch.spans, pass_tokens)), []
+    left = []
 
-    for part, width in parts:
-        hidden, at = stretch.hidden[part, :width], asking[part]
-        columns = Columns(stretch.spans[part, :width], stretch.positions[:, part, :width])
-        queries = columns.at(at)
-        made = project(vlm, number, hidden, columns.positions)
-        pair = stretch.cache(part, width, parts).update(made.key, made.value, number)
+    for part in _parts(stretch.spans, pass_tokens):
+        made = project(vlm, number, stretch.hidden[part.rows, part.columns], stretch.columns(part).positions)
+        pair = stretch.cache(part).update(made.key, made.value, number)
+        if not part.last:
+            continue
+        at = asking[part.rows]
         own = torch.arange(len(at), device=at.device)[:, None]
-        asked = take(hidden, own, at)
-        masks = masks_of(vlm, queries, stretch.standing(part, width), hidden.dtype, causal=False)
+        asked = take(stretch.hidden[part.rows], own, at)
+        queries = Columns(stretch.spans[part.rows], stretch.positions[:, part.rows]).at(at)
+        masks = masks_of(vlm, queries, stretch.standing(part.rows, part.end), asked.dtype, causal=False)
         rotations = vlm.text.rotations(asked, queries.positions)
         left.append(
             layer(
@@ -311,6 +332,7 @@ def leave(vlm: Adapter, stretch: Stretch, pass_tokens: int) -> None:
 
     stretch.layer = vlm.layers
     stretch.left = take(torch.cat(left) if len(left) > 1 else left[0], rows, slot)
+    stretch.let_go()
 
 
 def slots_of(row: Tensor, rows: int) -> tuple[int, Tensor]:
@@ -339,30 +361,59 @@ def pass_prefix(vlm: Adapter, ids: Sequence[int], axes: int) -> Prefix:
     return Prefix(columns, keys.held, tuple(inputs))
 
 
-def _parts(spans: Tensor, tokens: int) -> Iterator[tuple[slice, int]]:
-    """Neighbouring rows of about ``tokens`` columns together, and the columns that any of them fills."""
+@dataclass(frozen=True)
+class Part:
+    """What passes the layers at once: neighbouring rows up to a column that any of them fills, or a run of one row's columns.
+
+    ``last``: whether all columns before it have passed and none of these rows is left.
+    """
+
+    rows: slice
+    begin: int
+    end: int
+    last: bool = True
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.begin, self.end)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.end - self.begin
+
+    def put(self, whole: Tensor | None, piece: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The part's states written into those of all rows and columns, zero where padding is left out."""
+        if self.shape == shape:
+            return piece
+        if whole is None:
+            whole = piece.new_zeros(*shape, piece.shape[-1])
+        whole[self.rows, self.columns] = piece
+        return whole
+
+
+def _parts(spans: Tensor, tokens: int, whole_rows: bool = False) -> Iterator[Part]:
+    """Neighbouring rows of about ``tokens`` columns together, and runs of as many columns of a row that is longer.
+
+    ``whole_rows``: such a row is not split.
+    """
     rows, columns = spans.shape[:2]
     if rows * columns <= tokens:
-        yield slice(0, rows), columns
+        yield Part(slice(0, rows), 0, columns)
         return
     filled = (spans[..., 0] >= 0) * torch.arange(1, columns + 1, device=spans.device)
     start, width = 0, 0
+    groups = []
     for row, length in enumerate(filled.amax(dim=1).tolist()):
         if row > start and (row + 1 - start) * max(width, length) > tokens:
-            yield slice(start, row), width
+            groups.append((slice(start, row), width))
             start, width = row, 0
         width = max(width, length)
-    yield slice(start, rows), width
+    groups.append((slice(start, rows), width))
 
-
-def _whole(held: Sequence[Tensor], parts: Sequence[tuple[slice, int]], shape: tuple[int, ...]) -> Tensor:
-    """Rows that passed part by part as one tensor again, zero where padding was left out."""
-    if len(held) == 1:
-        return held[0]
-    whole = held[0].new_zeros(*shape, held[0].shape[-1])
-    for (rows, width), hidden in zip(parts, held, strict=True):
-        whole[rows, :width] = hidden
-    return whole
+    for group, width in groups:
+        step = width if whole_rows or group.stop - group.start > 1 else tokens
+        for begin in range(0, width, step):
+            yield Part(group, begin, min(begin + step, width), begin + step >= width)
 
 
 def take(values: Tensor, rows: Tensor, columns: Tensor | None = None) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -31,9 +32,21 @@ from nuwa.selection import Selection
 from nuwa.stage2 import Cut, Scorer
 from nuwa.vlm.adapter import Adapter, EncodedPrompt
 
-# Tokens that pass the layers at once: on a CPU what its caches hold, elsewhere what memory does.
-PASS_TOKENS = {"cpu": 2048}
-MANY_TOKENS = 2**17
+# Numbers in the hidden states of what passes the layers at once: enough to keep a device busy, and in a layer of a 7B
+# model a few hundred MiB in all.
+PASS_NUMBERS, PASS_NUMBERS_CPU = 2**24, 2**21
+CACHED_TOKENS = 2048  # on a CPU no more than its caches hold
+HELD_PASSES = (
+    16  # questions have rows above a cut, and are decoded, while these have no more tokens than so many passes
+)
+
+
+def usual_pass_tokens(vlm: Adapter) -> int:
+    """Tokens that pass a model's layers at once where no setting says otherwise; the kind of device decides, and the width."""
+    width = vlm.language.config.hidden_size
+    if vlm.device.type == "cpu":
+        return max(1, min(CACHED_TOKENS, PASS_NUMBERS_CPU // width))
+    return max(1, PASS_NUMBERS // width)
 
 
 class Trunk:
@@ -42,9 +55,15 @@ class Trunk:
     ``selection``: kept tokens of ``len(prompts)`` images, over the slots of ``layout`` (see :func:`nuwa.layout.place`;
     absent: the one layout of a model with a fixed grid). Under an :class:`nuwa.layout.InterleavedLayout` each row has
     several images, of which every row keeps equally many tokens, and its questions agree on the texts between them.
-    ``prompts``: each image's questions. ``image_ids`` and the prompts' ids seed what is random. ``pass_tokens``: about how many tokens pass the layers at once; absent: what
-    the device's caches and memory hold.
+    ``prompts``: each image's questions. ``image_ids`` and the prompts' ids seed what is random. ``pass_tokens``: about
+    how many tokens pass the layers at once, and with it how many questions have rows above a cut at once; absent: the
+    adapter's, and where it has none :func:`usual_pass_tokens`. In float32 it changes no answer, only memory.
+
+    ``whole``, ``questions``: of a portion, the trunk that it is of, and which of its questions these are.
     """
+
+    whole: Trunk | None = None
+    questions: slice = slice(None)
 
     def __init__(
         self,
@@ -74,7 +93,7 @@ class Trunk:
             selection = selection.at(owners)
             prompts = [[prompt] for prompt in self.prompts]
             self.between = [self.between[owner] for owner in owners]
-        self.pass_tokens = pass_tokens or PASS_TOKENS.get(vlm.device.type, MANY_TOKENS)
+        self.pass_tokens = pass_tokens or vlm.pass_tokens or usual_pass_tokens(vlm)
         self.slots = selection.indices.to(vlm.device)  # (rows, kept)
         self.projected, *deep = vlm.embed_visual(selection, self.layout).chunk(1 + self.layout.deep, dim=-1)
         self.deep = tuple(deep)
@@ -102,8 +121,8 @@ class Trunk:
         slot = torch.full(ids.shape, TEXT, device=device)
         slot[:, visual] = self.slots
 
-        hidden = self.vlm.language.embed_tokens(ids.to(device))
-        self.text_embeddings = hidden
+        self.ids = ids.to(device)
+        hidden = self.vlm.language.embed_tokens(self.ids)
         hidden = hidden.index_copy(1, visual, self.projected.to(hidden))
         deep = tuple(torch.zeros_like(hidden).index_copy(1, visual, part.to(hidden)) for part in self.deep)
         own, place = texts.own.to(device), texts.place.to(device)
@@ -160,34 +179,73 @@ class Trunk:
 
     def answer(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
         """Answers under ``cuts``, of the trunk itself where there are none; it must not stand above the first cut."""
-        return self.decode(self.prefill(cuts, seed), max_new_tokens)
+        self.reach([Cut(*cut) for cut in cuts])
+        return self.fork(cuts, max_new_tokens, seed) if cuts else self.finish(max_new_tokens)
+
+    def fork(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
+        """Answers under ``cuts``; the trunk must stand at the first cut's layer."""
+        cuts = [Cut(*cut) for cut in cuts]
+        self._check_stands_at(cuts[0])
+        return [
+            answer
+            for part in self.portions(cuts)
+            for answer in part.decode(part.prefill(cuts, seed), max_new_tokens[part.questions])
+        ]
+
+    def portions(self, cuts: Sequence[Cut]) -> Iterator[Trunk]:
+        """The trunk for some of its questions after others, by their ``questions``; itself where there are no ``cuts``.
+
+        Above a cut every question has a row, so that without this memory would grow with the questions of an image. Each
+        portion is for :meth:`prefill` and :meth:`decode` before the next is asked for; the trunk is at the first cut by then.
+        """
+        if not cuts:
+            yield self
+            return
+        cuts = [Cut(*cut) for cut in cuts]
+        row = max(cut.keep for cut in cuts) + self.stretch.between.shape[1] + self.stretch.text.shape[1]
+        together = max(1, HELD_PASSES * self.pass_tokens // row)
+        if together >= len(self.prompts):
+            yield self
+            return
+        self.reach(cuts)
+        for start in range(0, len(self.prompts), together):
+            yield self._portion(slice(start, start + together))
+
+    def _portion(self, questions: slice) -> Trunk:
+        portion = copy.copy(self)
+        portion.prefix = self.prefix  # made once for all
+        portion.whole, portion.questions = self, questions
+        portion.prompts, portion.images = self.prompts[questions], self.images[questions]
+        portion.stretch = self.stretch.of(questions)
+        return portion
 
     def prefill(self, cuts: Sequence[Cut], seed: int = 0) -> list[Stretch]:
         """All layers over images and prompts under ``cuts``, up to where :meth:`decode` makes the first token."""
+        cuts = [Cut(*cut) for cut in cuts]
         self.reach(cuts)
         return self._forked(cuts, seed) if cuts else self._whole()
 
     def decode(self, stretches: list[Stretch], max_new_tokens: Sequence[int]) -> list[Answer]:
-        """The answers that follow on :meth:`prefill`."""
+        """The answers that follow on :meth:`prefill`, whose keys and values this takes away."""
         return generate(self.vlm, stretches, self.prompts, max_new_tokens)
 
-    def fork(self, cuts: Sequence[Cut], max_new_tokens: Sequence[int], seed: int = 0) -> list[Answer]:
-        """Answers under ``cuts``; the trunk must stand at the first cut's layer."""
-        return self.decode(self._forked(cuts, seed), max_new_tokens)
+    def _check_stands_at(self, cut: Cut) -> None:
+        if self.stretch.layer != cut.layer:
+            raise ValueError(f"the trunk stands before layer {self.stretch.layer}, the first cut before {cut.layer}")
 
     def _forked(self, cuts: Sequence[Cut], seed: int) -> list[Stretch]:
-        cuts = [Cut(*cut) for cut in cuts]
-        if self.stretch.layer != cuts[0].layer:
-            raise ValueError(
-                f"the trunk stands before layer {self.stretch.layer}, the first cut before {cuts[0].layer}"
-            )
+        self._check_stands_at(cuts[0])
         stretches = [self.stretch]
         for cut in cuts:
             below = stretches[-1]
             if below is not self.stretch:
                 advance(self.vlm, below, cut.layer, self.pass_tokens, frozenset({cut.layer - 1}))
             stretches.append(cut_stretch(self, below, cut, seed))
+            if below is not self.stretch:
+                below.let_go()
         leave(self.vlm, stretches[-1], self.pass_tokens)
+        stretches[0] = replace(self.stretch, keys=Keys(self.stretch.keys.held))
+
         for number, cut in enumerate(cuts):
             if cut.trims:
                 stretches[: number + 1] = self._trimmed(stretches[: number + 2])

@@ -163,6 +163,7 @@ class Call:
 
         framing = {name: getattr(options, name) for name in ("conversation", "image_aspect_ratio")}
         vlm = adapt(model, processor, **framing)
+        vlm.pass_tokens = options.pass_tokens
         if options.text_tower is not None:
             vlm.text_tower = remembered_tower(vlm, options.text_tower)
         options = _with_weights(vlm, options)

@@ -39,7 +39,8 @@ class Options:
     released for the model's family, or else the method's first. ``position``, ``stage2`` (``layer``, ``scorer``,
     ``ratio``, ``recycling``), ``without_stage2``, ``parameters``, ``seed``: see :func:`nuwa.methods.specify`.
 
-    ``max_new_tokens``: of every answer. ``batch_images``: images that are encoded and asked together.
+    ``max_new_tokens``: of every answer. ``batch_images``: images that are encoded and asked together. ``pass_tokens``: about
+    how many tokens pass the language model's layers at once, which bounds memory; null: by device and width.
     ``conversation``, ``image_aspect_ratio``: see :class:`nuwa.vlm.Adapter`; the papers' LLaVA-1.5 is ``vicuna_v1`` and
     ``pad``. ``text_tower``: folder of the CLIP model that the encoder is a half of, for methods that read the question
     before the language model (CDPruner); it is read once a model. Weights that a method was trained with and ``parameters``
@@ -63,6 +64,7 @@ class Options:
     seed: int = 0
     max_new_tokens: int = 128
     batch_images: int = 8
+    pass_tokens: int | None = None
     conversation: str = "template"
     image_aspect_ratio: str = "processor"
     text_tower: str | Path | None = None
@@ -85,6 +87,8 @@ class Options:
         check_word("on_error", self.on_error, ON_ERROR)
         _check_whole("max_new_tokens", self.max_new_tokens, 1)
         _check_whole("batch_images", self.batch_images, 1)
+        if self.pass_tokens is not None:
+            _check_whole("pass_tokens", self.pass_tokens, 1)
         _check_whole("seed", self.seed, 0)
         _check_kind("without_stage2", self.without_stage2, "true or false", bool)
         _check_kind("parameters", self.parameters, "a dictionary of hyper-parameters by name", Mapping, type(None))

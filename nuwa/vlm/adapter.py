@@ -185,7 +185,9 @@ class Adapter(ABC):
     processors of its published conversions cut the middle out instead. Only an encoder of square images (``pads``) asks.
     ``image_rules``: pixel limits and layout, which an adapter puts into a copy of the processor. ``text_tower``: a folder
     with the CLIP model that the encoder is a half of, for methods that read a question before the language model; only
-    an encoder of CLIP's (``pairs_text``) has one.
+    an encoder of CLIP's (``pairs_text``) has one. ``pass_tokens``: about how many tokens pass the language model's layers
+    at once, which bounds memory; null: by device and width (:func:`nuwa.decoder.trunk.usual_pass_tokens`). It may be set
+    at any time.
     """
 
     model_class: ClassVar[type[PreTrainedModel] | FromTransformers]
@@ -202,6 +204,7 @@ class Adapter(ABC):
     usual_system: ClassVar[str] = ""
     layout: VisualLayout | None = None
     text_tower: TextTower | None = None
+    pass_tokens: int | None = None
 
     def __init__(
         self,

@@ -68,6 +68,9 @@ class ModelIdentity:
         language = files.language | {"model.conversation": loading.conversation}
         if loading.attention != "sdpa":
             language["model.attention"] = loading.attention
+        # The shape of a product moves its last bits in half precision; in float32 no answer depends on it.
+        if loading.dtype != "float32" and loading.pass_tokens is not None:
+            language["model.pass_tokens"] = str(loading.pass_tokens)
         return cls(encoder, language, _fingerprint(folder, Described.of(encoder).digest, loading, vlm, memory))
 
 

@@ -29,6 +29,7 @@ class Loading(NamedTuple):
     image_rules: ImageRules = AS_PUBLISHED
     spread: bool = False
     text_tower: str | None = None
+    pass_tokens: int | None = None
 
     @classmethod
     def of(cls, model: ModelSettings, cluster: ClusterSettings) -> Loading:
@@ -40,6 +41,7 @@ class Loading(NamedTuple):
             model.images,
             spread=cluster.gpus > 1,
             text_tower=model.text_tower,
+            pass_tokens=model.pass_tokens,
         )
 
     @property
@@ -82,7 +84,7 @@ FULL_PRECISION = Loading()
 
 @cache  # one model a process, however many workers it hosts in turn
 def load_model(path: str, device: str, loading: Loading = FULL_PRECISION) -> Adapter:
-    return load_adapter(
+    vlm = load_adapter(
         path,
         device,
         getattr(torch, loading.dtype),
@@ -90,3 +92,5 @@ def load_model(path: str, device: str, loading: Loading = FULL_PRECISION) -> Ada
         device_map="auto" if loading.spread else None,
         **loading.framing,
     )
+    vlm.pass_tokens = loading.pass_tokens
+    return vlm

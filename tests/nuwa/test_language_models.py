@@ -180,6 +180,18 @@ def test_pruned_equals_a_masked_stock_model(vlm, photos):
         assert torch.allclose(logits[0][number], expected[0], atol=1e-4, rtol=1e-5)
 
 
+def test_sequences_that_pass_in_runs_are_answered_alike(vlm, photos):
+    """Windows, soft-capping and layers without positions look at the runs before as at columns of their own."""
+    cuts = [Cut(2, 9, get_scorer("attention_last_token"))]
+    for asked in ([], cuts):
+        found = []
+        for pass_tokens in (10**6, 11):
+            trunk, _ = trunk_of(vlm, photos[:2], 24)
+            trunk.pass_tokens = pass_tokens
+            found.append(trunk.answer(asked, [4] * len(trunk.prompts)))
+        assert found[0] == found[1]
+
+
 def test_projections_without_rotary_embedding_do_not_depend_on_positions(vlm):
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     here, there = torch.arange(5).expand(1, 2, 5), torch.arange(5).expand(1, 2, 5) + 9

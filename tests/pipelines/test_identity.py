@@ -169,6 +169,20 @@ def test_how_a_model_is_loaded_counts(folder, family, tmp_path):
     assert len({features_identity(one, family, "float32").digest for one in known}) == 3, "by dtype alone"
 
 
+def test_how_many_tokens_pass_at_once_counts_in_half_precision_alone(folder, family, tmp_path):
+    def contexts(dtype: str) -> set[str]:
+        ways = [Loading(dtype), Loading(dtype, pass_tokens=64), Loading(dtype, pass_tokens=65)]
+        known = [ModelIdentity.of(str(folder), way, family, tmp_path) for way in ways]
+        assert len({features_identity(one, family, "float32").digest for one in known}) == 1
+        return {answer_context(one, family, SETTINGS).digest for one in known}
+
+    assert {dtype: len(contexts(dtype)) for dtype in ("float32", "bfloat16", "float16")} == {
+        "float32": 1,
+        "bfloat16": 3,
+        "float16": 3,
+    }
+
+
 # Stored answers
 
 

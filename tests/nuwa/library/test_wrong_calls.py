@@ -21,7 +21,7 @@ PLACE, TEXT = {"type": "image"}, {"type": "text", "text": ASKED}
 TAKEN = "a path, bytes of an image file, a Pillow image, an array or a tensor"
 KEYWORDS = (
     "average_tokens, batch_images, conversation, image_aspect_ratio, max_new_tokens, method, on_error, parameters, "
-    "position, preset, progress, retention, seed, stage2, text_tower, without_stage2"
+    "pass_tokens, position, preset, progress, retention, seed, stage2, text_tower, without_stage2"
 )
 
 
@@ -37,6 +37,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number of 1 or more"),
     ({"batch_images": 0}, "batch_images=0 must be a whole number of 1 or more"),
     ({"batch_images": "8"}, "batch_images='8' must be a whole number of 1 or more"),
+    ({"pass_tokens": 0}, "pass_tokens=0 must be a whole number of 1 or more"),
     ({"seed": -1}, "seed=-1 must be a whole number of 0 or more"),
     (
         {"max_tokens": 3},
