@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ from pipelines.files.lines import tell
 from pipelines.scores.blocks import Tables, Work, score_sweep
 from pipelines.scores.comparisons import never_met, pairs_of
 from pipelines.scores.grades import read_grades
+from pipelines.scores.seeds import spread_over_seeds, with_seeds
 from pipelines.scores.submissions import check_scored
 from pipelines.scores.summary import budget_curves, headline_metrics, headline_table
 from pipelines.settings import Settings
@@ -31,6 +33,7 @@ from stages.entry import (
     PREDICTIONS,
     SCORES,
     SCORING,
+    SEEDS,
     SWEEP,
     TRIALS,
     run_stage,
@@ -74,7 +77,9 @@ def scored(
         headline,
         settings.plugins,
     )
-    return score_sweep(work, scratch, recipe.processes), headline
+    tables = score_sweep(work, scratch, recipe.processes)
+    spread = spread_over_seeds(trials, tables.scores)
+    return replace(tables, comparisons=with_seeds(tables.comparisons, trials, spread)), headline
 
 
 def evaluate(settings: Settings) -> None:
@@ -89,9 +94,11 @@ def evaluate(settings: Settings) -> None:
     write_table(scores, SCORES)
     write_table(tables.comparisons, COMPARISONS)
     write_table(tables.groups, GROUPS)
+    spread = spread_over_seeds(trials, scores)
+    write_table(spread, SEEDS)
 
     with atomic_path(METRICS) as path:
-        path.write_text(json.dumps(headline_metrics(trials, scores, headline), indent=1) + "\n")
+        path.write_text(json.dumps(headline_metrics(trials, scores, headline, spread), indent=1) + "\n")
     with atomic_path(HEADLINE) as path:
         headline_table(trials, scores, headline).to_csv(path, index=False)
     for family, table in budget_curves(trials, scores).items():

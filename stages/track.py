@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from nuwa.budget import budget_tokens
+from pipelines.scores.seeds import sentence
 from pipelines.scores.summary import headline_trials
 from pipelines.settings import Settings, asked
 from pipelines.sweep.provenance import came_from
@@ -26,6 +27,7 @@ from stages.entry import (
     PLOTS,
     REPORT,
     SCORES,
+    SEEDS,
     SWEEP,
     TIMINGS,
     TRIALS,
@@ -52,13 +54,16 @@ def track(settings: Settings, *, with_report: bool = True) -> None:
         tracker.dataset("examples", facts["fingerprints"]["data"][:32], facts["counts"]["questions"])
         groups = pd.read_parquet(GROUPS) if GROUPS.exists() else None
         of_all = {name: shared[name] for name in OF_ALL}
-        tracker.trials(trial_runs(trials, scores, _seconds(trials), tags, groups=groups, asked=of_all))
-        tracker.views(_compared(settings, trials, scores), partial(_note, facts, tags))
+        spread = pd.read_parquet(SEEDS) if SEEDS.exists() else None
+        runs = trial_runs(trials, scores, _seconds(trials), tags, groups=groups, asked=of_all, spread=spread)
+        tracker.trials(runs)
+        tracker.views(_compared(settings, trials, scores), partial(_note, facts, tags, _seeds(trials, spread)))
 
         for path, place in (
             (SCORES, None),
             (COMPARISONS, None),
             (GROUPS, None),
+            (SEEDS, None),
             (METRICS, None),
             (HEADLINE, None),
             (PLOTS, "plots"),
@@ -78,8 +83,14 @@ def _compared(settings: Settings, trials: pd.DataFrame, scores: pd.DataFrame) ->
     return headline_trials(trials, scores, budget, SIDE_BY_SIDE)
 
 
-def _note(facts: Mapping[str, Any], tags: Mapping[str, str], pages: Mapping[str, str]) -> str:
-    """Markdown for the parent's page: what came out, where to look, how to run it again.
+def _seeds(trials: pd.DataFrame, spread: pd.DataFrame | None) -> str:
+    """What seeds change, in words; nothing where none was varied."""
+    labels = trials.set_index("trial_id")["label"].to_dict()
+    return "" if spread is None else sentence(spread, labels, {"grounding": "grounding", "vqa": "VQA"})
+
+
+def _note(facts: Mapping[str, Any], tags: Mapping[str, str], seeds: str, pages: Mapping[str, str]) -> str:
+    """Markdown for the parent's page: what came out, where to look, how to run it again. ``seeds``: see :func:`_seeds`.
 
     ``pages``: what else MLflow shows of the sweep → its address on the same server.
     """
@@ -87,10 +98,15 @@ def _note(facts: Mapping[str, Any], tags: Mapping[str, str], pages: Mapping[str,
     if METRICS.exists():
         lines += _verdict(json.loads(METRICS.read_text()))
 
+    known = f" Known is, in points of mean retention: {seeds}." if seeds else ""
+    lines += [
+        f"Intervals and verdicts are over images, of one seed; what another seed changes is not in them.{known}",
+        "",
+    ]
     dirty = tags.get("git_dirty") == "true"
     lines += [
         "* The page: artifact `report/index.html`; all scores: `scores.parquet`; pairs: `comparisons.parquet`;"
-        " by what was asked: `groups.parquet`.",
+        " by what was asked: `groups.parquet`; over seeds: `seeds.parquet`.",
         "",
         "Again, from the artifacts under `reproduce`:",
         "",

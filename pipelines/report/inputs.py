@@ -18,6 +18,7 @@ from pipelines.data.datasets import read_notes
 from pipelines.report.places import Size, TokenPlaces
 from pipelines.scores.comparisons import COLUMNS as COMPARISON_COLUMNS
 from pipelines.scores.groups import COLUMNS as GROUP_COLUMNS
+from pipelines.scores.seeds import OF_PAIRS
 
 REMEDY = "run `dvc repro evaluate` to make it"
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -26,7 +27,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "trial_id", "benchmark", "family", "metric", "score", "low", "high", "n", "headline",
         "retention", "retention_low", "retention_high",
     ),
-    "comparisons": tuple(COMPARISON_COLUMNS),
+    "comparisons": (*COMPARISON_COLUMNS, *OF_PAIRS),
     "groups": tuple(GROUP_COLUMNS),
     "examples": ("example_id", "benchmark", "family", "image", "question", "truth", "width", "height"),
     "predictions": ("trial_id", "example_id", "prediction", "kept_final"),

@@ -44,7 +44,9 @@ class Estimate:
 class Difference:
     """A trial's retention less another's, from the same images: :mod:`pipelines.scores.comparisons`.
 
-    ``p``: corrected for all ``together`` pairs of its kind. ``verdict``: in the words of that module.
+    ``p``: corrected for all ``together`` pairs of its kind. ``verdict``: in the words of that module. ``seeds``: what seeds
+    have to do with it, ``over_seeds``: its standard deviation over them where that is known, else NaN
+    (:mod:`pipelines.scores.seeds`).
     """
 
     value: float
@@ -53,6 +55,8 @@ class Difference:
     p: float
     together: int
     verdict: str
+    seeds: str
+    over_seeds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +196,14 @@ def _differences(comparisons: pd.DataFrame) -> dict[tuple[str, float, str, str, 
     rows = comparisons[comparisons["benchmark"] == MEAN]
     return {
         (row.question, row.budget, row.trial_id, row.reference, row.family): Difference(
-            row.difference, row.low, row.high, row.p_corrected, int(row.together), row.verdict
+            row.difference,
+            row.low,
+            row.high,
+            row.p_corrected,
+            int(row.together),
+            row.verdict,
+            row.seeds,
+            row.seed_deviation,
         )
         for row in rows.itertuples()
     }

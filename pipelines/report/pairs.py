@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nuwa import UNPRUNED
@@ -12,6 +13,7 @@ from pipelines.report.style import FAMILIES as FAMILY_NAMES
 from pipelines.report.style import method_style, percent, plain_number
 from pipelines.report.tables import DASH
 from pipelines.scores.comparisons import AGAINST, AHEAD, BEHIND, EQUIVALENT, PLANNED
+from pipelines.scores.seeds import ONE_SEED, SEVERAL
 
 OTHER_IDS = "With other position ids than their authors’"
 
@@ -47,6 +49,7 @@ class PairTable:
     rows: list[PairRow]
     none_equivalent: bool
     planned: list[str]
+    seeds: str
 
     @property
     def parts(self) -> list[tuple[str, list[PairRow]]]:
@@ -73,7 +76,30 @@ def pair_table(outcomes: Outcomes, budget: float) -> PairTable | None:
         rows=rows,
         none_equivalent=not any(flag for row in rows for flag in row.equivalent.values()),
         planned=_planned(outcomes, budget),
+        seeds=_seeds(outcomes, compared),
     )
+
+
+def _seeds(outcomes: Outcomes, compared: Mapping[TrialRow, Sequence[Difference]]) -> str:
+    """Whether the spread over seeds is part of these differences, and of which it is known."""
+    known: dict[str, float] = {}
+    unknown = []
+    for trial, differences in compared.items():
+        name = f"{outcomes.name(trial)} ({trial.position.upper()})"
+        if any(one.seeds == ONE_SEED for one in differences):
+            unknown.append(name)
+        elif any(one.seeds == SEVERAL for one in differences):
+            known[name] = max(one.over_seeds for one in differences if one.seeds == SEVERAL)
+
+    if not known and not unknown:
+        return "No trial here hangs on a seed."
+    parts = ["Intervals and p are over images; the spread over seeds is not included."]
+    if known:
+        told = ", ".join(f"{name} {percent(deviation)}" for name, deviation in known.items())
+        parts.append(f"Standard deviation of the difference over seeds, in points: {told}.")
+    if unknown:
+        parts.append(f"Of one seed, or of one training, whose spread is not known: {', '.join(unknown)}.")
+    return " ".join([*parts, "The others hang on no seed."])
 
 
 def _planned(outcomes: Outcomes, budget: float) -> list[str]:
@@ -92,9 +118,17 @@ def _planned(outcomes: Outcomes, budget: float) -> list[str]:
             together = max(one.together for one in found.values() if one is not None)
             pair = " less ".join(f"{outcomes.name(one)} ({one.position.upper()})" for one in (trial, other))
             sentences.append(
-                f"Named before the run: {pair}: {'; '.join(parts)}; p corrected for these {together} alone."
+                f"Named before the run: {pair}: {'; '.join(parts)}; p corrected for these {together} alone{_of_one_seed(found.values())}."
             )
     return sentences
+
+
+def _of_one_seed(differences: Iterable[Difference | None]) -> str:
+    """Added to a sentence about a pair."""
+    seeds = {one.seeds for one in differences if one is not None}
+    if ONE_SEED in seeds:
+        return "; of one seed or training, whose spread is not included"
+    return "; the spread over seeds is not included" if SEVERAL in seeds else ""
 
 
 def _lead(outcomes: Outcomes, trial: TrialRow, reference: TrialRow, budget: float, family: str) -> Difference | None:

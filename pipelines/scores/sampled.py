@@ -184,10 +184,13 @@ class Sampled:
     def _size_of_a_change(self) -> np.ndarray:
         """By how much an image moves a pair whose answers on it change, ``(trials,)``.
 
-        The mean over images that changed, by weight, as if one more had changed by all that an image can.
+        The mean over images that changed, by weight, as if one more had changed by all that an image can; less what all
+        images have in common, since a change that comes on every image does not vary.
         """
         own, step = self._own(), self.step or 0.0
-        squares, total = (own**2).sum(axis=1) + step**2, own.sum(axis=1) + step
+        total = own.sum(axis=1)
+        squares = (own**2).sum(axis=1) - total**2 / max(self.images, 1) + step**2
+        total += step
         return np.divide(squares, total, out=np.zeros_like(total), where=total > 0)
 
     def _with_exact(self, ends: np.ndarray) -> np.ndarray:

@@ -24,12 +24,18 @@ def _retention(scores: pd.DataFrame) -> pd.DataFrame:
     return means.pivot(index="trial_id", columns="family", values=["score", "low", "high"])
 
 
-def headline_metrics(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) -> dict[str, dict[str, float | None]]:
-    """Eight numbers whose names do not depend on the sweep, so that any two runs can be held side by side.
+Metrics = dict[str, dict[str, float | None] | float | None]
 
-    ``unpruned``: mean headline score over the benchmarks of a family; ``nuwa`` and ``rival``: mean retention at ``budget``
+
+def headline_metrics(
+    trials: pd.DataFrame, scores: pd.DataFrame, budget: float, spread: pd.DataFrame | None = None
+) -> Metrics:
+    """Nine numbers whose names do not depend on the sweep, so that any two runs can be held side by side.
+
+    ``full``: the unpruned model's mean headline score over the benchmarks of a family; ``nuwa`` and ``rival``: mean retention at ``budget``
     average tokens (``vg``: visual grounding) of Nüwa's best main trial and of the best of all others, where best is by the mean over families;
-    ``lead``: Nüwa's less the rival's. Null where there is none, and where the unpruned model scores 0, of which nothing
+    ``lead``: Nüwa's less the rival's; ``seeds``: the largest standard deviation over seeds of a trial's mean retention at
+    ``budget``, from ``spread`` (:func:`pipelines.scores.seeds.spread_over_seeds`). Null where there is none, and where the unpruned model scores 0, of which nothing
     is a share.
     """
     reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
@@ -40,10 +46,11 @@ def headline_metrics(trials: pd.DataFrame, scores: pd.DataFrame, budget: float) 
     table = table[table["method"] != UNPRUNED]
     hero, rival = (_best(table[of_hero]) for of_hero in (table["method"] == HERO, table["method"] != HERO))
     return {
-        "unpruned": {short: _rounded(unpruned.get(family)) for family, short in FAMILIES.items()},
+        "full": {short: _rounded(unpruned.get(family)) for family, short in FAMILIES.items()},
         "nuwa": {short: _rounded(hero.get(family)) for family, short in FAMILIES.items()},
         "rival": {short: _rounded(rival.get(family)) for family, short in FAMILIES.items()},
         "lead": {short: _difference(hero.get(family), rival.get(family)) for family, short in FAMILIES.items()},
+        "seeds": _over_seeds(trials, spread, budget),
     }
 
 
@@ -60,6 +67,15 @@ def headline_trials(trials: pd.DataFrame, scores: pd.DataFrame, budget: float, m
     ranked = ranked.sort_values(["kept", "label"], ascending=[False, True]).drop_duplicates("method")
     reference = trials.loc[trials["method"] == UNPRUNED, "trial_id"].item()
     return [reference, *ranked["trial_id"]][:most]
+
+
+def _over_seeds(trials: pd.DataFrame, spread: pd.DataFrame | None, budget: float) -> float | None:
+    """Of any grid's trials at ``budget``; null where no seed was varied there."""
+    if spread is None:
+        return None
+    there = trials.loc[[budget in budgets for budgets in trials["budgets"]], "trial_id"]
+    means = spread[spread["trial_id"].isin(there) & (spread["benchmark"] == "mean")]
+    return None if means.empty else _rounded(means["deviation"].max())
 
 
 def _best(table: pd.DataFrame) -> dict[str, Any]:

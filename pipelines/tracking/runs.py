@@ -46,6 +46,7 @@ def trial_runs(
     *,
     groups: pd.DataFrame | None = None,
     asked: Mapping[str, object] | None = None,
+    spread: pd.DataFrame | None = None,
 ) -> list[TrialRun]:
     """Turn the tables of a sweep into runs, in the order of `trials`.
 
@@ -58,6 +59,8 @@ def trial_runs(
         tags: provenance written on every child.
         groups: shares of right answers by what was asked (`groups.parquet`), which become
             `<family or benchmark>/<kind>/<group>`; those by whether an answer ran into its limit are left out.
+        spread: of trials that differ in their seed alone (`seeds.parquet`): `<family>_retention_over_seeds`, the standard
+            deviation, and `seeds`, how many.
         asked: params that all trials share: how many images and questions, by which protocol.
 
     Returns:
@@ -70,6 +73,10 @@ def trial_runs(
     for row in [] if groups is None else groups[groups["kind"] != "limit"].to_dict("records"):
         if row["trial_id"] in metrics:
             metrics[row["trial_id"]][_group_key(row)] = row["score"]
+    for row in [] if spread is None else spread[spread["benchmark"] == "mean"].to_dict("records"):
+        if row["trial_id"] in metrics:
+            over = {f"{row['family']}_retention_over_seeds": row["deviation"], "seeds": row["seeds"]}
+            metrics[row["trial_id"]] |= over
     if timings is not None:
         for trial_id, row in timings.set_index("trial_id").select_dtypes("number").to_dict("index").items():
             if trial_id in metrics:

@@ -78,7 +78,7 @@ def paired_ends(point, draws, left_out, changed, step):
     pulls = [point - value for value in left_out]
     variance = (count - 1) / count * sum((pull - sum(pulls) / count) ** 2 for pull in pulls)
     own = [abs(point - 1 + (count - 1) * pull) / count for pull, other in zip(pulls, changed, strict=True) if other]
-    size = (sum(one**2 for one in own) + step**2) / (sum(own) + step)
+    size = (sum(one**2 for one in own) - sum(own) ** 2 / count + step**2) / (sum(own) + step)
     reach = quantile * math.sqrt(variance + (size / 2) ** 2)
     # (p - lost)² = t² p (1 - p) size, in the shares p that may truly be lost
     lost = max(np.roots([1 + quantile**2 * size, -2 * (1 - point) - quantile**2 * size, (1 - point) ** 2]))

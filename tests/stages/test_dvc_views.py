@@ -50,10 +50,11 @@ def row(trial: str, benchmark: str, family: str, score: float) -> dict:
 def test_headline_metrics_are_nuwas_best_and_the_best_of_the_others():
     metrics = headline_metrics(*sweep_tables(), 16.0)
     assert metrics == {
-        "unpruned": {"vg": 0.8, "vqa": 0.9},
+        "full": {"vg": 0.8, "vqa": 0.9},
         "nuwa": {"vg": 0.7, "vqa": 0.9},
         "rival": {"vg": 0.6, "vqa": 0.8},
         "lead": {"vg": 0.1, "vqa": 0.1},
+        "seeds": None,
     }
 
 
@@ -63,7 +64,7 @@ def test_what_a_sweep_lacks_is_null_under_the_same_names():
     scores = scores[scores["trial_id"].isin(without["trial_id"]) & (scores["family"] == "vqa")]
     metrics = headline_metrics(without, scores, 16.0)
     assert metrics["nuwa"] == metrics["lead"] == {"vg": None, "vqa": None}
-    assert metrics["rival"] == {"vg": None, "vqa": 0.8} and metrics["unpruned"]["vg"] is None
+    assert metrics["rival"] == {"vg": None, "vqa": 0.8} and metrics["full"]["vg"] is None
 
 
 def test_the_table_holds_every_main_trial_of_the_budget():
@@ -93,11 +94,15 @@ def repository(tmp_path_factory) -> Path:
         table.to_csv(folder / f"data/plots/{family}_retention.csv", index=False)
 
     write = (folder / "data/metrics.json").write_text
-    write(json.dumps(headline_metrics(trials, scores, 16.0)))
+    write(
+        json.dumps(headline_metrics(trials, scores, 16.0) | {"lead": {"vg": -0.1234, "vqa": -0.0123}, "seeds": 0.0123})
+    )
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "-A", "-f"], [*who, "commit", "-qm", "16 tokens"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
-    write(json.dumps(headline_metrics(trials, scores, 32.0)))
+    write(
+        json.dumps(headline_metrics(trials, scores, 32.0) | {"lead": {"vg": -0.1235, "vqa": -0.0124}, "seeds": 0.0124})
+    )
     parameters = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(parameters.replace("margin: 0.01", "margin: 0.02"))
     return folder
@@ -114,10 +119,11 @@ def dvc(repository: Path, *command: str) -> str:
 def test_metrics_fit_a_terminal(repository):
     shown = dvc(repository, "metrics", "show").splitlines()
     assert len(shown) == 2 and max(map(len, shown)) <= 120
-    assert shown[0].split() == ["Path", *(f"{who}.{family}" for who in KEYS for family in ("vg", "vqa"))]
+    assert shown[0].split() == ["Path", *KEYS]
 
 
-KEYS = ["lead", "nuwa", "rival", "unpruned"]
+KEYS = [f"{who}.{family}" for who in ("full", "lead", "nuwa", "rival") for family in ("vg", "vqa")]
+KEYS.append("seeds")
 
 
 def test_experiments_fit_a_terminal_as_readme_shows_them(repository, monkeypatch):
@@ -188,7 +194,7 @@ def test_a_colleague_pulls_every_table_and_the_report(pulled):
 
 def test_a_difference_across_budgets_is_by_the_same_names(repository):
     difference = json.loads(dvc(repository, "metrics", "diff", "--json", "--all"))["data/metrics.json"]
-    assert set(difference) == {f"{who}.{family}" for who in KEYS for family in ("vg", "vqa")}
+    assert set(difference) == set(KEYS)
     assert difference["nuwa.vg"] == {"old": 0.7, "new": 0.8, "diff": pytest.approx(0.1)}
 
 

@@ -20,6 +20,7 @@ from pipelines.report.inputs import ReportInputs
 from pipelines.report.page import build_report
 from pipelines.scores.comparisons import MEASURED, pairs_of, with_verdicts
 from pipelines.scores.groups import COLUMNS as GROUPS
+from pipelines.scores.seeds import spread_over_seeds, with_seeds
 from pipelines.settings import AgainstSettings, PlannedSettings
 
 TOKENS, SIDE = 144, 12
@@ -231,7 +232,9 @@ class Synthetic:
                     "low": difference - 0.03, "high": difference + 0.03, "images": 120,
                     "p": 2 * NormalDist().cdf(-abs(difference) / 0.015), "p_margin": 1.0,
                 })  # fmt: skip
-        return with_verdicts(pd.DataFrame(rows, columns=MEASURED))
+        trials, scores = pd.DataFrame(self.trials), pd.DataFrame(self.scores)
+        compared = with_verdicts(pd.DataFrame(rows, columns=MEASURED))
+        return with_seeds(compared, trials, spread_over_seeds(trials, scores))
 
     def frames(self) -> dict[str, pa.Table]:
         whole = {"stage1_keep": "int32", "seed": "int32", "image_tokens": "int32"}
