@@ -132,7 +132,7 @@ def test_experiments_fit_a_terminal_as_readme_shows_them(repository, monkeypatch
     shown = [line for line in dvc(repository, *shlex.split(command)).splitlines() if line.strip(" ─")]
     assert max(map(len, shown)) <= 120 and "…" not in "".join(shown)
     heads, workspace, committed = (re.split(r" {2,}", line.strip()) for line in shown)
-    changed = ["nuwa.vg", "nuwa.vqa", "rival.vg", "rival.vqa", "evaluate.margin"]
+    changed = ["nuwa.vg", "nuwa.vqa", "rival.vg", "rival.vqa", "lead.vg", "lead.vqa", "seeds", "evaluate.margin"]
     assert heads == ["Experiment", "Created", *changed]
     assert [workspace[0], workspace[2], workspace[-1]] == ["workspace", "0.8", "0.02"]
     assert [committed[2], committed[-1]] == ["0.7", "0.01"]
