@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NamedTuple
+
+HANGS_S = 1800  # what takes longer hangs; a busy machine takes minutes
 
 
 class Ended(NamedTuple):
@@ -42,6 +46,21 @@ def begin(action: Callable[[], object]) -> int:
     if process == 0:
         _run_and_leave(action)
     return process
+
+
+def kill_when(ready: Callable[[], bool], action: Callable[[], object]) -> None:
+    """Run ``action`` in a copy of this process and kill it (SIGKILL) once ``ready()``; fails where it ends before that."""
+    process = begin(action)
+    until = time.monotonic() + HANGS_S
+    try:
+        while not ready():
+            assert os.waitpid(process, os.WNOHANG)[0] == 0, "it ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it ended by itself
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
 
 
 def _run_and_leave(action: Callable[[], object]) -> None:

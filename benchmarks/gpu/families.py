@@ -116,6 +116,33 @@ def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
     )
 
 
+# Sizes of every language model: query heads in groups of two.
+TEXT: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _text(words: PreTrainedTokenizerFast, **own: Any) -> dict[str, Any]:
+    """:data:`TEXT` for these words; ``own``: what a family has beside it."""
+    return TEXT | {"vocab_size": len(words)} | own
+
+
+class WithoutVideos(ProcessorMixin):
+    """A stock processor without its half for videos, which cannot be made without torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
 def louden(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -162,18 +189,7 @@ def tiny_next() -> LlavaNextAdapter:
             image_size=crop,
             patch_size=patch,
         ),
-        text_config=LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
+        text_config=LlamaConfig(**_text(words)),
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=pinpoints,
         image_seq_length=(crop // patch) ** 2,
@@ -196,12 +212,8 @@ def tiny_next() -> LlavaNextAdapter:
     return LlavaNextAdapter(model.requires_grad_(False), processor)
 
 
-class PicturesOnly(LlavaOnevisionProcessor):
-    """The stock processor without its half for videos, which cannot be made without torchvision."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
+class PicturesOnly(WithoutVideos, LlavaOnevisionProcessor):
+    """Of LLaVA-OneVision."""
 
     def __init__(
         self,
@@ -242,19 +254,7 @@ def tiny_onevision() -> LlavaOnevisionAdapter:
             "patch_size": patch,
             "vision_use_head": False,
         },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": len(words),
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
+        text_config=_text(words, model_type="qwen2"),
         image_token_index=identity("<image>"),
         video_token_index=identity("<video>"),
         image_grid_pinpoints=pinpoints,
@@ -279,33 +279,48 @@ def tiny_onevision() -> LlavaOnevisionAdapter:
 QWEN_TEMPLATE = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|> ")
 
 
-class Qwen2PicturesOnly(Qwen2VLProcessor):
-    """The stock processor without its half for videos, which cannot be made without torchvision."""
+QWEN_MARKS = {  # by what a configuration calls them
+    "vision_start_token_id": "<|vision_start|>",
+    "image_token_id": "<|image_pad|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "video_token_id": "<|video_pad|>",
+}
 
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
+
+def _qwen_marks(words: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {name: words.convert_tokens_to_ids(mark) for name, mark in QWEN_MARKS.items()}
+
+
+def _sections(widths: list[int]) -> dict[str, Any]:
+    """M-RoPE with pairs of a head's dimensions for time, rows and columns."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": widths}
+
+
+def _ends_answers(model: Any) -> None:
+    """The words' own end of a sequence, where the family's configuration leaves it open."""
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+
+
+class QwenWithoutVideos(WithoutVideos):
+    """What the processors of the Qwen family are made of without videos."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         super().__init__(image_processor, tokenizer, None, chat_template)
 
 
-class Qwen2_5PicturesOnly(Qwen2_5_VLProcessor):
-    """The stock processor without its half for videos, which cannot be made without torchvision."""
+class Qwen2PicturesOnly(QwenWithoutVideos, Qwen2VLProcessor):
+    """Of Qwen2-VL."""
 
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        super().__init__(image_processor, tokenizer, None, chat_template)
+class Qwen2_5PicturesOnly(QwenWithoutVideos, Qwen2_5_VLProcessor):
+    """Of Qwen2.5-VL."""
 
 
 def tiny_qwen() -> Qwen2_5VLAdapter:
     """Dynamic grids, windows that do not divide them, full attention in two of five blocks, M-RoPE, grouped heads."""
     torch.manual_seed(12)
-    words = tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-    identity = words.convert_tokens_to_ids
+    words = tokenizer(*QWEN_MARKS.values())
 
     config = Qwen2_5_VLConfig(
         vision_config={
@@ -318,30 +333,14 @@ def tiny_qwen() -> Qwen2_5VLAdapter:
             "out_hidden_size": 48,
             "fullatt_block_indexes": [2, 4],
         },
-        text_config={
-            "vocab_size": len(words),
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        image_token_id=identity("<|image_pad|>"),
-        video_token_id=identity("<|video_pad|>"),
-        vision_start_token_id=identity("<|vision_start|>"),
-        vision_end_token_id=identity("<|vision_end|>"),
+        text_config=_text(words, rope_parameters=_sections([2, 2, 2])),
+        **_qwen_marks(words),
         tie_word_embeddings=False,
     )
 
     model = Qwen2_5_VLForConditionalGeneration(config)
     louden(model)
-    model.generation_config.eos_token_id = 2
-    model.generation_config.pad_token_id = 0
+    _ends_answers(model)
     processor = Qwen2_5PicturesOnly(_qwen_pictures(), words, QWEN_TEMPLATE)
     return Qwen2_5VLAdapter(model.requires_grad_(False), processor)
 
@@ -349,8 +348,7 @@ def tiny_qwen() -> Qwen2_5VLAdapter:
 def tiny_qwen2() -> Qwen2VLAdapter:
     """Dynamic grids, M-RoPE with sections of different widths, grouped heads, an encoder wider than half the text's."""
     torch.manual_seed(21)
-    words = tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-    identity = words.convert_tokens_to_ids
+    words = tokenizer(*QWEN_MARKS.values())
 
     config = Qwen2VLConfig(
         vision_config={
@@ -361,50 +359,26 @@ def tiny_qwen2() -> Qwen2VLAdapter:
             "num_heads": 2,
             "patch_size": 4,
         },
-        text_config={
-            "vocab_size": len(words),
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 1]},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        image_token_id=identity("<|image_pad|>"),
-        video_token_id=identity("<|video_pad|>"),
-        vision_start_token_id=identity("<|vision_start|>"),
-        vision_end_token_id=identity("<|vision_end|>"),
+        text_config=_text(words, rope_parameters=_sections([2, 3, 1])),
+        **_qwen_marks(words),
         tie_word_embeddings=False,
     )
 
     model = Qwen2VLForConditionalGeneration(config)
     louden(model)
-    model.generation_config.eos_token_id = 2
-    model.generation_config.pad_token_id = 0
+    _ends_answers(model)
     processor = Qwen2PicturesOnly(_qwen_pictures(), words, QWEN_TEMPLATE)
     return Qwen2VLAdapter(model.requires_grad_(False), processor)
 
 
-class QwenPicturesOnly(Qwen3VLProcessor):
-    """The stock processor without its half for videos, which cannot be made without torchvision."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
-        super().__init__(image_processor, tokenizer, None, chat_template)
+class QwenPicturesOnly(QwenWithoutVideos, Qwen3VLProcessor):
+    """Of Qwen3-VL."""
 
 
 def tiny_qwen3() -> Qwen3VLAdapter:
     """Features that enter the first two layers, sections interleaved, heads wider than their share, q and k normalised."""
     torch.manual_seed(41)
-    words = tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-    identity = words.convert_tokens_to_ids
+    words = tokenizer(*QWEN_MARKS.values())
 
     config = Qwen3VLConfig(
         vision_config={
@@ -417,40 +391,19 @@ def tiny_qwen3() -> Qwen3VLAdapter:
             "num_position_embeddings": 36,
             "deepstack_visual_indexes": [0, 2],
         },
-        text_config={
-            "vocab_size": len(words),
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        image_token_id=identity("<|image_pad|>"),
-        video_token_id=identity("<|video_pad|>"),
-        vision_start_token_id=identity("<|vision_start|>"),
-        vision_end_token_id=identity("<|vision_end|>"),
+        text_config=_text(words, head_dim=16, rope_parameters=_sections([4, 2, 2])),
+        **_qwen_marks(words),
     )
 
     model = Qwen3VLForConditionalGeneration(config)
     louden(model)
-    model.generation_config.eos_token_id = 2
-    model.generation_config.pad_token_id = 0
+    _ends_answers(model)
     processor = QwenPicturesOnly(_qwen_pictures(), words, QWEN_TEMPLATE)
     return Qwen3VLAdapter(model.requires_grad_(False), processor)
 
 
-class InternVLPicturesOnly(InternVLProcessor):
-    """The stock processor without its half for videos, which cannot be made without torchvision."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
+class InternVLPicturesOnly(WithoutVideos, InternVLProcessor):
+    """Of InternVL3."""
 
     def __init__(
         self,
@@ -485,19 +438,7 @@ def tiny_internvl() -> InternVLAdapter:
             "image_size": [24, 24],
             "patch_size": [4, 4],
         },
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": len(words),
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
+        text_config=_text(words, model_type="qwen2"),
         image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=9,
         tie_word_embeddings=False,
@@ -514,12 +455,8 @@ def tiny_internvl() -> InternVLAdapter:
     return InternVLAdapter(model.requires_grad_(False), processor)
 
 
-class SmolVLMPicturesOnly(SmolVLMProcessor):
-    """The stock processor without its half for videos, which cannot be made without torchvision and num2words."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
+class SmolVLMPicturesOnly(WithoutVideos, SmolVLMProcessor):
+    """Of SmolVLM2, whose half for videos asks for num2words too."""
 
     def __init__(
         self,
@@ -547,18 +484,7 @@ SMOLVLM_SIZES = {
         "image_size": 24,
         "patch_size": 4,
     },
-    "text_config": {
-        "model_type": "llama",
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    },
+    "text_config": {"model_type": "llama"} | TEXT,
     "scale_factor": 2,
 }
 TILES_OF_24 = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-import os
-import signal
-import time
 from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from forked import begin
+from forked import kill_when
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -351,17 +347,7 @@ def test_survivors_of_the_engines_race_score_as_in_the_full_grid_bit_for_bit(eng
 def kill_half_way(engine, tmp_path, search, units):
     """Start a ``search`` in a copy of this process and kill it (SIGKILL) once ``units`` units are stored."""
     results = tmp_path / "results"
-    driver = begin(lambda: search(engine, results))
-    deadline = time.monotonic() + 300
-    try:
-        while len(list(results.rglob("*.unit.parquet"))) < units:
-            assert os.waitpid(driver, os.WNOHANG)[0] == 0, "the driver ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it ended by itself
-            os.kill(driver, signal.SIGKILL)
-            os.waitpid(driver, 0)
+    kill_when(lambda: len(list(results.rglob("*.unit.parquet"))) >= units, lambda: search(engine, results))
     held = ResultStore(results).done()
     return results, sum(len(unit.trials) * len(unit.examples) for unit in held)
 

@@ -4,12 +4,9 @@ shown by test_chaos.py, while they are killed, and by test_blocks.py in half pre
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import signal
 import sys
-import time
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +18,7 @@ import pytest
 import ray
 import torch
 from bench import BENCHMARKS, SLOW, same
-from forked import begin, forked
+from forked import forked, kill_when
 
 from nuwa.decoder import Trunk
 from nuwa.grid import PatchGrid
@@ -134,17 +131,7 @@ def test_a_driver_killed_half_way_is_continued(bench, undisturbed, cluster, tmp_
     The driver is a copy of this process, which no test has started Ray in yet: its threads would not be copied.
     """
     results = tmp_path / "results"
-    driver = begin(lambda: bench.run(results, cluster))
-    deadline = time.monotonic() + 300
-    try:
-        while len(list(results.rglob("*.unit.parquet"))) < 3:
-            assert os.waitpid(driver, os.WNOHANG)[0] == 0, "the driver ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it ended by itself
-            os.kill(driver, signal.SIGKILL)
-            os.waitpid(driver, 0)
+    kill_when(lambda: len(list(results.rglob("*.unit.parquet"))) >= 3, lambda: bench.run(results, cluster))
     units = bench.units(results)
     assert units, "killed half-way means that something is left to do"
     redone = []
