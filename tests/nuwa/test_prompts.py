@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from nuwa.vlm import Adapter, load_adapter
+from nuwa.vlm import Adapter, LlavaAdapter, load_adapter
+from nuwa.vlm.adapter import CONVERSATIONS
 
 TESTBED = Path(__file__).parents[2] / "models" / "testbed"
 PICTURE = Image.new("RGB", (96, 96), "red")
@@ -92,3 +94,54 @@ def test_a_folders_template_and_tokenizer_are_used_as_stock_uses_them(change, tm
         turn("is it red ?"), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     assert ids(vlm, "is it red ?") == as_one(vlm, encoded)
+
+
+# What LLaVA-1.5's published template makes of a system prompt, images and a text.
+PUBLISHED = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def of_llamas_kind(placeholder: int) -> Any:
+    """A tokenizer of single characters with Llama's rules: a blank before every piece of text, ``<s>`` in front."""
+    from tokenizers import Tokenizer, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [letter for letter in map(chr, range(10, 127)) if letter == "\n" or letter > "\x1f"]
+    numbers = iter(number for number in range(1000) if number != placeholder)
+    vocabulary = {token: next(numbers) for token in ("<unk>", "<s>", "</s>", "▁", *letters)} | {"<image>": placeholder}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"]
+    )
+
+
+@pytest.mark.parametrize("conversation", ["vicuna_v1", "llava_v1"])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_input_ids_are_those_of_llava_s_own_code(tiny_vlm, conversation, images):
+    """LLaVA splits a prompt at ``<image>`` and tokenizes the pieces alone, of which the first keeps its ``<s>``."""
+    tokenizer = of_llamas_kind(tiny_vlm.image_token)
+    tokenizer.chat_template = PUBLISHED
+    processor = SimpleNamespace(
+        tokenizer=tokenizer,
+        image_processor=tiny_vlm.processor.image_processor,
+        apply_chat_template=tokenizer.apply_chat_template,
+        chat_template=PUBLISHED,
+    )
+    vlm = LlavaAdapter(tiny_vlm.model, processor, conversation=conversation)
+
+    for question in ("Is it red?", " a blank before", "<image 1> or <image 2>?\nA. yes\n\nLetter.", "x" * 300):
+        shown = " ".join(["<image>"] * images)
+        pieces = f"{CONVERSATIONS[conversation]} USER: {shown}\n{question} ASSISTANT:".split("<image>")
+        begin, *others = [tokenizer(piece).input_ids for piece in pieces]
+        *between, behind = [piece[1:] for piece in others]
+        prompt = vlm.encode_prompt(question, images)
+        assert prompt.before == tuple(begin) and prompt.after == tuple(behind)
+        assert prompt.between == tuple(map(tuple, between))
+        assert [tokenizer.convert_ids_to_tokens(piece) for piece in between] == [["▁", "▁"]] * (images - 1)
+        assert tokenizer.unk_token_id not in behind
