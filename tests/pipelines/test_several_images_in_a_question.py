@@ -40,6 +40,7 @@ GRIDS = [
     {"name": "one", "method": "nuwa", "preset": "paper", "position": "perc"},
     {"name": "one", "method": ["fastv", "uniform"], "position": "own"},
 ]
+ENCODED_ANEW = {"name": "anew", "method": "downsample"}  # where a family makes images smaller
 
 
 def png(photo: Image.Image) -> bytes:
@@ -92,7 +93,7 @@ def planned(asked, grids):
 
 def swept(asked, tmp_path, unit_images=4):
     vlm, table = asked.vlm, asked.table
-    trials, costs, layouts = planned(asked, GRIDS)
+    trials, costs, layouts = planned(asked, [*GRIDS, *[ENCODED_ANEW] * vlm.resizes])
     spec = SweepSpec(
         model="model",
         feature_root=str(asked.folder / "features"),
@@ -131,7 +132,7 @@ def test_prepared_tables_name_every_image_of_a_question(asked):
 
 def test_answers_are_the_library_s(asked, together, photos):
     trials, sweep = together
-    assert not sweep.failures and len(trials) == 6
+    assert not sweep.failures and len(trials) == 6 + asked.vlm.resizes
     predictions = sweep.predictions.to_pandas().set_index(["trial_id", "example_id"])
     kept = {(row["trial_id"], row["image"]): row["indices"] for row in sweep.kept.to_pylist()}
     prompts = asked.table.set_index("example_id")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from pipelines.report import browser
 from pipelines.report.browser import questions
+from pipelines.report.gallery import gallery
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes
 
@@ -72,3 +74,16 @@ def test_the_sample_ends_where_the_page_would_grow_too_large(full_run, monkeypat
     monkeypatch.setattr(browser, "BYTES", 1)
     inputs = ReportInputs.load(full_run)
     assert len(questions(inputs, Outcomes(inputs), 16)) == browser.FEWEST
+
+
+def test_questions_about_several_images_count_and_are_not_drawn(full_run, shown):
+    inputs = ReportInputs.load(full_run)
+    name = shown[0].example_id.partition(":")[0]
+    several = inputs.examples["example_id"].str.startswith(f"{name}:")
+    image = inputs.examples["image"]
+    inputs = replace(inputs, examples=inputs.examples.assign(image=image.mask(several, image + "+" + image)))
+
+    outcomes, left = Outcomes(inputs), set(inputs.examples.loc[~several, "example_id"])
+    assert name in {column.benchmark for column in outcomes.columns}
+    drawn = [one.example_id for one in (*questions(inputs, outcomes, 16), *gallery(inputs, outcomes, 16))]
+    assert drawn and set(drawn) <= left
