@@ -286,7 +286,8 @@ def _wrappers(function: types.FunctionType, node: ast.AST) -> list[ast.expr]:
     """The decorators of a function that put something around it: the name it has in its module is no longer it."""
     decorators = getattr(node, "decorator_list", [])
     live = function.__globals__.get(function.__qualname__)
-    return [] if live is function else list(decorators)
+    # What only refuses changes nothing that comes out, be it a statement or a wrapper.
+    return [] if live is function or getattr(live, "only_refuses", False) else list(decorators)
 
 
 @functools.cache

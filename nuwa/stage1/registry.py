@@ -121,7 +121,8 @@ METHODS: Registry[Method] = Registry("stage-1 method")
 def register(name: str, config: type, **properties: Any) -> Callable[[Callable], Callable]:
     """Decorator that makes ``select`` known as ``name``; ``properties`` are fields of :class:`Method`.
 
-    The first of its ``presets`` is the default. Whoever calls the method's ``select`` has the budget checked.
+    The first of its ``presets`` is the default. Whoever calls ``select``, by the registry or by its own name, has the budget
+    checked.
     """
 
     def add(select: Callable) -> Callable:
@@ -130,8 +131,9 @@ def register(name: str, config: type, **properties: Any) -> Callable[[Callable],
             check_keep(name, keep, signals.grid.tokens)
             return select(signals, keep, *rest, **named)
 
+        within_budget.only_refuses = True  # type: ignore[attr-defined]  # which identities of code read (nuwa.source)
         METHODS.add(name, Method(name=name, select=within_budget, config=config, **properties))
-        return select  # under its own name a function is itself, as identities of code have it (nuwa.source)
+        return within_budget
 
     return add
 

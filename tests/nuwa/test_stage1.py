@@ -7,6 +7,7 @@ one unit in the last place of the stored type).
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -682,8 +683,11 @@ def test_visionzips_head_mean_joins_another_target_than_full_width_keys():
 def test_a_budget_that_the_image_cannot_meet_is_refused_where_a_method_is_called_directly(keep):
     nothing = {"cls_attention": torch.zeros(1, 16), "keys": torch.zeros(1, 16, 2), "similarity": torch.zeros(1, 16, 2)}
     signals = VisionSignals(grid=PatchGrid(4, 4), features=torch.zeros(1, 16, 2), image_ids=("one",), **nothing)
-    method = get_method("random")
-    assert method.select(signals, 16, method.configure(), 0).indices.tolist() == [list(range(16))]
-    with pytest.raises(ValueError) as caught:
-        method.select(signals, keep, method.configure(), 0)
-    assert str(caught.value) == f"random cannot keep {keep} of 16 tokens; allowed: 1..16"
+    assert select("random", signals, 16).indices.tolist() == [list(range(16))]
+    own = {name: method for name, method in METHODS.items() if method.select.__module__.startswith("nuwa.stage1.")}
+    assert len(own) > 12
+    for name, method in own.items():
+        assert method.select in vars(sys.modules[method.select.__module__]).values(), "its module has the same"
+        with pytest.raises(ValueError) as caught:
+            method.select(signals, keep, method.configure(), 0)
+        assert str(caught.value) == f"{name} cannot keep {keep} of 16 tokens; allowed: 1..16"
