@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
-import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +19,18 @@ from dvc.repo import Repo
 from forked import forked
 from mlflow import MlflowClient
 from ray._raylet import GcsClient
+from rehearsal import faults
+from rehearsal.servers import (
+    BIN,
+    DEADLINE_S,
+    TOKEN,
+    Servers,
+    free_port,
+    growing_cluster,
+    lacking_for_postgres,
+    mlflow_on_postgres,
+    told,
+)
 
 from cluster.job import enter_project
 from cluster.submit import (
@@ -43,167 +50,40 @@ from stages.prepare import prepare
 from stages.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-DEADLINE_S = 900  # for what hangs; on a machine whose cores others burn, seven minutes were too few
-TOKEN = "5" * 40  # of the test's cluster
 SECRETS = {"HF_TOKEN": "hf_topsecret1", "MLFLOW_TRACKING_TOKEN": "topsecret2", "AWS_SECRET_ACCESS_KEY": "topsecret3"}
 GRIDS = [{"name": "methods", "method": ["nuwa", "random"], "position": ["perc", "pesp"]}]
 
 
-def postgres_tool(name: str) -> Path | None:
-    found = shutil.which(name) or next(iter(sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None)
-    return Path(found) if found else None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(what: str, ready, process: subprocess.Popen) -> None:
-    """Until ``ready()``; fails when ``process`` ends or time runs out."""
-    until = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not ready():
-        if process.poll() is not None or time.monotonic() > until:
-            pytest.fail(f"{what} did not start; it ended as {process.poll()}")
-        pause.wait(0.1)
-
-
-def listens(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((host, port)) == 0
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def told(dashboard: str, what: str) -> str:
-    """What the cluster's API answers to one who has the token."""
-    question = urllib.request.Request(f"{dashboard}/{what}", headers={"Authorization": f"Bearer {TOKEN}"})
-    with urllib.request.urlopen(question, timeout=DEADLINE_S) as response:
-        return response.read().decode()
-
-
-def alive_nodes(dashboard: str) -> int:
-    try:
-        nodes = json.loads(told(dashboard, "nodes?view=summary"))["data"]["summary"]
-    except (urllib.error.URLError, OSError):
-        return 0
-    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
-
-
-class Servers:
-    """Processes of a test, ended by their ids in the opposite order."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.running, self.awaited = folder, [], []
-
-    def start(self, name: str, command: list, **options) -> subprocess.Popen:
-        with open(self.folder / f"{name}.log", "wb") as log:
-            process = subprocess.Popen(
-                [str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, cwd=self.folder, **options
-            )
-        self.running.append(process)
-        return process
-
-    def expect(self, what: str, ready, process: subprocess.Popen) -> None:
-        """``process`` is needed later, and others may start beside it."""
-        self.awaited.append((what, ready, process))
-
-    def wait(self) -> None:
-        """Until all that is expected is there."""
-        for what in self.awaited:
-            wait_for(*what)
-
-    def stop(self) -> None:
-        for process in reversed(self.running):
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+@pytest.fixture
+def servers() -> Iterator[Servers]:
+    with Servers() as held:
+        yield held
 
 
 @pytest.fixture
-def servers():
-    # Ray's sockets lie below its folder, and a socket's path is short.
-    folder = Path(tempfile.mkdtemp(prefix="nw-", dir="/tmp"))
-    held = Servers(folder)
-    yield held
-    held.stop()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def mlflow_on_postgres(servers, monkeypatch) -> str:
-    """A server that keeps its tables in PostgreSQL: started, and expected by ``servers``."""
-    tools = {name: postgres_tool(name) for name in ("initdb", "postgres", "pg_isready")}
-    lacking = [name for name, path in tools.items() if path is None]
-    if lacking:
+def mlflow_server(servers, monkeypatch) -> str:
+    """MLflow on PostgreSQL, expected by ``servers``."""
+    if lacking := lacking_for_postgres():
         pytest.skip(f"PostgreSQL is not installed: no {', '.join(lacking)}; `apt-get install postgresql` brings it")
     pytest.importorskip(
         "psycopg2", reason="psycopg2-binary is not installed; `pip install -r requirements-test.txt` does"
     )
-    data, port = servers.folder / "pg", free_port()
-    data.mkdir()
-    who = {}
-    if os.getuid() == 0:  # PostgreSQL refuses to run as root
-        shutil.chown(data, "postgres")
-        servers.folder.chmod(0o755)
-        who = {"user": "postgres", "group": "postgres", "extra_groups": []}
-    initialise = [tools["initdb"], "-D", data, "-U", "mlflow", "--auth=trust", "--no-sync", "-E", "UTF8"]
-    subprocess.run(initialise, check=True, capture_output=True, cwd=servers.folder, **who)
-    database = servers.start(
-        "postgres", [tools["postgres"], "-D", data, "-h", "127.0.0.1", "-p", port, "-k", data, "-F"], **who
-    )
-    ready = [tools["pg_isready"], "-q", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow"]
-    wait_for("PostgreSQL", lambda: subprocess.run(ready).returncode == 0, database)
-
-    # Its jobs, for scorers of its own, take eight more processes, which nothing here has work for.
-    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    web = free_port()
-    serve = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", web, "--workers", "1"]
-    backend = f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
-    stores = ["--backend-store-uri", backend, "--artifacts-destination", servers.folder / "artifacts"]
-    server = servers.start("mlflow", [*serve, *stores])
-    servers.expect("MLflow", lambda: answers(f"http://127.0.0.1:{web}/health"), server)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{web}")
-    return f"http://127.0.0.1:{web}"
+    address = mlflow_on_postgres(servers)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    return address
 
 
 @pytest.fixture
 def cluster_address(servers, monkeypatch) -> str:
-    """A head without a processor for work and a raylet with one, so that what runs, runs where the job does not: started,
-    and expected by ``servers``."""
-    token = servers.folder / "token"
-    token.write_text(TOKEN)
+    """A head alone, whose autoscaler starts a node for one worker, and another when the first is taken away while it is at
+    its second unit; expected by ``servers``."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    monkeypatch.setenv("RAY_agent_register_timeout_ms", str(1000 * DEADLINE_S))  # a busy machine is not a broken one
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(servers.folder / "token"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    port, dashboard = free_port(), free_port()
-    begin = [BIN / "ray", "start", "--block", "--object-store-memory", 100 * 1024**2, "--disable-usage-stats"]
-    board = ["--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard]
-
-    def node(number: int, *options) -> subprocess.Popen:
-        # Every node has a loopback address of its own; 127.0.0.1 itself Ray would take for this machine's outer one.
-        place = ["--node-ip-address", f"127.0.0.{number}", "--dashboard-agent-listen-port", free_port()]
-        own = ["--temp-dir", servers.folder / f"ray{number}"]  # as machines have; else nodes unpack over each other
-        return servers.start(f"node{number}", [*begin, *place, *own, "--num-gpus", "0", *options])
-
-    head = node(2, "--head", "--port", port, "--num-cpus", "0", *board)
-    wait_for("node 2", lambda: listens("127.0.0.2", port), head)  # a raylet joins before there is a dashboard
-    raylet = node(3, "--address", f"127.0.0.2:{port}", "--num-cpus", "1")
-    servers.expect("node 3", lambda: alive_nodes(f"http://127.0.0.1:{dashboard}") == 2, raylet)
-    return f"http://127.0.0.1:{dashboard}"
+    control = servers.folder / "control"
+    control.mkdir()
+    (control / "1.preempt.2").touch()
+    return growing_cluster(servers, 2, NUWA_REHEARSAL=str(control))
 
 
 @pytest.fixture
@@ -223,6 +103,8 @@ def repository(tmp_path, model_folder, monkeypatch) -> Path:
     params["features"] |= {"shard_images": 4, "batch_size": 4}
     params["sweep"] |= {"benchmarks": ["refcoco", "pope"], "images": 8, "unit_images": 4, "budgets": [16]}
     params["sweep"]["grids"] = GRIDS
+    params["plugins"] = ["faults"]
+    shutil.copy(faults.__file__, top / "faults.py")
     (top / "params.yaml").write_text(yaml.safe_dump(params))
     who = ["-c", "user.name=user", "-c", "user.email=user@localhost"]
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "a sweep"]):
@@ -248,7 +130,7 @@ def kept_in(work: Path) -> dict[Path, int]:
 
 
 def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
-    servers, cluster_address, mlflow_on_postgres, repository, tmp_path, monkeypatch
+    servers, cluster_address, mlflow_server, repository, tmp_path, monkeypatch
 ):
     servers.wait()
     storage = tmp_path / "shared"
@@ -289,7 +171,7 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
         assert not {"features", "sweep"} & set(dvc.status(targets=["features", "sweep"]))
 
     evaluate(load_settings())
-    client = MlflowClient(mlflow_on_postgres)
+    client = MlflowClient(mlflow_server)
     runs = client.search_runs([client.get_experiment_by_name("nuwa-testbed").experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert {run.data.tags["trial_id"] for run in children} == set(trials["trial_id"])
