@@ -9,7 +9,7 @@ COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 |
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHONDONTWRITEBYTECODE=
 PORT ?= 5000
 
-.PHONY: setup repro test chaos fuzz mutation agreement lint plan compare submission rescore submit dashboard track testbed pruner clean profile search experiment compact report
+.PHONY: setup repro test chaos rehearsal fuzz mutation agreement lint plan compare submission rescore submit dashboard track testbed pruner clean profile search experiment compact report
 
 setup: $(READY)
 
@@ -45,6 +45,11 @@ test: $(TESTABLE) lint
 # Twenty kills of workers, nodes and the driver during one sweep on a cluster of three raylets: about three minutes.
 chaos: $(TESTABLE)
 	$(RUN) CHAOS_KILLS=20 python -m pytest tests/pipelines/test_chaos.py
+
+# The nearest thing to the real day on one machine: a checkpoint of 1.4 GB, S3, PostgreSQL, a cluster that grows and is hurt;
+# up to half an hour. ARGS="--small --images 2": minutes.
+rehearsal: $(TESTABLE)
+	$(RUN) PYTHONPATH=tests OMP_NUM_THREADS=1 python -m rehearsal $(ARGS)
 
 # Two hundred damaged tables, model folders, settings and photos: each refused in one line or read for what it says.
 fuzz: $(TESTABLE)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.dataset as ds
 from PIL import Image, ImageDraw
 
@@ -115,8 +116,8 @@ def _shown_trials(outcomes: Outcomes, budget: float) -> list[TrialRow]:
 
 
 def rows_of(dataset: ds.Dataset, column: str, values: set[str]) -> pd.DataFrame:
-    """Rows whose ``column`` is one of ``values``."""
-    return dataset.to_table(filter=ds.field(column).isin(sorted(values))).to_pandas()
+    """Rows whose ``column``, of strings, is one of ``values``, of which there may be none."""
+    return dataset.to_table(filter=ds.field(column).isin(pa.array(sorted(values), pa.string()))).to_pandas()
 
 
 def _answers(inputs: ReportInputs, trials: list[TrialRow], square: bool) -> _Answers:
@@ -202,7 +203,8 @@ def accepted(truth: str) -> list[str]:
 
 def kept_rows(inputs: ReportInputs, trials: list[TrialRow], images: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Stage 1's tokens of every shown trial and image."""
-    wanted = ds.field("trial_id").isin([trial.trial_id for trial in trials]) & ds.field("image").isin(sorted(images))
+    of_images = ds.field("image").isin(pa.array(sorted(images), pa.string()))  # there may be none
+    wanted = ds.field("trial_id").isin([trial.trial_id for trial in trials]) & of_images
     rows = inputs.kept.to_table(filter=wanted).to_pylist()
     return {(row["trial_id"], row["image"]): row for row in rows}
 

@@ -7,6 +7,7 @@ import pytest
 from pipelines.report.ablations import ablation
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes, varying
+from pipelines.report.pairs import pair_table
 from pipelines.report.published import published_ablations, published_model, published_retention, published_scores
 
 KEPT = (0.5, 0.9)
@@ -31,6 +32,14 @@ def test_main_and_ablation_grids_are_told_apart(full_run):
     assert [column.benchmark for column in outcomes.columns] == [
         "refcoco", "refcocoplus", "refcocog", "pope", "gqa", "textvqa",
     ]  # fmt: skip
+
+
+def test_a_run_whose_every_grid_is_an_ablation_has_no_table_of_pairs(full_run):
+    """As ``experiments/nuwa_table7``, whose one grid varies a threshold."""
+    outcomes = Outcomes(ReportInputs.load(full_run))
+    assert outcomes.held_against(16) is not None and pair_table(outcomes, 16) is not None
+    outcomes.main = []
+    assert pair_table(outcomes, 16) is None
 
 
 def test_varying_leaves_out_what_follows_from_the_rest(full_run):

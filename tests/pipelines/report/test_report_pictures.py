@@ -8,6 +8,7 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ from pipelines.report.charts import (
     small_multiples,
     spread,
 )
-from pipelines.report.gallery import COLLECTOR, PILLAR, gallery
+from pipelines.report.gallery import COLLECTOR, PILLAR, gallery, rows_of
 from pipelines.report.inputs import ReportInputs
 from pipelines.report.outcomes import Outcomes
 from pipelines.report.style import contrast, theme
@@ -260,3 +261,10 @@ def test_datasets_may_live_in_memory(duel, tmp_path):
         **{name: ds.dataset(tables[name]) for name in ("predictions", "kept", "images")},
     )
     assert gallery(inputs, Outcomes(inputs), 16) == from_files
+
+
+def test_photographs_of_which_none_is_square_leave_no_row():
+    """On COCO's images a model of one fixed grid pads, and nothing is drawn: no image is looked for."""
+    table = pa.table({"image": ["a", "b"], "bytes": [b"1", b"2"]})
+    assert rows_of(ds.dataset(table), "image", set()).empty
+    assert rows_of(ds.dataset(table), "image", {"b"})["bytes"].tolist() == [b"2"]
