@@ -85,6 +85,8 @@ def questions(inputs: ReportInputs, outcomes: Outcomes, budget: float) -> list[Q
         return []
     trials = [outcomes.unpruned, *trials]
     chosen = _sample(inputs, outcomes)
+    if chosen.empty:  # no image is square
+        return []
     texts = _answers(inputs, trials, chosen["example_id"].tolist())
     images = rows_of(inputs.images, "image", set(chosen["image"]))
     encoded = dict(zip(images["image"], images["bytes"], strict=True))

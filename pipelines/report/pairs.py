@@ -68,7 +68,7 @@ def pair_table(outcomes: Outcomes, budget: float) -> PairTable | None:
         for trial in outcomes.at_budget(budget)
         if (known := [one for family in FAMILIES if (one := _lead(outcomes, trial, reference, budget, family))])
     }
-    if not compared:  # all that was compared is of ablations, which have tables of their own
+    if not compared:  # what was compared are trials of ablations, which are no rows here
         return None
     rows = [_row(outcomes, trial, reference, budget) for trial in compared]
     return PairTable(

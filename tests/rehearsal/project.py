@@ -20,7 +20,10 @@ LEFT_OUT = ("tests/", "docs/", "models/testbed")
 
 
 def check_out(top: Path, params: Mapping[str, Any]) -> Path:
-    """Copy what git knows here to ``top``, as a repository of its own, or bring one there up to date; ``params`` are its ``params.yaml``."""
+    """Copy what git knows here to ``top``, as a repository of its own, or bring one there up to date.
+
+    ``params``: what its ``params.yaml`` says.
+    """
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
     for name in listed.stdout.splitlines():
         if not name.startswith(LEFT_OUT) and name != "dvc.lock" and (ROOT / name).exists():
