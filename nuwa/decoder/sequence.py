@@ -254,7 +254,7 @@ def masks_of(vlm: Adapter, queries: Columns, keys: Columns, dtype: torch.dtype, 
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
 
 
 def advance(vlm: Adapter, stretch: Stretch, layer: int, pass_tokens: int, watch: frozenset[int] = frozenset()) -> None:
