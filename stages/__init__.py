@@ -16,6 +16,7 @@ USAGE = {
     "experiment": "EXPERIMENT",
     "compare": "A B [TABLE.csv]",
     "grades": "[ADDRESS MODEL]",
+    "dashboard": "PORT",
 }
 
 

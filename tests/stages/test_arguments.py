@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from stages import USAGE
+
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(
     path.stem for path in (ROOT / "stages").glob("*.py") if path.stem not in ("__init__", "entry", "ending")
@@ -44,3 +46,9 @@ def test_unknown_arguments_are_refused_before_work_starts(tmp_path):
         message = f"error: {argument!r} is not an argument of this stage; usage: python -m stages.{stage}{usage}"
         assert message in done.stderr.splitlines()
     assert not list(tmp_path.iterdir())
+
+
+def test_stages_that_read_arguments_are_given_them():
+    """What Make hands on, a port to the dashboard among it, is refused unless the stage is named."""
+    reading = {stage for stage in STAGES if "sys.argv" in (ROOT / f"stages/{stage}.py").read_text()}
+    assert reading == set(USAGE)
