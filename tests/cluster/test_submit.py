@@ -1,8 +1,10 @@
-"""``cluster/submit`` against real servers: a Ray head with a further raylet, and MLflow on PostgreSQL."""
+"""``cluster/submit`` against real servers: a Ray head that grows and loses a machine, and MLflow on PostgreSQL. The short
+form of ``make rehearsal``."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import ipaddress
 import re
 import shutil
 import subprocess
@@ -12,16 +14,17 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from dvc.repo import Repo
 from forked import forked
 from mlflow import MlflowClient
 from ray._raylet import GcsClient
-from rehearsal import faults
+from rehearsal.project import check_out, run
 from rehearsal.servers import (
-    BIN,
     DEADLINE_S,
     TOKEN,
     Servers,
@@ -31,6 +34,7 @@ from rehearsal.servers import (
     mlflow_on_postgres,
     told,
 )
+from workers_here import work_here
 
 from cluster.job import enter_project
 from cluster.submit import (
@@ -43,6 +47,7 @@ from cluster.submit import (
     upload_inputs,
 )
 from pipelines.settings import load_settings
+from stages.entry import KEPT, PREDICTIONS, SWEEP, TRIALS
 from stages.evaluate import evaluate
 from stages.features import features
 from stages.inputs import write_inputs
@@ -51,6 +56,13 @@ from stages.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
 SECRETS = {"HF_TOKEN": "hf_topsecret1", "MLFLOW_TRACKING_TOKEN": "topsecret2", "AWS_SECRET_ACCESS_KEY": "topsecret3"}
+SERVICES = (  # a method each of what listens on a head, on a node and in a worker
+    "JobInfoGcsService/GetAllJobInfo",
+    "NodeManagerService/GetNodeStats",
+    "ObjectManagerService/Pull",
+    "ReporterService/GetTraceback",
+    "CoreWorkerService/GetCoreWorkerStats",
+)
 GRIDS = [{"name": "methods", "method": ["nuwa", "random"], "position": ["perc", "pesp"]}]
 
 
@@ -89,44 +101,68 @@ def cluster_address(servers, monkeypatch) -> str:
 @pytest.fixture
 def repository(tmp_path, model_folder, monkeypatch) -> Path:
     """A user's checkout with a tiny model and a tiny sweep, its data prepared."""
-    top = tmp_path / "repository"
-    for name in subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.splitlines():
-        if not name.startswith(("tests/", "docs/", "models/testbed")) and name != "dvc.lock" and (ROOT / name).exists():
-            (top / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, top / name)
-    shutil.copytree(model_folder, top / "models" / "tiny")
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"]["path"] = "models/tiny"
     params["prepare"] |= {"images": 8, "questions": {"refcoco": 1, "pope": 1}}
     params["features"] |= {"shard_images": 4, "batch_size": 4}
+    params["cluster"] |= {"workers": 1}
     params["sweep"] |= {"benchmarks": ["refcoco", "pope"], "images": 8, "unit_images": 4, "budgets": [16]}
     params["sweep"]["grids"] = GRIDS
-    params["plugins"] = ["faults"]
-    shutil.copy(faults.__file__, top / "faults.py")
-    (top / "params.yaml").write_text(yaml.safe_dump(params))
-    who = ["-c", "user.name=user", "-c", "user.email=user@localhost"]
-    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "a sweep"]):
-        subprocess.run(["git", *command], cwd=top, check=True)
+    top = check_out(tmp_path / "repository", params)
+    shutil.copytree(model_folder, top / "models" / "tiny")
     monkeypatch.chdir(top)
     write_inputs()
     prepare(load_settings())
     return top
 
 
-def run(top: Path, *arguments: str | Path) -> str:
-    environment = os.environ | {"PYTHONPATH": "", "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=top, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def kept_in(work: Path) -> dict[Path, int]:
     """Inputs, features and answers of a work folder, and when they were written."""
     held = [*(work / "inputs").iterdir(), *work.glob("cache/**/*.arrow"), *work.glob("cache/**/*.unit.parquet")]
     return {path: path.stat().st_mtime_ns for path in held}
+
+
+def open_ports(servers: Servers) -> dict[int, psutil.Process]:
+    """Ports of the cluster's processes that more than this machine can reach."""
+    tops = [psutil.Process(process.pid) for process in servers.running]
+    found = {}
+    for process in {below for top in tops for below in top.children(recursive=True)}:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for held in process.net_connections("inet"):
+                address = ipaddress.ip_address(held.laddr.ip.removeprefix("::ffff:")) if held.laddr else None
+                if held.status == psutil.CONN_LISTEN and address is not None and not address.is_loopback:
+                    found[held.laddr.port] = process
+    return found
+
+
+def answered_without_a_token(port: int) -> set[grpc.StatusCode]:
+    """How a method of each of Ray's services there ends."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        codes = set()
+        for method in SERVICES:
+            try:
+                channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=30, wait_for_ready=False)
+                codes.add(grpc.StatusCode.OK)
+            except grpc.RpcError as error:
+                codes.add(error.code())
+        return codes
+
+
+def check_ports(servers: Servers) -> None:
+    """Beyond loopback nobody without the token is answered, but for Ray's pages of figures for Prometheus."""
+    services, pages = 0, 0
+    for port in open_ports(servers):
+        codes = answered_without_a_token(port)
+        if codes == {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}:
+            services += 1
+            continue
+        assert codes == {grpc.StatusCode.UNAVAILABLE}, open_ports(servers)[port].cmdline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=30) as page:  # whatever is asked for
+            figures = page.read().decode()
+        assert figures.startswith("# HELP ") and not any(secret in figures for secret in (*SECRETS.values(), TOKEN))
+        pages += 1
+    # The head's own and those of two nodes: GCS, and of each node its manager, its objects and its agent.
+    assert services >= 1 + 3 * 2 and pages >= 2
 
 
 def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
@@ -136,7 +172,7 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     storage = tmp_path / "shared"
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    printed = run(repository, "-m", "cluster.submit", "--address", cluster_address, "--storage", storage)
+    printed = run(repository, "cluster.submit", "--address", cluster_address, "--storage", storage)
     assert "results are in data/ and dvc.lock; `dvc repro` scores them and makes the report" in printed
 
     megabytes = float(re.search(r"^code: ([\d.]+) MB$", printed, re.MULTILINE)[1])
@@ -151,12 +187,21 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{cluster_address}/api/jobs/", timeout=DEADLINE_S)
     assert refused.value.code in (401, 403)
+    check_ports(servers)
     own = "".join(line for line in processes.splitlines(keepends=True) if str(servers.folder) in line)
     (gcs,) = set(re.findall(r"--gcs-address=(127\.0\.0\.2:\d+)", own))
     stranger = forked(
         lambda: GcsClient(address=gcs)
     )  # this process has no token: Ray asked for one when it was imported
     assert stranger.code == 1 and "InvalidAuthToken" in stranger.err
+
+    # It began with a head alone, which grew; the machine that was taken away cost the unit it was at, and came again.
+    assert len(list(servers.folder.glob("*.node"))) == 2
+    (taken,) = (servers.folder / "control").glob("preempt *")
+    lines = [line.split() for line in (servers.folder / "control" / "units.log").read_text().splitlines()]
+    begun, ended = ([unit for what, unit, *_ in lines if what == kind] for kind in ("begin", "end"))
+    assert sorted(begun) == sorted([*ended, begun[1]]) and len(set(begun)) == len(ended)
+    assert lines[2][0] == "begin" and lines[2][2] == taken.name.split()[1] != lines[-1][2]
 
     trials = pd.read_parquet(repository / "data" / "trials.parquet")
     examples = pd.read_parquet(repository / "data" / "examples.parquet")
@@ -189,6 +234,15 @@ def test_a_submitted_sweep_comes_back_to_dvc_and_mlflow(
     sweep(settings)
     assert kept_in(work) == held
     pd.testing.assert_frame_equal(predictions, pd.read_parquet(Path("data/predictions.parquet")))
+
+    # A quiet run on this machine, which finds nothing of the cluster's, ends in the same bytes.
+    came = {path: (repository / path).read_bytes() for path in (TRIALS, PREDICTIONS, KEPT)}
+    monkeypatch.chdir(repository)
+    for path in (*came, SWEEP):
+        path.unlink()
+    work_here(monkeypatch)
+    sweep(load_settings())
+    assert {path: path.read_bytes() for path in came} == came
 
 
 @pytest.mark.parametrize(
