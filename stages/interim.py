@@ -23,7 +23,7 @@ from pipelines.scores.submissions import check_scored
 from pipelines.settings import Settings
 from pipelines.sweep.askable import askable
 from pipelines.sweep.collection import collect
-from pipelines.sweep.engine import blocks_of
+from pipelines.sweep.engine import blocks_of, with_weights
 from pipelines.sweep.finishing import answered_by_all
 from pipelines.sweep.identity import answer_context, with_code
 from pipelines.sweep.provenance import told
@@ -51,10 +51,12 @@ def interim(settings: Settings) -> None:
     questions, _ = askable(vlm, questions, allowed=plan.quarantine == "allow")
     of_image = image_layouts(vlm, questions)
     layouts = Layouts.of(of_image.values(), vlm.dynamic)
-    trials = with_code(expand(plan, layouts, vlm.layers), vlm, settings.cluster.device)
+    known = ModelIdentity.of(model.path, loading, vlm)
+    trials = with_weights(expand(plan, layouts, vlm.layers), known.fingerprint, model.path)
+    trials = with_code(trials, vlm, settings.cluster.device)
 
     # What is there, by the digests that the sweep gives it.
-    context = answer_context(ModelIdentity.of(model.path, loading, vlm), vlm, settings.features)
+    context = answer_context(known, vlm, settings.features)
     examples = read_examples(questions, context.digest, of_image, blocks_of(settings))
     store = ResultStore(places(settings).results)
     stored = store.done()

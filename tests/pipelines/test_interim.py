@@ -3,15 +3,20 @@ questions."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pyarrow.compute as pc
 import pytest
 import test_plan_stage
+import torch
 import yaml
 from bench import BENCHMARKS
 from mlflow import MlflowClient
 from stores import copy_store
 
+from nuwa.stage1.learnpruner import Lpm, save_lpm
+from nuwa.vlm import load_adapter
 from pipelines.sweep.results import ResultStore, StoredUnit, unit_name
 from pipelines.tracking.runs import metric_key
 from stages.entry import DATA, EXAMPLES, INTERIM, PREDICTIONS, TRIALS, run_stage
@@ -37,9 +42,22 @@ def half_done(store: ResultStore) -> set[str]:
     return set(store.read(whole.unit)["predictions"]["example_id"].to_pylist())
 
 
-def test_a_sweep_that_is_half_done_is_shown_on_what_all_trials_have_answered(project, new_store, capsys, tmp_path):
+def trained(model: Path, path: Path) -> None:
+    """Weights of LearnPruner for the encoder of the model in a folder."""
+    vlm = load_adapter(model, "cpu", torch.float32)
+    torch.manual_seed(0)
+    save_lpm(Lpm(vlm.signal_widths(vlm.model.config)["features"]), path, vlm.encoder_identity, {})
+
+
+def test_a_sweep_that_is_half_done_is_shown_on_what_all_trials_have_answered(
+    project, new_store, capsys, tmp_path, monkeypatch
+):
     copy_store(new_store, project / "mlflow.db")
+    # The sweep finds them by their encoder, and its trials are called by them; so must whoever looks for its answers.
+    monkeypatch.setenv("NUWA_PRUNER", str(tmp_path / "store"))
+    trained(project / "models" / "tiny", tmp_path / "store" / "mine.safetensors")
     params = yaml.safe_load((project / "params.yaml").read_text())
+    params["sweep"]["grids"] = [{"name": "methods", "method": ["learnpruner", "random"], "budget": 16}]
     params["evaluate"] |= {"resamples": 100, "against": {"method": "random", "preset": None}}
     params["report"] |= {"headline_budget": 16}
     (project / "params.yaml").write_text(yaml.safe_dump(params))
