@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
-import pyarrow.dataset as ds
 from PIL import Image
 
 from nuwa.images import read_image
@@ -25,6 +24,7 @@ from pipelines.report.gallery import (
     accepted,
     judged,
     kept_rows,
+    one_of,
     places_on_images,
     predicted_box,
     rows_of,
@@ -145,7 +145,7 @@ def _by_turns(turns: list[list[dict]]) -> Iterator[dict]:
 
 def _answers(inputs: ReportInputs, trials: list[TrialRow], examples: list[str]) -> pd.DataFrame:
     """By example and trial: ``prediction`` and ``kept_final``."""
-    wanted = ds.field("example_id").isin(examples) & ds.field("trial_id").isin([trial.trial_id for trial in trials])
+    wanted = one_of("example_id", examples) & one_of("trial_id", (trial.trial_id for trial in trials))
     columns = ["example_id", "trial_id", "prediction", "kept_final"]
     return inputs.predictions.to_table(columns=columns, filter=wanted).to_pandas().set_index(columns[:2]).sort_index()
 

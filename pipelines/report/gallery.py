@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,13 @@ def _shown_trials(outcomes: Outcomes, budget: float) -> list[TrialRow]:
 
 
 def rows_of(dataset: ds.Dataset, column: str, values: set[str]) -> pd.DataFrame:
-    """Rows whose ``column``, of strings, is one of ``values``, of which there may be none."""
-    return dataset.to_table(filter=ds.field(column).isin(pa.array(sorted(values), pa.string()))).to_pandas()
+    """Rows whose ``column`` is one of ``values``."""
+    return dataset.to_table(filter=one_of(column, values)).to_pandas()
+
+
+def one_of(column: str, values: Iterable[str]) -> ds.Expression:
+    """Whether ``column`` is one of ``values``, which may be none: Arrow does not see that these would be texts."""
+    return ds.field(column).isin(pa.array(sorted(values), pa.string()))
 
 
 def _answers(inputs: ReportInputs, trials: list[TrialRow], square: bool) -> _Answers:
@@ -203,8 +208,7 @@ def accepted(truth: str) -> list[str]:
 
 def kept_rows(inputs: ReportInputs, trials: list[TrialRow], images: set[str]) -> dict[tuple[str, str], dict[str, Any]]:
     """Stage 1's tokens of every shown trial and image."""
-    of_images = ds.field("image").isin(pa.array(sorted(images), pa.string()))  # there may be none
-    wanted = ds.field("trial_id").isin([trial.trial_id for trial in trials]) & of_images
+    wanted = one_of("trial_id", (trial.trial_id for trial in trials)) & one_of("image", images)
     rows = inputs.kept.to_table(filter=wanted).to_pylist()
     return {(row["trial_id"], row["image"]): row for row in rows}
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.report import charts
+from pipelines.report.browser import questions
 from pipelines.report.charts import (
     Panel,
     Point,
@@ -194,6 +195,15 @@ def test_questions_are_judged_by_their_benchmark(duel):
         ("The five.", True),
         ("6 or so", False),
     ]
+
+
+@pytest.mark.parametrize("change", [{"width": 97}, {"image": "a+b"}], ids=["no square", "several in each question"])
+def test_where_no_picture_can_be_shown_there_are_no_cases_and_nothing_to_browse(duel, tmp_path, change):
+    for example in duel.examples:
+        example.update(change)
+    assert duel.cases() == []
+    inputs = ReportInputs.load(tmp_path / "data")
+    assert questions(inputs, Outcomes(inputs), 16) == []
 
 
 def test_kept_patches_keep_their_pixels_and_roles_their_outline(duel):
