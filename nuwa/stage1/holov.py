@@ -182,6 +182,8 @@ def rough_variances(image: Tensor, members: Tensor, span: int) -> Tensor:
 
         # Products of tokens with themselves are squared lengths.
         norm = product.diagonal(dim1=1, dim2=2).sqrt() + EPSILON
+        # Beyond float32 a square is infinite where a product with a short vector is not: zero, and no doubt, would be left.
+        norm.masked_fill_(norm.isinf(), torch.nan)
         similarity = product.div_(norm[:, :, None]).div_(norm[:, None])
         similarity.diagonal(dim1=1, dim2=2).zero_()
         total = similarity.sum(dim=2, dtype=torch.float64)
@@ -198,7 +200,8 @@ def certain(means: Tensor, error: Tensor, sizes: Tensor, keep: int) -> Tensor:
     They do where no share rounds down to another number, no two shares change their order and no run overflows.
     """
     share = means / (means.sum(dim=1, keepdim=True) + EPSILON)
-    off = share * (2 * error[:, None] + 1e-12) + 2**-32
+    apart_at_most = 2 * error / (1 - error).clamp(min=1e-12)  # (1 + e) / (1 - e), less one: of a mean and of their sum
+    off = share * (apart_at_most[:, None] + 1e-12) + 2**-32
     whole, least = share * keep, off.amax(dim=1, keepdim=True)
     over = whole - whole.floor()
     rising = share.sort(dim=1).values

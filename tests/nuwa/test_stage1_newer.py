@@ -25,7 +25,7 @@ from nuwa.signals import directions, products_of_pairs, rounded
 from nuwa.stage1 import cdpruner, get_method, scope, vscan
 from nuwa.stage1.cdpruner import CDPruner
 from nuwa.stage1.hiprune import HiPrune, anchor_count, neighbours
-from nuwa.stage1.holov import HoloV, certain, runs
+from nuwa.stage1.holov import HoloV, certain, deal, quotas, rough_means, runs, scores
 from nuwa.stage1.scope import Scope, salience
 from nuwa.stage1.vscan import VScan, kept, local_split
 
@@ -157,6 +157,25 @@ def test_rough_scores_of_holov_suffice_for_ordinary_pictures_and_not_for_alike_r
     assert certain(means, torch.full((4,), 1e-5).double(), sizes, 10).tolist() == [True, False, False, True]
     assert certain(means, torch.full((4,), 0.1).double(), sizes, 10).tolist() == [False] * 4
     assert certain(means[3:], torch.zeros(1).double(), sizes, 24).tolist() == [False]  # the first run overflows
+    # Means that are off by 6.75 % may make a share larger by 14.5 %, and 0.88 of a token more than one.
+    shares = torch.tensor([[0.88, 0.12]]).double()
+    assert [certain(shares, torch.tensor([off]).double(), sizes[:2], 1).item() for off in (0.05, 0.0675, 1.5)] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_rough_scores_of_holov_doubt_lengths_whose_squares_float32_cannot_hold():
+    """One long vector in a run: its products with the others are finite, and its square is not."""
+    config, members = HoloV(count=2, beta=1.0), [[0, 1, 2], [3, 4, 5]]
+    vectors = torch.tensor([[3e19, 0], [1, 0], [0, 1], [1, 0], [1, 0], [0, 1]])[None]
+    attention, sizes = torch.tensor([[0.2] * 3 + [0.13] * 3]), torch.tensor([3, 3])
+
+    means, error = rough_means(attention, vectors[0], members, config, 2)
+    assert not certain(means, error, sizes, 2).any()
+    exact = scores(attention, vectors, members, config).view(1, 2, 3).mean(dim=2)
+    assert torch.equal(deal(attention, vectors, members, 2, config)[0], quotas(exact, sizes, 2, config))
 
 
 def test_runs_of_the_published_grids():
