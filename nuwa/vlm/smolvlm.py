@@ -51,7 +51,7 @@ class SmolVLMAdapter(Adapter):
     language_name = "text_model"
     encoder = "SmolVLM's SigLIP tower"
     offers_cls = False
-    turn = f"<|im_start|>{{system}}User:{AROUND}<image>{AROUND}{{text}}<end_of_utterance>\nAssistant:"
+    turn = "<|im_start|>{system}User:<image>{text}<end_of_utterance>\nAssistant:"
 
     def __init__(self, model: Any, processor: Any, **framing: Any) -> None:
         self.check_config(model.config)

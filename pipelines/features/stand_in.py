@@ -1,8 +1,8 @@
 """The processor of a published checkpoint whose files are not at hand: it sizes images and counts tokens.
 
 Images are laid out as by the family's own image processor with its defaults. Text is cut into pieces of at most six
-letters, single digits and signs, about as many as the families' vocabularies make of English; which token a piece is
-means nothing.
+letters, single digits and signs, and runs of line breaks, about as many as the families' vocabularies make of English;
+which token a piece is means nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 IMAGE = "<image>"
-PIECE = re.compile(r"<[^<>\s]+>|\d|[^\W\d_]{1,6}|[^\w\s]|_|\n")
+PIECE = re.compile(r"<[^<>\s]+>|\d|[^\W\d_]{1,6}|[^\w\s]|_|\n+")
+SHOWN = re.compile(rf"(?:<[^<>\s]+>)?{IMAGE}(?:<[^<>\s]+>)?\n?")  # with the tokens that a family puts around each
 
 
 class StandInProcessor:
@@ -30,9 +31,12 @@ class StandInProcessor:
         self.tokenizer = StandInTokenizer(config.image_token_id)
 
     def apply_chat_template(self, turns: list[dict[str, Any]], **_: Any) -> str:
-        """One question about one image, in the family's turn, behind a system prompt where there is one."""
-        *system, text = [part["text"] for turn in turns for part in turn["content"] if part["type"] == "text"]
-        return self._turn.format(system="".join(f"{one} " for one in system) or self._system, text=text)
+        """One question about one image or several, in the family's turn, behind a system prompt where there is one."""
+        parts = [part for turn in turns for part in turn["content"]]
+        *system, text = [part["text"] for part in parts if part["type"] == "text"]
+        images = len(parts) - len(system) - 1
+        turn = SHOWN.sub(lambda shown: shown[0] * images, self._turn)
+        return turn.format(system="".join(f"{one} " for one in system) or self._system, text=text)
 
 
 class StandInTokenizer:

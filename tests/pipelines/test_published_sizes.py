@@ -24,6 +24,7 @@ from nuwa.vlm.shapes import SHAPES, model_shape
 from pipelines.addresses import BenchmarkName
 from pipelines.data.datasets import write_examples
 from pipelines.data.published_sizes import expected_examples, published_size
+from pipelines.features.layouts import interleaved
 from pipelines.presets import compose
 from pipelines.settings import Settings, parse_settings
 from pipelines.sweep.costs import forecast
@@ -35,6 +36,8 @@ from stages.prepare import prepare
 ROOT = Path(__file__).parents[2]
 PARAMS = (ROOT / "params.yaml").read_text()
 OVERLAYS = {path.stem: path.read_text() for path in sorted((ROOT / "experiments").glob("*.yaml"))}
+# How many tokens part an image from the next; LLaVA's images are parted by a blank, which is no piece of a stand-in's.
+BETWEEN = {"llava": 0, "llava_next": 0, "qwen2_vl": 2, "qwen2_5_vl": 2, "qwen3_vl": 2, "internvl": 3, "smolvlm": 2}
 TOLERANCE = 0.05  # of the exact plan's FLOPs
 WORDS = [
     "is",
@@ -219,7 +222,11 @@ def test_a_plan_tells_the_tokens_of_an_image_by_layout():
 def test_every_published_checkpoint_is_planned_without_its_files(checkpoint):
     settings = settings_of("nuwa_table14").model.model_copy(update={"path": checkpoint, "image_rules": None})
     vlm = weightless(settings)
-    assert vlm.layout_of((640, 480)).tokens > 250 and vlm.end_tokens
+    layout = vlm.layout_of((640, 480))
+    assert layout.tokens > 250 and vlm.end_tokens
+    if vlm.alike:  # questions about several images are planned, too
+        together = interleaved(vlm, [layout] * 3)
+        assert together.tokens == 3 * layout.tokens and together.between == (BETWEEN[vlm.model.config.model_type],) * 2
 
 
 @pytest.mark.parametrize(
