@@ -34,6 +34,8 @@ ROWS = (
     ("Is <image 2> like <image 1>?", ["yes", "no"], (1, 2)),
     ("Which one?", ["<image 1>", "<image 2>", "<image 1>"], (3, 0)),
     ("<image 3> <image 1> <image 2>", ["yes", "no"], (0, 0, 4)),
+    ("Which of <image 1> and <image 2>?", ["one", "two"], (1, 3)),
+    ("Where is <image 1>, beside <image 2>?", ["left", "right"], (1, 2)),  # the same two, in the same order
 )
 GRIDS = [
     {"name": "one", "method": "nuwa", "position": ["pesp", "rpme"]},
@@ -175,7 +177,7 @@ def test_the_plan_counts_all_images_of_a_sequence(asked):
     (longest,) = (layouts[key] for key in table["image"] if len(digests_of(key)) == 3)
     assert isinstance(longest, InterleavedLayout) and longest.tokens == sum(one.tokens for one in longest.images)
     counts = Layouts.of(layouts.values(), vlm.dynamic)
-    assert sum(counts.counts.values()) == sum(len(shown) for *_, shown in ROWS)
+    assert sum(counts.counts.values()) == sum(map(len, {shown for *_, shown in ROWS}))
 
     on_three = half.on(longest)
     assert on_three.schedule.stage1_keep == sum(half.on(one).schedule.stage1_keep for one in longest.images)
@@ -189,7 +191,7 @@ def test_a_model_that_takes_one_image_at_a_time_is_not_asked_and_says_how_often(
     pq.write_table(published(photos), tmp_path / "validation.parquet")
     target = tmp_path / "examples.parquet"
     notes = write_examples({NAME: tmp_path}, "llava_v1", target, tmp_path / "images.parquet", several=False)
-    assert notes == {NAME: {SEVERAL_IMAGES: 3}} == read_notes(target)
+    assert notes == {NAME: {SEVERAL_IMAGES: 5}} == read_notes(target)
     table = pd.read_parquet(target)
     assert table["example_id"].tolist() == ["mmmu/validation:validation_Art_0"]
     assert json.loads(table["truth"][0])["answer"] == "A"
