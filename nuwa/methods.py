@@ -32,7 +32,7 @@ from nuwa.schedule import (
     solve_schedule,
 )
 from nuwa.selection import Selection
-from nuwa.signals import OPTIONAL_SIGNALS, VisionSignals
+from nuwa.signals import LAST_SIGNALS, OPTIONAL_SIGNALS, VisionSignals
 from nuwa.stage1 import METHODS, Method, get_method
 from nuwa.stage1.registry import check_type, field_names, spelled, type_hints
 from nuwa.stage2 import Cut, Recycling, Scorer, get_scorer
@@ -423,6 +423,7 @@ class Encoder(Protocol):
 
     encoder: ClassVar[str]
     offers_cls: ClassVar[bool]
+    offers_last: ClassVar[bool]
     resizes: ClassVar[bool]
     pairs_text: ClassVar[bool]
 
@@ -436,6 +437,13 @@ def check_encoder(spec: MethodSpec, vlm: Encoder | type[Encoder], text_tower: st
         raise ValueError(
             f"method {spec.method!r} needs the attention of a CLS token, and {vlm.encoder} has none; "
             f"methods that do without: {without}"
+        )
+
+    last = [name for name in spec.further_signals if name in LAST_SIGNALS]
+    if last and not vlm.offers_last:
+        raise ValueError(
+            f"method {spec.method!r} reads {' and '.join(last)} under these settings, which a CLIP tower gives and "
+            f"{vlm.encoder} does not: read the layer of the features instead (the method's default)"
         )
 
     if spec.reads_question and not vlm.pairs_text:

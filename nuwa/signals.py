@@ -22,6 +22,8 @@ SignalName = Literal[
     "early_attention",
     "received_middle",
     "received_late",
+    "last_attention",
+    "last_keys",
 ]
 SIGNAL_NAMES: tuple[SignalName, ...] = (
     "features",
@@ -33,9 +35,12 @@ OPTIONAL_SIGNALS: tuple[SignalName, ...] = (
     "early_attention",
     "received_middle",
     "received_late",
+    "last_attention",
+    "last_keys",
 )  # given, and cached, only where one is read
+LAST_SIGNALS = ("last_attention", "last_keys")  # of these, what encoders say with ``offers_last``
 # Shares of attention among thousands of tokens fall below what float16 holds in full precision.
-ATTENTION_SIGNALS = ("cls_attention", "early_attention", "received_middle", "received_late")
+ATTENTION_SIGNALS = ("cls_attention", "early_attention", "received_middle", "received_late", "last_attention")
 # What a method may read and no encoder gives: made of another signal when it is read, and never cached.
 DERIVED_SIGNALS = {"projected": "features", "relevance": "features"}
 VIEW_SIGNALS = (*SIGNAL_NAMES, *OPTIONAL_SIGNALS, *DERIVED_SIGNALS)
@@ -72,6 +77,8 @@ class VisionSignals:
     ``received_middle``, ``received_late``: attention a token receives, mean over heads and all queries, the CLS token's
     among them, ``(batch, tokens)``: at the 9th of 24 layers of a CLIP tower and at the layer of ``features``; of
     Qwen2.5-VL at the middle block (the 16th of 32) and the last.
+    ``last_attention``, ``last_keys``: attention from CLS to each patch, ``(batch, tokens)``, and keys, ``(batch, tokens,
+    key_dim)``, of a CLIP tower's last layer, whose queries and keys are taken for one head of full width.
     ``relevance``: cosine between a token and a question, mean over the question's segments, ``(batch, tokens)``; by
     CLIP's two projections. The batch is then of questions, each with its own image's signals.
     ``projected``: ``features`` behind the projector, ``(batch, tokens, language_dim)``; ``project`` makes them.
@@ -90,6 +97,8 @@ class VisionSignals:
     early_attention: Declared = None
     received_middle: Declared = None
     received_late: Declared = None
+    last_attention: Declared = None
+    last_keys: Declared = None
     relevance: Declared = None
     projected: Declared = None
     project: Callable[[Tensor], Tensor] | None = None

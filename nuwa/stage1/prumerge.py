@@ -8,7 +8,8 @@ Differences from the released code, which keeps a number that depends on the ima
 zero without outliers, and appends one more token holding all the rest: exactly ``keep`` tokens are kept, the most
 attended outliers first and no more of them than fit; without outliers all are evenly spaced; weights are normalised (it
 adds the plain sum, see ``weights``), neighbours are dropped tokens only, as the paper's text has it (its code takes kept
-ones too), and the order is raster order.
+ones too), and the order is raster order. The preset ``released`` reads what the released code reads, the encoder's last
+layer, and adds the plain sum; the default reads the layer of the features, as the other methods do.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from nuwa.allowed import check_words
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
-from nuwa.signals import VisionSignals, cosine_similarity, directions, ranked, top_indices
+from nuwa.signals import LAST_SIGNALS, VisionSignals, cosine_similarity, directions, ranked, top_indices
 from nuwa.stage1.registry import register
 
 Weights = Literal["mean", "sum"]
+Layer = Literal["features", "last"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class PruMerge:
 
     ``outlier_range``: how many interquartile ranges above the third quartile an outlier begins.
     ``neighbours``: dropped tokens merged into each kept one (32 in the released code); 0 merges nothing.
+    ``layer``: whose attention and keys decide: that of the ``features``, attention averaged over heads; or the ``last``
+    layer, queries and keys taken for one head of full width, as released.
     ``weights``: ``mean``: the attention-weighted mean of a token and its neighbours; ``sum``: the token plus the
     attention-weighted sum of its neighbours, as released.
     """
@@ -40,13 +44,17 @@ class PruMerge:
     outlier_range: float = 1.5
     neighbours: int = 32
     weights: Weights = "mean"
+    layer: Layer = "features"
 
     def __post_init__(self) -> None:
         if self.outlier_range < 0:
             raise ValueError(f"prumerge.outlier_range {self.outlier_range} must be at least 0")
         if self.neighbours < 0:
             raise ValueError(f"prumerge.neighbours {self.neighbours} must be at least 0")
-        check_words("prumerge", self, weights=Weights)
+        check_words("prumerge", self, weights=Weights, layer=Layer)
+
+
+PRESETS = {"default": {}, "released": {"layer": "last", "weights": "sum"}}
 
 
 def outliers(attention: Tensor, outlier_range: float) -> Tensor:
@@ -94,18 +102,18 @@ def nearest_dropped(similarity: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.cumsum(dim=2) <= room))
 
 
-def merge_weights(signals: VisionSignals, indices: Tensor, config: PruMerge) -> Tensor:
+def merge_weights(attention: Tensor, keys: Tensor, indices: Tensor, config: PruMerge) -> Tensor:
     """What each kept token takes of every token, ``(batch, kept, tokens)`` float32.
 
-    Rows sum to 1 (``mean``), or to 1 plus the attention of the neighbours (``sum``). A token all of whose group has no
-    attention stays itself.
+    ``attention`` ``(batch, tokens)`` float32, ``keys`` ``(batch, tokens, key_dim)``. Rows sum to 1 (``mean``), or to 1 plus
+    the attention of the neighbours (``sum``). A token all of whose group has no attention stays itself.
     """
-    attention = signals.cls_attention.float()
     dropped = torch.ones_like(attention, dtype=torch.bool).scatter_(1, indices, False)
-    unit = directions(signals.keys)
+    unit = directions(keys)
     similarity = cosine_similarity(gather_tokens(unit, indices), unit).masked_fill_(~dropped[:, None], -torch.inf)
-    near = nearest_dropped(similarity, min(config.neighbours, signals.grid.tokens - indices.shape[1]))
+    near = nearest_dropped(similarity, min(config.neighbours, attention.shape[1] - indices.shape[1]))
     weights = near * attention[:, None]
+
     own, own_weight = indices[..., None], attention.gather(1, indices)[..., None]
     if config.weights == "sum":
         return weights.scatter_(2, own, 1.0)
@@ -114,13 +122,18 @@ def merge_weights(signals: VisionSignals, indices: Tensor, config: PruMerge) -> 
     return weights.scatter_(2, own, own_weight.masked_fill(alone, 1.0)).div_(total.masked_fill(alone, 1.0))
 
 
-@register(
-    "prumerge", PruMerge, cite=("prumerge",), reads_cls=True, reads=lambda config: ("features", "cls_attention", "keys")
-)
+def reads(config: PruMerge) -> tuple[str, ...]:
+    return ("features", *(LAST_SIGNALS if config.layer == "last" else ("cls_attention", "keys")))
+
+
+@register("prumerge", PruMerge, cite=("prumerge",), presets=PRESETS, reads_cls=True, reads=reads)
 def select(signals: VisionSignals, keep: int, config: PruMerge, seed: int = 0) -> Selection:
     """Every kept token merges, unless nothing is dropped or there are no neighbours to take."""
-    indices = kept_tokens(signals.cls_attention.float(), keep, config.outlier_range)
+    last = config.layer == "last"
+    attention = (signals.last_attention if last else signals.cls_attention).float()
+    indices = kept_tokens(attention, keep, config.outlier_range)
     if keep == signals.grid.tokens or config.neighbours == 0:
         return keep_unmerged(signals, indices)
-    merged = merge_weights(signals, indices, config) @ signals.features.float()
+    keys = signals.last_keys if last else signals.keys
+    merged = merge_weights(attention, keys, indices, config) @ signals.features.float()
     return Selection(indices, merged.to(signals.features.dtype), torch.zeros_like(indices, dtype=torch.bool))

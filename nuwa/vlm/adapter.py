@@ -168,6 +168,7 @@ class Adapter(ABC):
 
     ``offers_cls``: whether the encoder has a CLS token whose attention ranks patches. Where it has none,
     ``cls_attention`` of the signals is the attention a token receives, which only methods that say so may read.
+    ``offers_last``: whether it gives ``last_attention`` and ``last_keys``.
     ``resizes``: whether images can be encoded at a smaller size (:meth:`encode_resized`).
     ``dynamic``: whether images differ in layout.
     ``alike``: whether an image among several of one question is encoded as it is alone; where it is not,
@@ -194,6 +195,7 @@ class Adapter(ABC):
     language_name: ClassVar[str] = "language_model"  # what the stock class calls it
     encoder: ClassVar[str]  # what messages call it
     offers_cls: ClassVar[bool]
+    offers_last: ClassVar[bool] = False
     resizes: ClassVar[bool] = False
     dynamic: ClassVar[bool] = True
     alike: ClassVar[bool] = True

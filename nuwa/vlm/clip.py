@@ -50,7 +50,7 @@ def check_clip_config(config: Any, encoder: str) -> None:
 def clip_widths(config: Any) -> dict[str, int]:
     """How many numbers each signal has a token, from the configuration of a LLaVA-like model."""
     width = config.vision_config.hidden_size
-    return {"features": width, "cls_attention": 1, "keys": width, "similarity": width}
+    return {"features": width, "cls_attention": 1, "keys": width, "similarity": width, "last_keys": width}
 
 
 def clip_sizes(config: Any) -> dict[str, Any]:
@@ -63,6 +63,7 @@ class ClipAdapter(Adapter):
     """What LLaVA's families have in common: a CLIP tower, a projector of its features, Vicuna's turn."""
 
     offers_cls = True
+    offers_last = True
     pairs_text = True
     turn = LLAVA_TURN
 
@@ -120,6 +121,9 @@ def clip_signals(
 
     if "received_late" in further:
         signals["received_late"] = _received(layer, entering)
+    if {"last_attention", "last_keys"} & set(further):
+        attention, keys = _as_one_head(tower.encoder.layers[-1], states[-2])
+        signals |= {name: one for name, one in (("last_attention", attention), ("last_keys", keys)) if name in further}
     for name, share in FURTHER_LAYERS.items():
         if name in further:
             early = earlier_layer(name, share, len(states) - 1, at)
@@ -152,6 +156,14 @@ def _cls_attention(layer: Any, entering: Tensor) -> Tensor:
     keys = _per_head(layer, attention.k_proj(normed))
     weights = (query @ keys.transpose(2, 3) * attention.scale).softmax(dim=-1, dtype=torch.float32)
     return weights.mean(dim=1)[:, 0, 1:]
+
+
+def _as_one_head(layer: Any, entering: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention from CLS to each patch, ``(batch, tokens)`` float32, and keys, with all heads taken for one."""
+    attention, normed = layer.self_attn, layer.layer_norm1(entering)
+    query, keys = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
+    weights = (query @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5).softmax(dim=-1, dtype=torch.float32)
+    return weights[:, 0, 1:], keys[:, 1:]
 
 
 def _received(layer: Any, entering: Tensor) -> Tensor:

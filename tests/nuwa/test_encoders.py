@@ -17,7 +17,7 @@ from transformers.vision_utils import get_vision_window_index
 from nuwa.generation import ImageBatch, plan, select
 from nuwa.grid import PatchGrid
 from nuwa.layout import View, VisualLayout, layout_from_json, layout_to_json, place
-from nuwa.methods import specify
+from nuwa.methods import check_encoder, specify
 from nuwa.schedule import UnreachableBudget
 from nuwa.schedule import shares as shares_of
 from nuwa.selection import Selection
@@ -528,6 +528,36 @@ def test_further_layers_of_a_clip_tower_are_those_of_the_stock_model(tiny_next, 
         assert base[name].tolist() == pytest.approx(summed(attentions[layer][0]), abs=1e-6)
         assert base[name].dtype == torch.float32 and base[name].std() > 1e-5
     assert found.signals["received_late"].shape == (found.layout.patches,)
+
+
+def test_the_last_layer_of_a_clip_tower_is_read_as_one_head(tiny_next, photos):
+    """What the tower's own projections make in a plain pass, by the equation in float64."""
+    inputs = tiny_next.processor.image_processor([photos[2]], return_tensors="pt")
+    made, last = [], tiny_next.tower.encoder.layers[-1].self_attn
+    listeners = [
+        part.register_forward_hook(lambda _m, _i, out: made.append(out)) for part in (last.q_proj, last.k_proj)
+    ]
+    with torch.inference_mode():
+        tiny_next.tower(inputs["pixel_values"][0])
+    for listener in listeners:
+        listener.remove()
+    query, keys = (one[0].double() for one in made[:2])
+    (found,) = tiny_next.encode_images([photos[2]], ("last_attention", "last_keys"))
+
+    expected = (query[0] @ keys.T / keys.shape[1] ** 0.5).softmax(dim=0)[1:]
+    assert torch.allclose(found.signals["last_attention"][:36].double(), expected, atol=1e-6)
+    assert torch.allclose(found.signals["last_keys"][:36].double(), keys[1:], atol=1e-5)
+    assert not torch.allclose(found.signals["last_keys"], found.signals["keys"], atol=1e-2)
+    assert tiny_next.signal_widths(tiny_next.model.config)["last_keys"] == keys.shape[1]
+
+
+def test_methods_that_read_a_clip_towers_last_layer_are_refused_elsewhere(tiny_internvl):
+    with pytest.raises(ValueError) as caught:
+        check_encoder(specify("prumerge", preset="released", budget=16), tiny_internvl)
+    assert str(caught.value) == (
+        "method 'prumerge' reads last_attention and last_keys under these settings, which a CLIP tower gives and "
+        "InternVL's vision tower does not: read the layer of the features instead (the method's default)"
+    )
 
 
 def test_further_signals_are_given_only_where_they_are_asked_for(family, photos, scenes):

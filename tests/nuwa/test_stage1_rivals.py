@@ -18,7 +18,7 @@ from oracles.pictures import KINDS, SHAPES, Picture, draw_picture
 
 from nuwa.grid import PatchGrid
 from nuwa.signals import VisionSignals, directions
-from nuwa.stage1 import divprune
+from nuwa.stage1 import divprune, get_method
 from nuwa.stage1.prumerge import PruMerge, merge_weights, outliers, spaced
 from nuwa.stage1.vispruner import VisPruner
 
@@ -57,7 +57,8 @@ merging = st.builds(
 @given(case=pictures_and_keep(), config=merging)
 def test_prumerge_matches_its_description_whatever_its_hyper_parameters(case, config):
     picture, keep = case
-    expected = prumerge_oracle.select(picture, keep, **asdict(config))
+    parameters = {name: value for name, value in asdict(config).items() if name != "layer"}
+    expected = prumerge_oracle.select(picture, keep, **parameters)
     assert_same_outcome(select("prumerge", picture, keep, config), expected, picture)
 
 
@@ -113,6 +114,21 @@ def test_prumerge_by_hand():
 
 
 @quickly
+@given(case=pictures_and_keep())
+def test_released_prumerge_reads_the_last_layer_alone(case):
+    picture, keep = case
+    signals = signals_of(picture)
+    usual = get_method("prumerge").select(signals, keep, PruMerge(weights="sum"))
+    moved = replace(
+        signals, last_attention=signals.cls_attention, last_keys=signals.keys, cls_attention=None, keys=None
+    )
+    released = get_method("prumerge").configure("released")
+    found = get_method("prumerge").select(moved, keep, released)
+    assert get_method("prumerge").reads(released) == ("features", "last_attention", "last_keys")
+    assert torch.equal(found.indices, usual.indices) and torch.equal(found.features, usual.features)
+
+
+@quickly
 @given(case=pictures_and_keep(), config=merging)
 def test_rows_of_prumerges_weights_sum_as_said(case, config):
     picture, keep = case
@@ -120,7 +136,7 @@ def test_rows_of_prumerges_weights_sum_as_said(case, config):
         return
     signals = signals_of(picture)
     indices = select("prumerge", picture, keep, config).indices
-    weights = merge_weights(signals, indices, config)[0]
+    weights = merge_weights(signals.cls_attention.float(), signals.keys, indices, config)[0]
     near = (weights > 0).scatter(1, indices[0][:, None], False)
     others = signals.cls_attention.float().expand_as(weights)
     total = (others * near).sum(dim=1) + 1 if config.weights == "sum" else torch.ones(keep)
@@ -136,6 +152,7 @@ def test_rows_of_prumerges_weights_sum_as_said(case, config):
         ({"outlier_range": -1}, "prumerge.outlier_range -1 must be at least 0"),
         ({"neighbours": -1}, "prumerge.neighbours -1 must be at least 0"),
         ({"weights": "max"}, "prumerge.weights 'max' is unknown; allowed: mean, sum"),
+        ({"layer": "first"}, "prumerge.layer 'first' is unknown; allowed: features, last"),
     ],
 )
 def test_prumerge_refuses_impossible_hyper_parameters(arguments, message):
@@ -244,7 +261,7 @@ def test_vispruner_refuses_impossible_hyper_parameters(arguments, message):
 # --- every hyper-parameter matters, or sweeping it would compare a trial with itself
 
 CHANGES = {
-    PruMerge: ("prumerge", {"outlier_range": 20.0, "neighbours": 2, "weights": "sum"}),
+    PruMerge: ("prumerge", {"outlier_range": 20.0, "neighbours": 2, "weights": "sum", "layer": "last"}),
     VisPruner: ("vispruner", {"important_share": 0.2, "drop_per_round": 1}),
 }
 
@@ -254,7 +271,10 @@ def test_every_hyper_parameter_changes_the_outcome(config, name):
     method, values = CHANGES[config]
     assert list(values) == [field.name for field in fields(config)]
     picture = replace(draw_picture(2, 10, 12), attention=draw_picture(2, 10, 12).attention ** 2)
-    before, after = (select(method, picture, 40, made) for made in (config(), config(**{name: values[name]})))
+    usual = signals_of(picture)
+    signals = replace(usual, last_attention=usual.cls_attention.flip(1), last_keys=usual.keys.flip(1))
+    made = (config(), config(**{name: values[name]}))
+    before, after = (get_method(method).select(signals, 40, one) for one in made)
     assert not torch.equal(before.indices, after.indices) or not torch.equal(before.features, after.features)
 
 
