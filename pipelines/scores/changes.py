@@ -83,6 +83,7 @@ def changes(
         raise NothingToCompare(f"{a.name} and {b.name} share no {what}")
     evidence = _evidence(examples, a, b, pairs, resamples, seed, grades)
     rows, lost = [], _Losses(examples.set_index("example_id"), a, b, pairs)
+    itself = np.array([a is b and one == other for _, one, other in pairs])
 
     for part in evidence.scored:
         ids = examples.loc[examples["benchmark"] == part.name, "example_id"]
@@ -92,7 +93,7 @@ def changes(
         if right is not None:
             better, worse = (right[1] & ~right[0]).sum(axis=0), (right[0] & ~right[1]).sum(axis=0)
             lost.add(ids.tolist(), right[0] & ~right[1], _overlap_lost(part, len(pairs)))
-        rows += _rows(part, pairs, changed, worse, better)
+        rows += _rows(part, pairs, itself, changed, worse, better)
     order = {name: place for place, (name, _, _) in enumerate(pairs)}
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table = table.sort_values(
@@ -168,14 +169,18 @@ def _column(part: ScoredBenchmark, name: str, pairs: int) -> np.ndarray | None:
 def _rows(
     part: ScoredBenchmark,
     pairs: Sequence[tuple[str, str, str]],
+    itself: np.ndarray,
     changed: np.ndarray,
     lost: np.ndarray,
     gained: np.ndarray,
 ) -> list[tuple]:
-    """Headline scores, and the second less the first."""
+    """Headline scores, and the second less the first; of a trial compared with ``itself`` nothing is to be estimated.
+
+    Two runs that answer alike on these questions may differ on others: their interval is no point.
+    """
     count = len(pairs)
     one, other = (part.metrics(np.arange(start, start + count))[part.benchmark.headline] for start in (0, count))
-    difference: Sampled = other.minus(one, itself=changed == 0)  # of the same answers nothing is to be estimated
+    difference: Sampled = other.minus(one, itself=itself)
     low, high = difference.intervals()
     p = difference.p_zero()
     return [

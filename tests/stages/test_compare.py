@@ -81,7 +81,21 @@ def test_changes_are_what_a_loop_counts():
     assert found.lost[: len(of_boxes)] == of_boxes  # they lost overlap
 
 
-def test_equal_runs_differ_nowhere():
+def test_two_runs_that_answer_alike_may_differ_elsewhere():
+    """Nothing changed on 8 images; on another 8 something may, and no more surely than where one answer changed."""
+    a, b = tables(0), tables(0)
+    alike = changes(side("a", a), side("b", b), [("alike", "t1", "t1")]).table
+    assert not alike[["changed", "lost", "gained", "difference"]].any(axis=None) and (alike["p"] == 1).all()
+    assert (alike["low"] < -0.1).all() and (alike["high"] > 0.1).all()
+
+    at = b["predictions"].query("trial_id == 't1' and example_id.str.startswith('textvqa')").index[0]
+    b["predictions"].loc[at, "prediction"] = "5" if b["predictions"].loc[at, "prediction"] != "5" else "6"
+    moved = changes(side("a", a), side("b", b), [("moved", "t1", "t1")]).table
+    wider = (moved["high"] - moved["low"] >= alike["high"] - alike["low"]).tolist()
+    assert moved["changed"].sum() == 1 and all(wider)
+
+
+def test_a_run_differs_from_itself_nowhere():
     one = side("one", tables(0))
     found = changes(one, one, [("same", "t1", "t1")])
     assert found.lost == [] and not found.table[["changed", "lost", "gained", "difference", "low", "high"]].any(
