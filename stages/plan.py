@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nuwa.image_rules import PINS, QWENS
-from nuwa.layout import VisualLayout
+from nuwa.layout import VisualLayout, images_of
 from nuwa.plugins import plugin_modules
 from nuwa.stage1.learnpruner import WeightsError
 from nuwa.vlm import Adapter, adapter_class
@@ -278,9 +278,9 @@ def pixel_limits(vlm: Adapter, settings: Settings) -> list[str]:
 
 
 def image_tokens(layouts: Iterable[VisualLayout]) -> str:
-    """How many tokens an image has before anything is pruned, newline tokens included: on average and layout by layout,
-    the most frequent first."""
-    counts = Counter(layouts)
+    """How many tokens an image has before anything is pruned, fixed tokens included: on average and layout by layout, the
+    most frequent first. Of several images in one question each counts by itself."""
+    counts = Counter(image for layout in layouts for image in images_of(layout))
     average = sum(layout.tokens * count for layout, count in counts.items()) / counts.total()
     named = [
         f"{_grids_of(layout)} = {layout.tokens:,} of {count:,} images"
@@ -292,8 +292,10 @@ def image_tokens(layouts: Iterable[VisualLayout]) -> str:
 
 
 def _grids_of(layout: VisualLayout) -> str:
-    grids = ((view.grid.height, view.grid.width + view.newline) for view in layout.views)
-    return " + ".join(f"{rows} x {columns}" for rows, columns in grids)
+    grids = [(view.grid.height, view.grid.width + view.newline) for view in layout.views]
+    parts = [f"{rows} x {columns}" for rows, columns in grids]
+    beside = layout.tokens - sum(rows * columns for rows, columns in grids)
+    return " + ".join([*parts, f"{beside} {layout.fixed_name}"] if beside else parts)
 
 
 def compare(outlook: Outlook, settings: Settings, speed: float, *, each: bool = False) -> list[str]:

@@ -19,7 +19,7 @@ from nuwa.benchmarks import BENCHMARKS, get_benchmark
 from nuwa.benchmarks.gqa import IMAGES, INSTRUCTIONS
 from nuwa.benchmarks.protocols import PROTOCOLS, TESTBED
 from nuwa.grid import PatchGrid
-from nuwa.layout import View, VisualLayout
+from nuwa.layout import InterleavedLayout, View, VisualLayout
 from nuwa.vlm.shapes import SHAPES, model_shape
 from pipelines.addresses import BenchmarkName
 from pipelines.data.datasets import write_examples
@@ -216,6 +216,11 @@ def test_a_plan_tells_the_tokens_of_an_image_by_layout():
     assert image_tokens([crops]) == "tokens an image: 2,340.0 on average; 24 x 24 + 36 x 49 = 2,340 of 1 images"
     many = [VisualLayout((View(PatchGrid(1, columns)),)) for columns in range(1, 8)]
     assert image_tokens(many).endswith(", 2 further layouts")
+
+    # Of several in a question each is an image of its own.
+    assert image_tokens([InterleavedLayout.of([one, other], [2]), one]) == image_tokens([one, other, one])
+    named = VisualLayout(tuple(View(PatchGrid(8, 8), leading=count) for count in (1, 2, 3)))
+    assert image_tokens([named]).endswith("8 x 8 + 8 x 8 + 8 x 8 + 6 tokens that name tiles = 198 of 1 images")
 
 
 @pytest.mark.parametrize("checkpoint", SHAPES)
