@@ -75,7 +75,8 @@ def with_seeds(comparisons: pd.DataFrame, trials: pd.DataFrame, spread: pd.DataF
 
     ``seeds``: ``no seed`` where nothing hangs on one; ``one seed`` where something does of which one seed is known, whose
     spread is not included; ``several seeds`` where the spread is known of all that does. ``seed_deviation``: then the
-    difference's standard deviation over seeds, which is beside its interval and not in it; else null.
+    difference's standard deviation over seeds, which is beside its interval and not in it; else null. Both sides count as
+    drawn apart: where they share their draws, as one method under two kinds of position ids, it is too large.
     """
     hangs = {row["trial_id"]: hangs_on_seed(row) for row in trials.to_dict("records")}
     known = spread.set_index(["trial_id", "family", "benchmark"])["deviation"].to_dict()
