@@ -293,7 +293,7 @@ def test_what_cannot_be_known_is_said_and_not_printed(run):
 
     metrics = json.loads(METRICS.read_text(), parse_constant=refuse)
     assert metrics["nuwa"]["vg"] is metrics["rival"]["vg"] is metrics["lead"]["vg"] is None
-    assert 0 <= metrics["nuwa"]["vqa"] <= 1 and metrics["unpruned"] == {"vg": 0.0, "vqa": 1.0}
+    assert 0 <= metrics["nuwa"]["vqa"] <= 1 and metrics["full"] == {"vg": 0.0, "vqa": 1.0}
     headline = pd.read_csv(HEADLINE)
     assert len(headline) == 3 and headline["grounding"].isna().all() and headline["vqa"].between(0, 1).all()
     text = lxml.html.parse(REPORT / "index.html").getroot().text_content()
