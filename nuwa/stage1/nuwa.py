@@ -230,19 +230,20 @@ def select(signals: VisionSignals, keep: int, config: Nuwa, seed: int = 0) -> Se
     """
     salience = salience_of(signals, config)
     indices = align(signals, salience, keep, config)
-    untouched = keep_unmerged(signals, indices)
     if not config.aggregation:
-        return untouched
+        return keep_unmerged(signals, indices)
     pillars, places = roles(signals, salience, indices, config)
     if places.shape[1] == 0:
-        return untouched
+        return keep_unmerged(signals, indices)
     collectors = indices.gather(1, places)
     gathered = aggregation_weights(signals, collectors, config) @ signals.features.float()
-    # Of signals that tie, some places hold a pillar, which keeps its own features.
-    image, place = (~pillars.gather(1, places)).nonzero(as_tuple=True)
-    if len(image) < places.numel():
-        gathered = gathered[image, place][None]
-    # Whole rows are copied, where scattering looks every number up.
-    row = image * indices.shape[1] + places[image, place]
-    features = untouched.features.flatten(0, 1).index_copy_(0, row, gathered.flatten(0, 1).to(untouched.features.dtype))
-    return Selection(indices, features.view_as(untouched.features), pillars)
+
+    # Whole rows are copied, where gathering and scattering look every number up. Of signals that tie, some places hold a
+    # pillar, which keeps its own features: what was gathered for it goes to one row more, that nobody reads.
+    (batch, kept), (_, tokens, dim) = indices.shape, signals.features.shape
+    image = torch.arange(batch, device=indices.device)[:, None]
+    rows = (indices + image * tokens).flatten()
+    features = signals.features.reshape(-1, dim).index_select(0, torch.cat([rows, rows[:1]]))
+    written = (places + image * kept).masked_fill_(pillars.gather(1, places), batch * kept)
+    features.index_copy_(0, written.flatten(), gathered.flatten(0, 1).to(features.dtype))
+    return Selection(indices, features[:-1].view(batch, kept, dim), pillars)

@@ -15,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import nuwa
 from benchmarks.gpu.families import TEMPLATE, WORDS, louden, tokenizer
+from nuwa.signals import SIGNAL_NAMES
 from nuwa.vlm import ADAPTERS, Adapter, adapt
 from pipelines.features.stand_in import StandInProcessor
 
@@ -83,7 +84,8 @@ def test_its_features_are_the_stock_models(family, model, processor, image):
     (encoded,) = vlm.encode_images([image])
     assert encoded.layout == vlm.layout_for(model.config, processor.image_processor, image.size)
     widths = {name: 1 if signal.ndim == 1 else signal.shape[1] for name, signal in encoded.signals.items()}
-    assert widths == vlm.signal_widths(model.config) and widths["features"] == 48
+    declared = vlm.signal_widths(model.config)
+    assert widths == {name: declared[name] for name in SIGNAL_NAMES} and widths["features"] == 48
 
     pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
