@@ -153,7 +153,7 @@ def judge(quiet: Path, day: Path, control: Path, said: str) -> list[str]:
     if repeated > hurt:
         wrong.append(f"{repeated} units were repeated for {hurt} faults")
 
-    megabytes = float(re.search(r"^code: ([\d.]+) MB$", said, re.MULTILINE)[1])  # type: ignore[index]
+    megabytes = float(re.search(r"^code: ([\d.]+) MB$", said, re.MULTILINE)[1])  # type: ignore[index]  (a line that submit always says)
     print(f"code sent to the cluster: {megabytes} MB (at most {CODE_BYTES / 1e6:g})")
     if megabytes * 1e6 > CODE_BYTES:
         wrong.append(f"{megabytes} MB of code were sent")

@@ -52,7 +52,7 @@ def take_machine_away() -> None:
 
 def befall(worker: type) -> None:
     """Have a class of workers suffer what is due."""
-    answer = worker.run  # type: ignore[attr-defined]
+    answer = worker.run  # type: ignore[attr-defined]  (any worker)
 
     def run(self: Any, unit: Any, upcoming: Any = None) -> Any:
         note("begin", unit)
@@ -69,7 +69,7 @@ def befall(worker: type) -> None:
         note("end", unit)
         return result
 
-    worker.run = run  # type: ignore[attr-defined]
+    worker.run = run  # type: ignore[attr-defined]  (any worker)
 
 
 if CONTROL:
