@@ -78,7 +78,10 @@ def tiny_idefics3(families) -> Idefics3Adapter:
     return families.tiny_idefics3()
 
 
-@pytest.fixture(scope="session", params=["tiny_qwen2", "tiny_onevision", "tiny_qwen3", "tiny_internvl", "tiny_smolvlm"])
+@pytest.fixture(
+    scope="session",
+    params=["tiny_qwen2", "tiny_onevision", "tiny_qwen3", "tiny_internvl", "tiny_smolvlm", "tiny_idefics3"],
+)
 def newer(request) -> Adapter:
     """Families that share their structure with those of ``family`` and are held to less."""
     return request.getfixturevalue(request.param)

@@ -31,7 +31,16 @@ WORDS = {
 # LLaVA-OneVision's images that look otherwise beside others, SmolVLM's texts between tiles.
 @pytest.fixture(
     scope="module",
-    params=["tiny_vlm", "tiny_next", "tiny_onevision", "tiny_qwen", "tiny_qwen3", "tiny_internvl", "tiny_smolvlm"],
+    params=[
+        "tiny_vlm",
+        "tiny_next",
+        "tiny_onevision",
+        "tiny_qwen",
+        "tiny_qwen3",
+        "tiny_internvl",
+        "tiny_smolvlm",
+        "tiny_idefics3",
+    ],
 )
 def family(request):
     return request.getfixturevalue(request.param)
@@ -86,6 +95,7 @@ FAMILIES = [
     "tiny_qwen3",
     "tiny_internvl",
     "tiny_smolvlm",
+    "tiny_idefics3",
 ]
 
 

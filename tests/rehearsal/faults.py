@@ -52,7 +52,7 @@ def take_machine_away() -> None:
 
 def befall(worker: type) -> None:
     """Have a class of workers suffer what is due."""
-    answer = worker.run  # type: ignore[attr-defined]  (any worker)
+    answer = worker.run  # type: ignore[attr-defined]  (of whatever class of workers it is given)
 
     def run(self: Any, unit: Any, upcoming: Any = None) -> Any:
         note("begin", unit)
@@ -69,7 +69,7 @@ def befall(worker: type) -> None:
         note("end", unit)
         return result
 
-    worker.run = run  # type: ignore[attr-defined]  (any worker)
+    worker.run = run  # type: ignore[attr-defined]  (as above)
 
 
 if CONTROL:
