@@ -41,8 +41,9 @@ def gather_tokens(values: Tensor, indices: Tensor) -> Tensor:
     if not values.is_contiguous():
         return values.gather(1, indices[..., None].expand(-1, -1, values.shape[-1]))
     # Whole rows are copied, where gathering looks every number up.
-    first = torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
-    return values.flatten(0, 1).index_select(0, (indices + first).flatten()).unflatten(0, indices.shape)
+    if len(values) > 1:
+        indices = indices + torch.arange(len(values), device=values.device)[:, None] * values.shape[1]
+    return values.flatten(0, 1).index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
 
 def keep_unmerged(signals: VisionSignals, indices: Tensor) -> Selection:

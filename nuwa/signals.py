@@ -237,11 +237,21 @@ def ranked(scores: Tensor) -> Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
+def sole_top(scores: Tensor, keep: int) -> Tensor | None:
+    """The ``keep`` best of ``(batch, scores)`` in no order, ``(batch, keep)``; none where equal scores leave open which
+    these are, or where asking would make an accelerator wait."""
+    count = scores.shape[-1]
+    if scores.device.type != "cpu" or not 0 < keep <= count:
+        return None
+    top = scores.topk(min(keep + 1, count), dim=-1)
+    if keep < count and not bool((top.values[..., keep - 1] > top.values[..., keep]).all()):
+        return None
+    return top.indices[..., :keep]
+
+
 def top_indices(scores: Tensor, keep: int) -> Tensor:
     """The ``keep`` best of ``(batch, tokens)`` scores, in raster order: ``(batch, keep)``; ties go to the lower index."""
-    if scores.device.type == "cpu" and 0 < keep <= scores.shape[-1]:
-        # Which of equals come first is open here, so this is it where no more reach the least than are wanted.
-        top = scores.topk(keep, dim=-1)
-        if bool(((scores >= top.values[..., -1:]).sum(dim=-1) == keep).all()):
-            return top.indices.sort(dim=-1).values
-    return ranked(scores)[..., :keep].sort(dim=-1).values
+    best = sole_top(scores, keep)
+    if best is None:
+        best = ranked(scores)[..., :keep]
+    return best.sort(dim=-1).values

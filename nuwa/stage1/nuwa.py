@@ -19,6 +19,7 @@ Where the released code does what cannot be meant, we differ:
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,13 +32,12 @@ from nuwa.allowed import check_share, check_words
 from nuwa.grid import PatchGrid
 from nuwa.schedule import ByBudget
 from nuwa.selection import Selection, gather_tokens, keep_unmerged
-from nuwa.signals import NORM_EPSILON, VisionSignals, ranked, top_indices
+from nuwa.signals import NORM_EPSILON, VisionSignals, ranked, sole_top, top_indices
 from nuwa.stage1.registry import register
 
 Salience = Literal["cls_attention_key_norm", "cls_attention"]
 PillarSignal = Literal["key_norm", "salience", "feature_norm"]
 DistanceConvention = Literal["squared", "plain", "plain_even", "patches"]
-LARGEST_SQUARE = 8  # side of a region in which every token is compared with every other
 WEIGHT_EPSILON = 1e-8  # of the row normalisation
 
 
@@ -125,16 +125,18 @@ def rank_in_region(salience: Tensor, regions: Tensor) -> Tensor:
     return torch.empty_like(grouped).scatter_(1, grouped, places)
 
 
-def rank_in_squares(salience: Tensor, grid: PatchGrid, side: int) -> Tensor:
-    """The same of regions that are all ``side x side`` patches: each token compared with those of its own region."""
+def best_in_squares(salience: Tensor, grid: PatchGrid, side: int, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` most salient of every region of ``side x side`` patches: what they have and which tokens they are,
+    ``(batch, regions * count)``; of equals the lower index."""
     down, across = grid.height // side, grid.width // side
-    squares = salience.view(-1, down, side, across, side).transpose(2, 3).flatten(3)
-    own, other = squares[..., :, None], squares[..., None, :]
-    earlier = torch.ones(side**2, side**2, dtype=torch.bool, device=salience.device).tril(-1)
-    places = ((other > own) | ((other == own) & earlier)).sum(dim=-1)
-    return places.unflatten(-1, (side, side)).transpose(2, 3).flatten(1)
+    tokens = torch.arange(grid.tokens, device=salience.device).view(down, side, across, side)
+    tokens = tokens.transpose(1, 2).reshape(down * across, side**2)
+    best = torch.sort(salience[:, tokens], dim=-1, descending=True, stable=True)
+    places = best.indices[..., :count]
+    return best.values[..., :count].flatten(1), tokens.expand(len(salience), -1, -1).gather(2, places).flatten(1)
 
 
+@functools.cache
 def candidates_needed(grid: PatchGrid, region_side: int, keep: int) -> int:
     """The smallest n for which n tokens of every region (or all it has) are at least ``keep``."""
     if keep > grid.tokens:
@@ -155,11 +157,13 @@ def align(signals: VisionSignals, salience: Tensor, keep: int, config: Nuwa) -> 
         preset = config.candidates_per_region
         n = max(preset.at_stage1(keep / signals.grid.tokens) if isinstance(preset, ByBudget) else preset, n)
     grid, side = signals.grid, config.region_side
-    if side <= LARGEST_SQUARE and grid.height % side == grid.width % side == 0:
-        place = rank_in_squares(salience, grid, side)
-    else:
-        place = rank_in_region(salience, grid.regions(side, salience.device))
-    candidate = place < n
+    if grid.height % side == grid.width % side == 0:
+        scores, tokens = best_in_squares(salience, grid, side, math.ceil(n))
+        places = sole_top(scores, keep)
+        if places is not None:
+            return tokens.gather(1, places).sort(dim=-1).values
+        return top_indices(torch.full_like(salience, -torch.inf).scatter_(1, tokens, scores), keep)
+    candidate = rank_in_region(salience, grid.regions(side, salience.device)) < n
     return top_indices(salience.masked_fill(~candidate, -torch.inf), keep)
 
 

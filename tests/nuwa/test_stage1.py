@@ -42,9 +42,9 @@ from nuwa.stage1.nuwa import (
     PRESETS,
     Nuwa,
     aggregation_weights,
+    best_in_squares,
     candidates_needed,
     rank_in_region,
-    rank_in_squares,
     reach,
 )
 from nuwa.stage1.pooling import pooled_shape
@@ -354,7 +354,10 @@ def test_ranks_within_a_region_are_permutations_in_order_of_salience(picture, si
     grid, salience = PatchGrid(picture.height, picture.width), torch.from_numpy(picture.attention).float()[None]
     ranks = rank_in_region(salience, grid.regions(side))[0].tolist()
     if grid.height % side == grid.width % side == 0:
-        assert rank_in_squares(salience, grid, side)[0].tolist() == ranks
+        for count in (1, side**2):
+            scores, tokens = best_in_squares(salience, grid, side, count)
+            assert sorted(tokens[0].tolist()) == [token for token, rank in enumerate(ranks) if rank < count]
+            assert scores.equal(salience.gather(1, tokens))
     for block in nuwa_oracle.regions(picture.height, picture.width, side):
         order = sorted(block, key=lambda token: (-picture.attention[token], token))
         assert [ranks[token] for token in order] == list(range(len(block)))
