@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 import ray
 import yaml
+from bare_cluster import bare_cluster
 from bench import BENCHMARKS, GRIDS, LONGEST, Bench, Swept
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
@@ -25,7 +27,6 @@ from pipelines.settings import ClusterSettings, FeatureSettings, SweepSettings
 from pipelines.sweep.costs import sweep_costs
 from pipelines.sweep.identity import answer_context
 from pipelines.sweep.trials import Layouts, expand
-from pipelines.workers import start_ray
 
 FEATURES = FeatureSettings(dtype="float32", shard_images=5, batch_size=3)
 QUESTIONS = {"refcoco": 1, "refcocoplus": 1, "pope": 2, "gqa": 1, "textvqa": 1}
@@ -63,9 +64,10 @@ def cluster() -> ClusterSettings:
 @pytest.fixture(scope="module")
 def one_ray() -> Iterator[None]:
     """A Ray instance for two workers, for all tests of a module that need one; else each run starts and ends its own."""
-    assert start_ray(ClusterSettings(address=None, workers=2, cpus=1, gpus=0))
-    yield
-    ray.shutdown()
+    with bare_cluster(num_cpus=2) as cluster:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture

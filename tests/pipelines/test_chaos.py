@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import numpy as np
 import pytest
+from bare_cluster import add_node
 from bench import PATHS, ROOT, same
 from ray.cluster_utils import Cluster
 
@@ -25,8 +26,6 @@ KINDS = ("worker", "node", "driver")
 NODES = 2  # beside the head, each with room for one worker
 SPEED = 3e8 if KILLS == 3 else 3e7  # FLOP/s that units are cut by: more kills need more units
 PATIENCE_S = 1800  # for what hangs, not for a busy machine
-STARTS = 5  # tries of a raylet, to which Ray itself gives thirty seconds: too few where others burn the cores
-BARE = {"include_log_monitor": False}  # nobody reads what workers print
 
 DRIVER = """
 import pickle, sys
@@ -51,16 +50,6 @@ def alive(pid):
     return True
 
 
-def started(start):
-    """What ``start`` returns, which starts a raylet; one that came too late for Ray is left to it and another started."""
-    for attempt in range(1, STARTS + 1):
-        try:
-            return start()
-        except Exception as error:  # Ray raises nothing narrower
-            if "timed out during startup" not in str(error) or attempt == STARTS:
-                raise
-
-
 class Chaos:
     """A cluster, the driver of a sweep on it, and what its workers noted."""
 
@@ -68,14 +57,13 @@ class Chaos:
         self.folder, self.results, self.log = folder, folder / "results", folder / "units.log"
         self.log.touch()
         (folder / "bench.pickle").write_bytes(pickle.dumps(bench))
-        head = BARE | {"num_cpus": 0, "include_dashboard": False, "no_monitor": True}
         self.cluster = Cluster()
-        started(lambda: self.cluster.add_node(**head))
+        add_node(self.cluster, num_cpus=0)
         self.nodes = [self.add_node() for _ in range(NODES)]
         self.start_driver()
 
     def add_node(self):
-        return started(lambda: self.cluster.add_node(wait=False, num_cpus=1, **BARE))
+        return add_node(self.cluster, wait=False, num_cpus=1)
 
     def start_driver(self):
         arguments = [self.folder / "bench.pickle", self.cluster.address, NODES, self.results, self.log, SPEED]

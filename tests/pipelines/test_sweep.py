@@ -1,5 +1,6 @@
 """The sweep: an interrupted one continues, sharing changes nothing. That workers of Ray give the bytes of one process is
-shown by test_chaos.py, while they are killed, and by test_blocks.py in half precision.
+shown by test_chaos.py, while they are killed, and by test_blocks.py in half precision; what becomes of units there, by
+workers/test_policy.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from bench import BENCHMARKS, SLOW, same
 from forked import forked, kill_when
@@ -44,6 +44,7 @@ from pipelines.sweep.trials import Layouts, Trial, expand
 from pipelines.sweep.units import WorkUnit, read_examples
 from pipelines.workers import UnitsFailed, run_units
 
+LAYERS = 8  # of the random model
 NO_MOUNT = 77  # of a process that may not mount
 
 
@@ -256,62 +257,36 @@ def test_a_cut_off_unit_is_done_again(few, undisturbed_few, cluster, tmp_path):
     assert same(outcome, undisturbed_few)
 
 
-# Workers cannot import this file, so what it defines travels whole.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-LAYERS = 8  # of the random model
-
-
 @dataclass(frozen=True)
-class Fragile:
-    """A worker that dies, or raises, on command; each unit dies only as often as its count says."""
+class Broken:
+    """A worker that raises where its unit, a name and an error, says so, and notes each try."""
 
-    folder: str
+    tries: list[str]
 
     def build(self):
         return self
 
     def run(self, unit, upcoming):
-        name, deaths, error = unit
-        tries = Path(self.folder) / name
-        count = len(list(tries.parent.glob(f"{name}.*")))
-        Path(f"{tries}.{count}").touch()
-        if count < deaths:
-            os._exit(1)
+        name, error = unit
+        self.tries.append(name)
         if error:
             raise KeyError(error)
         return name
 
 
-def test_dead_workers_are_replaced_and_their_units_retried(cluster, one_ray, tmp_path):
-    units = {f"u{i}": (f"u{i}", 0, "") for i in range(8)} | {"frail": ("frail", 2, ""), "deadly": ("deadly", 99, "")}
+def test_an_exception_is_recorded_and_the_rest_goes_on(cluster):
     finished = []
-    failures = run_units(Fragile(str(tmp_path)), units, cluster, lambda unit, result: finished.append(unit))
-    assert sorted(finished) == ["frail", *(f"u{i}" for i in range(8))]
-    assert list(failures) == ["deadly"]
-    unit, failure = failures["deadly"]
-    assert unit == units["deadly"]
-    assert failure.attempts == 3
-    assert failure.reason.startswith("killed 3 workers:")
-
-
-@pytest.mark.parametrize("in_process", [True, False])
-def test_an_exception_is_recorded_and_the_rest_goes_on(cluster, one_ray, tmp_path, in_process):
-    units = {"good": ("good", 0, ""), "bad": ("bad", 0, "no such thing"), "fine": ("fine", 0, "")}
-    finished = []
-    failures = run_units(
-        Fragile(str(tmp_path)), units, cluster, lambda unit, result: finished.append(unit), in_process=in_process
-    )
+    units = {"good": ("good", ""), "bad": ("bad", "no such thing"), "fine": ("fine", "")}
+    failures = run_units(Broken([]), units, cluster, lambda unit, result: finished.append(unit), in_process=True)
     assert sorted(finished) == ["fine", "good"]
     assert failures["bad"][1].reason == "KeyError: 'no such thing'"
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-def test_a_sweep_that_only_fails_stops_early(cluster, one_ray, tmp_path, in_process):
-    units = {f"u{i}": (f"u{i}", 0, "broken") for i in range(50)}
+def test_a_sweep_that_only_fails_stops_early(cluster):
+    worker, units = Broken([]), {f"u{number}": (f"u{number}", "broken") for number in range(50)}
     with pytest.raises(UnitsFailed, match="the first 3 units all failed, so the run stops: KeyError: 'broken'"):
-        run_units(Fragile(str(tmp_path)), units, cluster, lambda unit, result: None, in_process=in_process)
-    assert len(list(tmp_path.iterdir())) < 15
+        run_units(worker, units, cluster, lambda unit, result: None, in_process=True)
+    assert len(worker.tries) < 15
 
 
 def test_one_driver_at_a_time(tmp_path):
@@ -351,9 +326,8 @@ class Numbers:
         return {str(half): Numbers(half) for half in (self.values[:middle], self.values[middle:]) if middle}
 
 
-@dataclass(frozen=True)
 class Limited:
-    """A worker with memory for four numbers, one that cannot bear 13, and one that dies of 22."""
+    """A worker with memory for four numbers, that cannot bear 13."""
 
     def build(self):
         return self
@@ -363,20 +337,16 @@ class Limited:
             raise MemoryError(f"no room for {len(unit.values)} numbers")
         if 13 in unit.values:
             raise ValueError("13 is unlucky")
-        if 22 in unit.values:
-            os._exit(1)
         return unit.values
 
 
-def test_units_are_split_until_what_fails_stands_alone(cluster, one_ray):
+def test_units_are_split_until_what_fails_stands_alone(cluster):
     units = {f"u{start}": Numbers(tuple(range(start, start + 8))) for start in range(0, 32, 8)}
     finished = []
-    given_up = run_units(Limited(), units, cluster, lambda unit, values: finished.extend(values))
-    assert sorted(finished) == [number for number in range(32) if number not in (13, 22)]
-    assert {unit.values: failure.reason.partition(":")[0] for unit, failure in given_up.values()} == {
-        (13,): "ValueError",
-        (22,): "killed 3 workers",
-    }
+    given_up = run_units(Limited(), units, cluster, lambda unit, values: finished.extend(values), in_process=True)
+    assert sorted(finished) == [number for number in range(32) if number != 13]
+    ((unit, failure),) = given_up.values()
+    assert unit.values == (13,) and failure.reason == "ValueError: 13 is unlucky"
 
 
 def test_a_worker_stays_with_its_data_while_there_is_any(cluster):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from bare_cluster import bare_cluster
 
 from pipelines.files.storage import StorageUnavailable
 from pipelines.settings import ClusterSettings
@@ -29,10 +31,10 @@ STICKY = "CUDA error: an illegal memory access was encountered"
 @pytest.fixture(scope="module", autouse=True)
 def one_ray():
     """Two pretended GPUs on this machine, for all tests of the module."""
-    options = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100 * 1024**2}
-    ray.init(address="local", num_cpus=2, num_gpus=2, **options)
-    yield
-    ray.shutdown()
+    with bare_cluster(num_cpus=2, num_gpus=2) as cluster:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        yield
+        ray.shutdown()
 
 
 def two(gpus: float = 0) -> ClusterSettings:
@@ -43,7 +45,7 @@ def two(gpus: float = 0) -> ClusterSettings:
 class Unit:
     """``what`` its worker shall do, and for how many of its tries; ``seconds`` it takes otherwise.
 
-    ``after``: how often GPU 0 has to have been tried before it is done.
+    ``after``: how often GPU 0 has to have been tried before it is done, ``workers``: how many workers have to have begun.
     """
 
     name: str
@@ -51,6 +53,17 @@ class Unit:
     times: int = 99
     seconds: float = 0.0
     after: int = 0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Pair(Unit):
+    """A unit that comes apart into ``parts``."""
+
+    parts: tuple[Unit, ...] = ()
+
+    def split(self):
+        return {part.name: part for part in self.parts}
 
 
 @dataclass(frozen=True)
@@ -79,8 +92,8 @@ class FaultyWorker:
         if self.sick:
             raise RuntimeError(STICKY)
         if unit.what and tries < unit.times:
-            {"die": die, "hang": hang, "open": too_many_files, "storage": no_storage, "memory": no_memory}[unit.what]()
-        while len(tried_on(self.notes, "0")) < unit.after:
+            WHAT[unit.what]()
+        while len(tried_on(self.notes, "0")) < unit.after or len(workers_of(self.notes)) < unit.workers:
             time.sleep(0.02)
         time.sleep(unit.seconds)
         return unit.name
@@ -88,6 +101,11 @@ class FaultyWorker:
 
 def tried_on(notes: Path, gpu: str) -> list[Path]:
     return [path for path in notes.iterdir() if path.name.split(".")[2] == gpu]
+
+
+def workers_of(notes: Path) -> set[str]:
+    """Process ids."""
+    return {path.name.split(".")[3] for path in notes.iterdir()}
 
 
 def die():
@@ -108,6 +126,25 @@ def no_storage():
 
 def no_memory():
     raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+
+def no_room():
+    raise MemoryError("no room for both")
+
+
+def no_such_thing():
+    raise KeyError("no such thing")
+
+
+WHAT = {
+    "die": die,
+    "hang": hang,
+    "open": too_many_files,
+    "storage": no_storage,
+    "memory": no_memory,
+    "room": no_room,
+    "raise": no_such_thing,
+}
 
 
 class Run:
@@ -175,22 +212,39 @@ def test_a_worker_that_hangs_is_replaced_and_holds_up_nothing_else(tmp_path, cap
     assert "was silent for" in capsys.readouterr().err
 
 
-def test_a_unit_that_kills_is_given_up_after_three_workers(tmp_path):
-    run = Run(tmp_path, [Unit("frail", "die", times=1), Unit("deadly", "die"), *numbered(4)])
-    assert sorted(run.finished) == ["frail", "u0", "u1", "u2", "u3"]
-    assert run.tries("deadly") == 3
-    assert run.given_up["deadly"][1].reason.startswith("killed 3 workers: ActorDiedError")
+def test_a_unit_that_kills_three_workers_is_split_until_what_kills_stands_alone(tmp_path):
+    deadly = Unit("deadly", "die")
+    killer = Pair("killer", "die", parts=(deadly, Unit("harmless")))
+    wide = Pair("wide", "room", parts=(Unit("left"), Unit("right")))
+    run = Run(tmp_path, [Unit("frail", "die", times=2), killer, wide, *numbered(4)])
+    assert sorted(run.finished) == ["frail", "harmless", "left", "right", "u0", "u1", "u2", "u3"]
+    assert [run.tries(name) for name in ("frail", "killer", "deadly", "wide")] == [3, 3, 1, 1]
+    ((unit, failure),) = run.given_up.values()
+    assert unit == deadly and failure.attempts == 3
+    assert failure.reason.startswith("killed 3 workers: ActorDiedError")
 
 
-def test_too_many_open_files_pass(tmp_path):
-    run = Run(tmp_path, [Unit("reading", "open", times=2), *numbered(3)])
-    assert sorted(run.finished) == ["reading", "u0", "u1", "u2"] and not run.given_up
-    assert run.tries("reading") == 3
+def test_auto_takes_what_the_cluster_has_too_many_open_files_pass_and_an_exception_is_recorded(tmp_path):
+    """Two workers, of which each waits for the other's first unit."""
+    together = [replace(unit, workers=2) for unit in numbered(3)]
+    units = [Unit("reading", "open", times=2), Unit("bad", "raise"), *together]
+    run = Run(tmp_path, units, cluster=replace_workers(two(), "auto"))
+    assert len(workers_of(run.notes)) == 2
+    assert sorted(run.finished) == ["reading", "u0", "u1", "u2"]
+    assert run.tries("reading") == 3 and run.tries("bad") == 1
+    ((_, failure),) = run.given_up.values()
+    assert failure.reason == "KeyError: 'no such thing'"
+
+
+def test_a_run_that_only_fails_stops_early(tmp_path):
+    with pytest.raises(UnitsFailed, match="the first 3 units all failed, so the run stops: KeyError: 'no such thing'"):
+        Run(tmp_path, [replace(unit, what="raise") for unit in numbered(50)], cluster=replace_workers(two(), 1))
+    assert len(list((tmp_path / "tries").iterdir())) < 15
 
 
 def test_a_storage_that_stays_away_stops_the_run_after_three_attempts(tmp_path):
     with pytest.raises(UnitsFailed, match=r"s3://bucket/x: could not read it .*; 3 attempts, the last on "):
-        Run(tmp_path, [Unit("reading", "storage")])
+        Run(tmp_path, [Unit("reading", "storage")], cluster=replace_workers(two(), 1))
     assert len(list((tmp_path / "tries").iterdir())) == 3
 
 
@@ -200,13 +254,6 @@ def test_a_library_without_memory_costs_its_worker(tmp_path):
     assert run.finished == ["next"] and run.given_up["wide"][1].fault == Fault.MEMORY
     pids = {path.name.split(".")[0]: path.name.split(".")[3] for path in run.notes.iterdir()}
     assert pids["wide"] != pids["next"]
-
-
-def test_auto_takes_what_the_cluster_has(tmp_path):
-    units = numbered(8, 0.5)
-    run = Run(tmp_path, units, cluster=replace_workers(two(), "auto"))
-    assert sorted(run.finished) == names(units)
-    assert len({path.name.split(".")[3] for path in run.notes.iterdir()}) == 2
 
 
 def test_fewer_or_more_workers_than_fit_are_told(tmp_path, capsys):
