@@ -180,6 +180,7 @@ def _tables(settings: Settings, deep: bool) -> Iterator[Finding]:
     for text, location in (settings.prepare.tables or {}).items():
         if hub_address(location) is not None:
             continue  # fetched by `prepare`, which names what is wrong
+
         name, folder = BenchmarkName.parse(text), Path(location)
         try:
             if not folder.exists():
@@ -190,6 +191,7 @@ def _tables(settings: Settings, deep: bool) -> Iterator[Finding]:
                 yield from _every_row(name, folder)
             else:
                 _ends(name, folder)
+
         except (UserError, OSError) as error:
             told = str(error) if isinstance(error, UserError) else surroundings(error)
             if told is None:

@@ -77,6 +77,7 @@ def scored(
         headline,
         settings.plugins,
     )
+
     tables = score_sweep(work, scratch, recipe.processes)
     spread = spread_over_seeds(trials, tables.scores)
     return replace(tables, comparisons=with_seeds(tables.comparisons, trials, spread)), headline

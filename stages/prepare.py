@@ -37,11 +37,13 @@ def prepare(settings: Settings) -> None:
         sources = dict.fromkeys(plan.questions, BENCHMARKS)
     else:
         sources = {name: fetch_tables(location, BenchmarkName.parse(name)) for name, location in plan.tables.items()}
+
     path, style, rules = settings.model.path, settings.model.prompt_style, settings.model.images
     told_in_pixels = any(BenchmarkName.parse(name).benchmark().pixels for name in sources)
     seen = seen_by(path, rules) if told_in_pixels else lambda size: size
     model_type = model_shape(published(path)).model_type
     order = reading_order(path, rules)
+
     notes = write_examples(
         sources,
         style,
@@ -52,6 +54,7 @@ def prepare(settings: Settings) -> None:
         model_type=model_type,
         several=adapter_class(model_type).alike,
     )
+
     for name, counts in notes.items():
         for note, count in counts.items():
             print(f"{name}: {note}: {count:,}")

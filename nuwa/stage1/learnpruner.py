@@ -85,6 +85,7 @@ def read_lpm(path: Path) -> LpmFile:
         with safe_open(path, "pt") as content:
             facts = json.loads((content.metadata() or {})[METADATA])
             state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+
         lpm = Lpm(state["hidden.weight"].shape[1])
         lpm.load_state_dict(state)
         if not all(bool(value.isfinite().all()) for value in state.values()):

@@ -49,6 +49,8 @@ def ask(rng: np.random.Generator, scene: Scene, task: str, count: int, popular: 
                 "popular": popular,
                 "answer": ("yes", "no")[int(rng.integers(2))],
             }
+
+        # A question that was drawn before is drawn anew, for a while.
         for _ in range(DRAWS):
             try:
                 question = draw_question(rng, scene.objects, task, **options)

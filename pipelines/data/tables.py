@@ -107,9 +107,11 @@ def _parquet(places: list[Path], name: BenchmarkName) -> ParquetFiles:
             files.append(place)
             partitions.append({})
             continue
+
         held = _parts(place, name)
         if not held:
             raise MissingTables(f"{place}: a folder without parts; it should hold the published table of {name.table}")
+        # Spark's and Hive's folders say what a column holds by their names.
         for path in held:
             between = path.parent.relative_to(place).parts
             partitions.append(dict(folder.split("=", 1) for folder in between if "=" in folder))

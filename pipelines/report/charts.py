@@ -356,17 +356,20 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]], line: float
     ends = sorted(ends, key=lambda end: end[1])
     low, high = ax.get_ylim()
     left, right = ax.get_xlim()
+
     figure, place = cast(Figure, ax.figure), ax.get_subplotspec()
     height = figure.get_figheight() / (place.get_gridspec().nrows if place else 1)
     gap = (high - low) * line / max(height - 0.95, 0.6 * height)
     heights = spread([end[1] for end in ends], gap, low, high)
     start = right + 0.03 * (right - left)
+
     for (x, y, name, color), at in zip(ends, heights, strict=True):
         ax.plot([x, right, start], [y, at, at], color=color, linewidth=0.4, alpha=0.55, clip_on=False, zorder=2)
         ax.annotate(
             name, (start, at), xytext=(2, 0), textcoords="offset points", color=text_color(color), va="center",
             fontsize=LABEL_SIZE if line == LABEL_LINE else MULTIPLE_SIZE, annotation_clip=False,
         )  # fmt: skip
+    # Names outside do not widen the axes.
     ax.set_xlim(left, right)
     ax.set_ylim(low, high)
 

@@ -70,6 +70,7 @@ def pair_table(outcomes: Outcomes, budget: float) -> PairTable | None:
     }
     if not compared:  # what was compared are trials of ablations, which are no rows here
         return None
+
     rows = [_row(outcomes, trial, reference, budget) for trial in compared]
     return PairTable(
         budget=plain_number(budget),

@@ -179,6 +179,7 @@ def _rows(
     Two runs that answer alike on these questions may differ on others: their interval is no point.
     """
     count = len(pairs)
+    # The part holds the first side of every pair, then the second of every pair.
     one, other = (part.metrics(np.arange(start, start + count))[part.benchmark.headline] for start in (0, count))
     difference: Sampled = other.minus(one, itself=itself)
     low, high = difference.intervals()

@@ -50,6 +50,7 @@ class SweepProgress:
             console=console,
             disable=not self.live,
         )
+
         self.lacking: dict[str, int] = {}  # answers each trial lacks
         self.trials = 0
         self.cached = self.total = self.finished = 0  # answers

@@ -294,6 +294,7 @@ class ResultStore:
                 return _read_whole(self.storage.read(name))
         except FileNotFoundError:
             raise self._gone(unit) from None
+
         except NoParquet as error:
             place = self.storage.set_aside(name, str(error), self._is_damaged)
             if place is None:  # another driver has put a whole one there, or has moved it aside
