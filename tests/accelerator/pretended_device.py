@@ -21,7 +21,6 @@ from __future__ import annotations
 import collections
 import copy
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +35,31 @@ SYNCS: collections.Counter[str] = collections.Counter()
 UPLOADS: collections.Counter[str] = collections.Counter()
 
 ATEN = torch.ops.aten
-COPIES = {ATEN._to_copy.default, ATEN.copy_.default, ATEN.lift_fresh.default}
+COPY = id(ATEN.copy_.default)
+COPIES = {COPY, id(ATEN._to_copy.default), id(ATEN.lift_fresh.default)}
 INDEXING = {
-    ATEN.index.Tensor,
-    ATEN.index_put.default,
-    ATEN.index_put_.default,
-    ATEN._index_put_impl_.default,
-    ATEN._unsafe_index.Tensor,
+    id(operator)
+    for operator in (
+        ATEN.index.Tensor,
+        ATEN.index_put.default,
+        ATEN.index_put_.default,
+        ATEN._index_put_impl_.default,
+        ATEN._unsafe_index.Tensor,
+    )
 }
 WAITING = {
-    ATEN._local_scalar_dense.default,
-    ATEN.nonzero.default,
-    ATEN.masked_select.default,
-    ATEN.bincount.default,
-    ATEN.equal.default,
-    ATEN._unique2.default,
-    ATEN.unique_consecutive.default,
-    ATEN.unique_dim.default,
-    ATEN.repeat_interleave.Tensor,
+    id(operator)
+    for operator in (
+        ATEN._local_scalar_dense.default,
+        ATEN.nonzero.default,
+        ATEN.masked_select.default,
+        ATEN.bincount.default,
+        ATEN.equal.default,
+        ATEN._unique2.default,
+        ATEN.unique_consecutive.default,
+        ATEN.unique_dim.default,
+        ATEN.repeat_interleave.Tensor,
+    )
 }
 
 
@@ -156,6 +162,10 @@ class Accelerator(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         return _run(operator, args, kwargs or {})
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and a guard around each operator takes longer than many of them
+
 
 def on_device(model: torch.nn.Module) -> torch.nn.Module:
     """A copy on the first device."""
@@ -165,10 +175,14 @@ def on_device(model: torch.nn.Module) -> torch.nn.Module:
 
 def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run ``operator`` on the CPU; its results stand where CUDA would leave them."""
-    tensors = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, torch.Tensor)]
-    device = tensors[0].device if operator in COPIES else _common_device(operator, args, tensors)
-    waits = device != CPU and operator in WAITING
-    if operator is ATEN.copy_.default:
+    tensors: list[torch.Tensor] = []
+    inner_args = _inner(args, tensors)
+    inner_kwargs = dict(zip(kwargs, _inner(tuple(kwargs.values()), tensors), strict=True)) if kwargs else kwargs
+
+    key = id(operator)  # they are single objects, and slow to hash
+    device = tensors[0].device if key in COPIES else _common_device(operator, args, tensors)
+    waits = device != CPU and key in WAITING
+    if key == COPY:
         waits = device == CPU and tensors[-1].device != CPU
         if device != CPU and tensors[-1].device == CPU:
             _count(UPLOADS)
@@ -181,35 +195,45 @@ def _run(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             _count(UPLOADS)
     if waits:
         _count(SYNCS)
-    args, kwargs = _each(_inner, args), {name: _each(_inner, value) for name, value in kwargs.items()}
-    given = {id(_inner(one)): one for one in tensors}  # operations in place return what they were given
-
-    def placed(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or id(value) in given:
-            return given.get(id(value), value)
-        return value if device == CPU else Placed(value, device)
-
-    return _each(placed, operator(*args, **kwargs))
+    return _placed(operator(*inner_args, **inner_kwargs), device, tensors)
 
 
-def _leaves(values: tuple | list) -> Iterator[Any]:
-    """What an operator is given, out of lists; torch's own trees take most of such an operator's time."""
+def _inner(values: tuple | list, tensors: list[torch.Tensor]) -> tuple | list:
+    """``values`` as they run on the CPU: of a tensor its numbers, of every device the CPU; ``tensors`` grows by theirs.
+
+    One walk by hand: it runs for every operator, and torch's own trees would take most of the time of that.
+    """
+    found = []
     for value in values:
-        if isinstance(value, list | tuple):
-            yield from _leaves(value)
-        else:
-            yield value
+        kind = type(value)
+        if kind is Placed:
+            tensors.append(value)
+            value = value.inner
+        elif kind is list or kind is tuple:
+            value = _inner(value, tensors)
+        elif kind is torch.device:
+            value = CPU
+        elif isinstance(value, torch.Tensor):
+            tensors.append(value)
+        found.append(value)
+    return found if type(values) is list else tuple(found)
 
 
-def _each(change: Callable[[Any], Any], value: Any) -> Any:
+def _placed(value: Any, device: torch.device, given: list[torch.Tensor]) -> Any:
+    """What an operator returned, on ``device``; operations in place return what they were ``given``."""
+    if isinstance(value, torch.Tensor):
+        for one in given:
+            if one is value or (type(one) is Placed and one.inner is value):
+                return one
+        return value if device == CPU else Placed(value, device)
     if type(value) in (list, tuple):
-        return type(value)(_each(change, one) for one in value)
-    return change(value)
+        return type(value)(_placed(one, device, given) for one in value)
+    return value
 
 
 def _common_device(operator: Any, args: tuple, tensors: list[torch.Tensor]) -> torch.device:
     """Where all ``tensors`` stand; raises :class:`Mismatch`."""
-    if operator in INDEXING:
+    if id(operator) in INDEXING:
         indexed, indices, values = args[0], [one for one in args[1] if one is not None], args[2:3]
         if indexed.device != CPU and any(one.dtype == torch.bool for one in indices):
             _count(SYNCS)
@@ -219,13 +243,6 @@ def _common_device(operator: Any, args: tuple, tensors: list[torch.Tensor]) -> t
         stand = ", ".join(f"{tuple(one.shape)} on {one.device}" for one in tensors)
         raise Mismatch(f"{operator} mixes devices: {stand}")
     return next(iter(found), CPU)
-
-
-def _inner(value: Any) -> Any:
-    """What runs on the CPU in its place: of a tensor its numbers, of every device the CPU."""
-    if isinstance(value, Placed):
-        return value.inner
-    return CPU if isinstance(value, torch.device) else value
 
 
 def _count(counter: collections.Counter[str]) -> None:

@@ -203,7 +203,8 @@ def test_the_sweep_reads_signals_on_the_cpu_and_answers_on_the_device(family, ti
 def test_methods_are_timed_on_the_device(family, tiny):
     vlm = adapt(on_device(tiny(family).model), tiny(family).processor)
     vlm.end_tokens = ()
+    clock = None if family == FAMILIES[0] else lambda work: 0.0  # one by its own, which does all work once more
     with Accelerator():
-        bench = MethodTimer(vlm, WorkloadSize(1, (64, 48), 3, 4, 2), 1)
+        bench = MethodTimer(vlm, WorkloadSize(1, (64, 48), 3, 4, 2), 1, clock)
         rows = [bench.time_method(specify("nuwa", budget=0.8 * bench.layout.tokens)), bench.time_stock()]
     assert [row["method"] for row in rows] == ["nuwa", "stock generate"]
