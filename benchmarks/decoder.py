@@ -2,8 +2,8 @@
 
 Loads, each the same for both versions:
 
-* *default*: the trials of ``params.yaml`` on the testbed's model, by selection, position strategy and trunk as a sweep
-  runs them, 12 questions an image
+* *default*: trials of a default sweep on the testbed's model, by selection, position strategy and trunk as a sweep runs
+  them, 12 questions an image
 * *unpruned*: the unpruned trial of the testbed alone
 * *refcoco*: random weights, 32 layers of width 512, LLaVA-1.5's 576 tokens, ten questions an image behind a system
   prompt: unpruned, Nüwa at 11 % and FastV at 22 %
@@ -60,20 +60,49 @@ def run_trunk(trunk: Any, cuts: Sequence[Any], limits: list[int], seed: int = 0)
 # --- the testbed
 
 
+def grid() -> list[dict[str, Any]]:
+    """Trials by the keywords of ``specify``: those of a default sweep that earlier versions know by the same names."""
+    budgets, positions = (16, 32, 48), ("perc", "pesp", "rpme")
+    trials: list[dict[str, Any]] = [{"method": "unpruned"}]
+    for method in ("nuwa", "visionzip", "divprune", "vispruner", "random", "uniform"):
+        trials += [
+            {"method": method, "budget": budget, "position": position} for budget in budgets for position in positions
+        ]
+    trials += [{"method": "fastv", "budget": 48, "position": position} for position in positions]
+    trials += [{"method": "pyramiddrop", "budget": 80, "position": position} for position in positions]
+    trials += [
+        {"method": "nuwa", "budget": 16, "stage2": {"layer": layer, "scorer": scorer}}
+        for layer in (2, 3, 4, 5, 6)
+        for scorer in ("attention_last_token", "attention_all_text", "cosine_mean_text", "random")
+    ]
+    return trials
+
+
+def by_trunk(vlm: Any, stride: int) -> list[list[tuple[Any, Any]]]:
+    """Every ``stride``-th trial of the grid as (specification, plan), those of one trunk together by rising first cut."""
+    from nuwa.methods import specify
+
+    trunks: dict[Any, list[tuple[Any, Any]]] = {}
+    for keywords in grid()[::stride]:
+        spec = specify(**keywords)
+        plan = spec.on(vlm.layout, vlm.layers)
+        selection = (spec.stage1, repr(spec.config), spec.seed, plan.schedule.stage1_keep)
+        trunks.setdefault((selection, spec.position), []).append((spec, plan))
+    for together in trunks.values():
+        together.sort(key=lambda one: min((layer for layer, _ in one[1].schedule.cuts), default=vlm.layers))
+    return list(trunks.values())
+
+
 def testbed(images: int, stride: int, only_unpruned: bool) -> dict[str, Any]:
-    """Every ``stride``-th default trial on ``images`` images."""
+    """Every ``stride``-th trial of the grid on ``images`` images."""
     import numpy as np
     from PIL import Image
 
     from nuwa.decoder import Trunk
-    from nuwa.grid import PatchGrid
     from nuwa.methods import select_views
     from nuwa.testbed.benchmark import ask, popular_pairs
     from nuwa.testbed.scenes import draw_scene
     from nuwa.vlm import LlavaAdapter
-    from pipelines.settings import load_settings
-    from pipelines.sweep.tree import work_tree
-    from pipelines.sweep.trials import Layouts, expand
 
     vlm = LlavaAdapter.load("models/testbed")
     scenes = [draw_scene(np.random.default_rng([SEED, number]), "test") for number in range(images)]
@@ -86,27 +115,23 @@ def testbed(images: int, stride: int, only_unpruned: bool) -> dict[str, Any]:
     names = tuple(f"scene {number}" for number in range(images))
     photos = [Image.fromarray(scene.image) for scene in scenes]
     signals = vlm.signals(vlm.encode(vlm.pixels(photos)), names)
-    trials = expand(load_settings().sweep, Layouts.fixed(PatchGrid(12, 12)), vlm.layers)
-    # Encoding anew, trained weights and signals that are made only where they are asked for are no part of this.
-    trials = [one for one in trials if one.spec.stage1 not in ("downsample", "learnpruner", "vscan")]
-    trials = trials[:1] if only_unpruned else trials[::stride]
     limits = [16] * sum(map(len, prompts))
+    trunks = by_trunk(vlm, len(grid()) if only_unpruned else stride)
+    # Choosing tokens is no part of this.
+    selections = [select_views(together[0][1], vlm.layout, [signals]) for together in trunks]
 
     def answer() -> list[str]:
         answers = []
-        for positions in work_tree(trials).values():
-            together = list(positions.values())
-            selection = select_views(together[0][0].plan, vlm.layout, [signals])
-            for branches in together:
-                trunk = Trunk(vlm, selection, prompts, branches[0].spec.position, names)
-                for trial in branches:
-                    answers += digest(trunk.answer(trial.spec.running_cuts(trial.schedule), limits, trial.spec.seed))
+        for selection, together in zip(selections, trunks, strict=True):
+            trunk = Trunk(vlm, selection, prompts, together[0][0].position, names)
+            for spec, plan in together:
+                answers += digest(run_trunk(trunk, spec.cuts(plan.schedule), limits, spec.seed))
         return answers
 
-    answer_again = clock(answer)[1] if only_unpruned else None  # warm
+    if only_unpruned:
+        answer()  # warm
     seconds, answers = clock(answer)
-    del answer_again
-    return {"seconds": seconds, "answers": answers}
+    return {"seconds": seconds, "answers": answers, "answers_per_second": len(answers) / seconds}
 
 
 # --- random weights

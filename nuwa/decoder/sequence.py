@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -142,12 +142,14 @@ class Prefix:
     """Tokens before all images, in one row that every row of a stretch stands behind.
 
     Nothing before them differs, so their keys and values, ``held`` by layer, are the same for all questions and images,
-    and the hidden states entering every layer, ``inputs``, ``(1, tokens, dim)`` each.
+    and the hidden states entering every layer, ``inputs`` by layer, ``(1, tokens, dim)`` each. ``first``: the first of
+    these layers.
     """
 
     columns: Columns
     held: dict[int, Pair]
-    inputs: tuple[Tensor, ...] = ()
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    first: int = 0
 
     @property
     def width(self) -> int:
@@ -344,21 +346,23 @@ def slots_of(row: Tensor, rows: int) -> tuple[int, Tensor]:
     return int(counts.max()), slot
 
 
-def pass_prefix(vlm: Adapter, ids: Sequence[int], axes: int) -> Prefix:
-    """Pass ``ids``, which stand before all images, through all layers. ``axes``: position ids a token has."""
-    device = vlm.device
-    hidden = vlm.text.enter(vlm.language.embed_tokens(torch.tensor([list(ids)], device=device)))
-    spans = torch.tensor(EVERYONE, device=device).expand(1, len(ids), 2)
-    columns = Columns(spans, torch.arange(len(ids), device=device).expand(axes, 1, -1))
+def pass_prefix(vlm: Adapter, stretch: Stretch, width: int) -> Prefix:
+    """Pass the first ``width`` columns, which stand before all images, through the layers that the stretch has not passed.
+
+    They are the same in every row; the first one's are taken.
+    """
+    # A copy: a view would hold the states of all columns in memory.
+    hidden, numbers = stretch.hidden[:1, :width].clone(), range(stretch.layer, vlm.layers)
+    columns = Columns(stretch.spans[:1, :width], stretch.positions[:, :1, :width])
     masks = masks_of(vlm, columns, columns, hidden.dtype, causal=True)
     rotations = vlm.text.rotations(hidden, columns.positions)
-    keys = Keys()
-    inputs = []
-    for number, layer in enumerate(vlm.language.layers):
-        inputs.append(hidden)
-        kind = vlm.text.kinds[number]
-        hidden = layer(hidden, attention_mask=masks[kind], position_embeddings=rotations[kind], past_key_values=keys)
-    return Prefix(columns, keys.held, tuple(inputs))
+    keys, inputs = Keys(), dict[int, Tensor]()
+    for number in numbers:
+        inputs[number], kind = hidden, vlm.text.kinds[number]
+        hidden = vlm.language.layers[number](
+            hidden, attention_mask=masks[kind], position_embeddings=rotations[kind], past_key_values=keys
+        )
+    return Prefix(columns, keys.held, inputs, stretch.layer)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +63,7 @@ class Trunk:
 
     whole: Trunk | None = None
     questions: slice = slice(None)
+    _prefix: Prefix | None = None
 
     def __init__(
         self,
@@ -154,10 +154,18 @@ class Trunk:
         columns = torch.arange(start, start + len(is_text))
         return columns[is_text == 0], columns[is_text == 1]
 
-    @cached_property
+    @property
     def prefix(self) -> Prefix | None:
-        """The tokens before the image, which rows above a cut stand behind; null where there are none."""
-        return pass_prefix(self.vlm, self.before, self.layout.axes) if self.before else None
+        """The tokens before the image, which rows above a first cut here stand behind; null where there are none.
+
+        They go on from where the trunk stands, for all cuts there: what one of them gives hangs on no other, in half
+        precision too.
+        """
+        if self.whole is not None:
+            return self.whole.prefix
+        if self.before and (self._prefix is None or self._prefix.first != self.stretch.layer):
+            self._prefix = pass_prefix(self.vlm, self.stretch, len(self.before))
+        return self._prefix
 
     def advance(self, layer: int, watch: frozenset[int] = frozenset()) -> None:
         """Run the trunk up to ``layer`` (exclusive), remembering the inputs of layers in ``watch`` for scorers."""
@@ -213,7 +221,6 @@ class Trunk:
 
     def _portion(self, questions: slice) -> Trunk:
         portion = copy.copy(self)
-        portion.prefix = self.prefix  # made once for all
         portion.whole, portion.questions = self, questions
         portion.prompts, portion.images = self.prompts[questions], self.images[questions]
         portion.stretch = self.stretch.of(questions)

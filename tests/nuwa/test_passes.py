@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,31 @@ def test_no_pass_is_larger_and_no_more_rows_are_held(asked, name):
     assert name == "none" or (decoded and max(decoded) <= HELD_PASSES * 16 // row)
 
 
+def test_tokens_before_the_image_pass_every_layer_once_and_as_if_no_other_fork_had_been(asked):
+    """They go on from where the trunk stands; an earlier fork below must not move their last bits."""
+    trunk, alone = Trunk(*asked), Trunk(*asked)
+    width, limits, passed = len(trunk.before), [1] * len(trunk.prompts), []
+    assert width
+    layers = asked[0].language.layers
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, given, number=number: passed.append((number, given[0].shape)))
+        for number, layer in enumerate(layers)
+    ]
+    try:
+        trunk.answer([Cut(2, 20, LAST)], limits)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    prefix = [number for number, (rows, columns, _) in passed if (rows, columns) == (1, width)]
+    assert prefix == list(range(2, len(layers)))
+
+    trunk.answer([Cut(4, 20, LAST)], limits)
+    alone.answer([Cut(4, 20, LAST)], limits)
+    assert trunk.prefix.held.keys() == alone.prefix.held.keys() == set(range(4, len(layers)))
+    for number, pair in trunk.prefix.held.items():
+        assert all(map(torch.equal, pair, alone.prefix.held[number]))
+
+
 def test_forks_of_a_trunk_in_portions_read_the_scores_of_the_whole(asked):
     """Cuts that keep different numbers have portions of different sizes, and one set of scores."""
     read = []
@@ -118,8 +144,6 @@ def test_forks_of_a_trunk_in_portions_read_the_scores_of_the_whole(asked):
 
 @pytest.mark.parametrize(("device", "width", "tokens"), [("cpu", 256, 2048), ("cpu", 4096, 512), ("meta", 4096, 4096)])
 def test_what_passes_at_once_follows_from_device_and_width(tiny_vlm, monkeypatch, device, width, tokens):
-    import torch
-
     monkeypatch.setattr(type(tiny_vlm), "device", torch.device(device))
     monkeypatch.setattr(tiny_vlm.language.config, "hidden_size", width)
     assert usual_pass_tokens(tiny_vlm) == tokens
