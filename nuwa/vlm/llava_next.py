@@ -52,7 +52,7 @@ class LlavaNextAdapter(ClipAdapter):
         side = config.vision_config.image_size // config.vision_config.patch_size
         rows, columns = _crops(config, image_processor, (height, width))
         whole = torch.empty(1, rows * side, columns * side, device="meta")
-        _, shown_rows, shown_columns = _unpadded(whole, (height, width)).shape
+        _, shown_rows, shown_columns = _unpadded(whole, (height, width), image_processor).shape
         base = View(PatchGrid(side, side))
         if not shown_rows:  # so wide that its local grid is all padding: the stock model sees the base crop alone
             return VisualLayout((base,))
@@ -116,7 +116,8 @@ class LlavaNextAdapter(ClipAdapter):
         rows, columns = self.crops_of(size)
         side = self.crop_grid.height
         grid = crops.view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
-        stitched = self.resample(_unpadded(grid, size)).permute(1, 2, 0)
+        shown = _unpadded(grid, size, self.processor.image_processor)
+        stitched = self.resample(shown).permute(1, 2, 0)
         return stitched.reshape(*stitched.shape[:2], *crops.shape[2:])
 
     def resample(self, stitched: Tensor) -> Tensor:
@@ -152,11 +153,23 @@ def _grid_of(size: tuple[int, int], pinpoints: Any, side: int) -> tuple[int, int
     return get_anyres_image_grid_shape(size, pinpoints, side)
 
 
-def _unpadded(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """``(dim, height, width)`` of the crops without the padding of an image of ``size``, as the stock model cuts it."""
+def _unpadded(grid: Tensor, size: tuple[int, int], image_processor: Any) -> Tensor:
+    """``(dim, height, width)`` of the crops without the padding of an image of ``size`` (height, width), as the stock model
+    cuts it; on the grid ``llava`` as LLaVA's own code does.
+
+    The two differ where rounding leaves a whole number just below itself: of 893 rows at 24/376 the stock model keeps 57,
+    which LLaVA truncates to 56.
+    """
     from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-    return unpad_image(grid, size)
+    if getattr(image_processor, "grid", None) != "llava":
+        return unpad_image(grid, size)
+    (height, width), (rows, columns) = size, grid.shape[1:]
+    if width / height > columns / rows:
+        padding = (rows - int(height * (columns / width))) // 2
+        return grid[:, padding : rows - padding]
+    padding = (columns - int(width * (rows / height))) // 2
+    return grid[:, :, padding : columns - padding]
 
 
 def _loaded(module: nn.Module) -> AbstractContextManager:

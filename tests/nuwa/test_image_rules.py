@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from nuwa.grid import PatchGrid
 from nuwa.image_rules import PINS, ImageRules, ImageRulesError
 from nuwa.vlm import adapt, adapter_class, usual_image_processor
 from nuwa.vlm.processors import check_torchvision, load_processor
@@ -120,31 +123,32 @@ def test_llavas_grid_stands_upright_on_small_images(size, transformers, llava):
     assert layout(NEXT, ImageRules("lmms_eval", grid="transformers"), size).tokens == transformers
 
 
-def llava_grid(size: tuple[int, int]) -> tuple[int, int]:
-    """LLaVA's own choice, from its rule: of pinpoints (width, height) the one that keeps most pixels of the image, then
-    wastes least, then stands first. Crops across and down."""
-    width, height = size
-    best, most, least = (0, 0), -1, float("inf")
-    for across, down in [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]:
-        scale = min(across / width, down / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        wasted = across * down - kept
-        if kept > most or (kept == most and wasted < least):
-            best, most, least = (across, down), kept, wasted
-    return best[0] // 336, best[1] // 336
+def test_sixty_sizes_lie_as_the_harnesses_lay_them():
+    """``layouts.json`` says by whose functions its values were made."""
+    table = json.loads((Path(__file__).parent / "layouts.json").read_text(encoding="utf-8"))
+    small = 0
+    for photo, llava, stock, *seen_by_qwen in table["rows"]:
+        size = tuple(photo)
+        assert layout("llava-hf/llava-1.5-7b-hf", ImageRules("lmms_eval"), size).tokens == 576
 
+        # The overview, then the local grid, every row of which ends in a newline.
+        rows, columns = llava or (0, 0)
+        for protocol in ("llava", "lmms_eval", "lmms_eval_0_3"):
+            found = layout(NEXT, ImageRules(protocol), size)
+            local = [(view.grid.height, view.grid.width) for view in found.views[1:]]
+            assert local == ([(rows, columns)] if llava else []), (size, protocol)
+            assert found.tokens == 576 + rows * (columns + 1), (size, protocol)
+        if stock is None:
+            with pytest.raises(ValueError, match=r"^so tall that no column"):
+                layout(NEXT, ImageRules(), size)
+        else:
+            assert layout(NEXT, ImageRules(), size).tokens == stock, size
+            small += stock != found.tokens
 
-def test_sixty_sizes_lie_as_llava_lays_them():
-    sizes = [(40 + 97 * n % 900, 40 + 61 * n % 700) for n in range(60)]
-    config, small = model_shape(NEXT), 0
-    for size in sizes:
-        across, down = llava_grid(size)
-        local = layout(NEXT, ImageRules("llava"), size).views[1]
-        assert local.crops == across * down
-        # The picture fills its grid across or down.
-        assert local.grid.width == 24 * across or local.grid.height == 24 * down
-        small += layout(NEXT, ImageRules(), size) != layout(NEXT, ImageRules("llava"), size)
-    assert 0 < small < 30 and config.model_type == "llava_next"
+        for protocol, (width, height) in zip(table["columns"][3:], seen_by_qwen, strict=True):
+            assert seen(QWEN, ImageRules(protocol), size) == (width, height), (size, protocol)
+            assert layout(QWEN, ImageRules(protocol), size).tokens == width * height // 28**2
+    assert (len(table["rows"]), small) == (60, 19)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +205,21 @@ def test_the_encoder_sees_what_the_layout_says(family, tiny_qwen, tiny_qwen2, ti
     assert encoded.layout == framed.layout_of(image.size) != plain.layout_of(image.size)
     assert torch.isfinite(encoded.signals["features"]).all()
     assert framed.encoder_identity != plain.encoder_identity
+
+
+def test_the_encoder_cuts_padding_away_as_llava_does(tiny_next):
+    """55 rows at 6/22 are 15, and just below it as floats: LLaVA truncates to 14, transformers rounds first."""
+    image = Image.effect_noise((22, 55), 60).convert("RGB")
+    framed = adapt(tiny_next.model, tiny_next.processor, image_rules=ImageRules("llava"))
+    rounding = copy.copy(framed.processor)  # the same crops, their padding cut away by transformers
+    rounding.image_processor = copy.copy(rounding.image_processor)
+    rounding.image_processor.grid = None
+
+    encoded, rounded = (one.encode_images([image])[0] for one in (framed, adapt(tiny_next.model, rounding)))
+    assert encoded.layout == framed.layout_of(image.size)
+    assert [one.layout.views[1].grid for one in (encoded, rounded)] == [PatchGrid(14, 6), PatchGrid(16, 6)]
+    local, wider = (one.signals["features"][6 * 6 :].unflatten(0, (-1, 6)) for one in (encoded, rounded))
+    assert torch.equal(local, wider[1:-1])
 
 
 def test_a_torchvision_of_another_build_is_one_line(tmp_path, monkeypatch):
