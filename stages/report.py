@@ -41,7 +41,7 @@ def page(settings: Settings, facts: Mapping[str, Any], data: Path, target: Path,
     if out := facts.get("left_out"):
         provenance["questions left out"] = f"{len(out):,}, first {next(iter(sorted(out)))}: {out[min(out)]}"
     about = TESTBED if settings.prepare.tables is None else ""
-    places, margin = partial(places_of_model, settings.model.path), settings.evaluate.margin
+    places, margin = partial(places_of_model, settings.model.path, settings.model.images), settings.evaluate.margin
     inputs = ReportInputs.load(data, provenance, places, about, margin, interim)
     tokens = int(inputs.trials["image_tokens"].iloc[0])
     headline = budget_tokens(settings.report.headline_budget, settings.sweep.budget_unit, tokens)

@@ -7,6 +7,7 @@ padding is cut away in whole rows or columns. InternVL3's tiles lie side by side
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ import numpy as np
 from transformers import AutoImageProcessor, PretrainedConfig
 
 from nuwa.grid import PatchGrid
+from nuwa.image_rules import ImageRules
 from nuwa.layout import View, VisualLayout
 from nuwa.vlm import adapter_class
 from nuwa.vlm.shapes import model_shape
@@ -91,16 +93,22 @@ def _edges(start: float, extent: float, cells: int, pixels: int) -> np.ndarray:
     return edges.round().astype(int).clip(0, pixels)
 
 
-def places_of_model(path: str, size: Size) -> TokenPlaces:
-    """For an image of ``size`` (width, height) under the model of ``path``; its weights are not needed."""
-    config, image_processor = _model(path)
+def places_of_model(path: str, rules: ImageRules, size: Size) -> TokenPlaces:
+    """For an image of ``size`` (width, height) under the model of ``path``, handed over by ``rules``; its weights are not
+    needed."""
+    config, image_processor = _model(path, rules)
     layout = adapter_class(config.model_type).layout_for(config, image_processor, size)
     return places_of(layout, config, size)
 
 
 @cache
-def _model(path: str) -> tuple[PretrainedConfig, Any]:
-    return model_shape(path), AutoImageProcessor.from_pretrained(path)
+def _model(path: str, rules: ImageRules) -> tuple[PretrainedConfig, Any]:
+    """The configuration has the grids of crops that the processor has under ``rules``."""
+    config = copy.copy(model_shape(path))
+    image_processor = rules.framed(AutoImageProcessor.from_pretrained(path), config.model_type)
+    if hasattr(config, "image_grid_pinpoints"):
+        config.image_grid_pinpoints = image_processor.image_grid_pinpoints
+    return config, image_processor
 
 
 def places_of(layout: VisualLayout, config: PretrainedConfig, size: Size) -> TokenPlaces:

@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import LlavaNextConfig, Qwen2_5_VLConfig
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from nuwa.vlm import adapter_class, usual_image_processor
+from nuwa.image_rules import ImageRules
+from nuwa.vlm import adapt, adapter_class, usual_image_processor
 from pipelines.data.datasets import parse_name
 from pipelines.report.browser import questions
 from pipelines.report.gallery import COLLECTOR, GAP, PILLAR, TRUTH, gallery, predicted_box
@@ -274,6 +275,28 @@ def test_places_come_from_a_saved_models_configuration(tiny_next, tmp_path):
     tiny_next.model.config.save_pretrained(tmp_path)
     tiny_next.processor.save_pretrained(tmp_path)
     for size in ((60, 41), (31, 70)):
-        assert places_of_model(str(tmp_path), size) == places_of(
+        assert places_of_model(str(tmp_path), ImageRules(), size) == places_of(
             tiny_next.layout_of(size), tiny_next.model.config, size
         )
+
+
+@pytest.mark.parametrize(
+    ("model", "rules", "size"),
+    [
+        ("tiny_qwen", ImageRules(min_pixels=28 * 28 * 16, max_pixels=28 * 28 * 40), (60, 41)),
+        ("tiny_next", ImageRules(grid="llava"), (18, 12)),
+    ],
+)
+def test_places_follow_the_runs_image_rules(model, rules, size, request, tmp_path):
+    """Pixel limits and grids of crops: as the sweep lays an image out, and over the picture from edge to edge."""
+    plain = request.getfixturevalue(model)
+    plain.model.config.save_pretrained(tmp_path)
+    plain.processor.save_pretrained(tmp_path)
+    layout = adapt(plain.model, plain.processor, image_rules=rules).layout_of(size)
+    assert layout != plain.layout_of(size)
+
+    places = places_of_model(str(tmp_path), rules, size)
+    assert places.layout == layout
+    for frame in places.frames:
+        assert (frame.left, frame.width) == (0, 1)  # an image that is wider than its grid fills it across
+        assert 0.9 < frame.height < 1.5 and abs(frame.top + frame.height / 2 - 0.5) < 1e-9
