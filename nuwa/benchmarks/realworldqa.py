@@ -18,7 +18,8 @@ from nuwa.benchmarks.records import IMAGE, columns, content_id, image_bytes, tex
 SCHEMA = columns(image=IMAGE, question=pa.string(), answer=pa.string())
 LETTERS = ("A", "B", "C", "D")
 OPTION = re.compile(r"\b([A-Z])\.\s+([^\n]*)")
-NO_PUNCTUATION = re.compile(r"[^\w\s]")
+NO_PUNCTUATION = re.compile(r"[^\w\s]")  # keeps the underscore
+NO_MARKS = str.maketrans("", "", string.punctuation)
 
 
 def _read(row: dict[str, Any]) -> Iterator[Example]:
@@ -55,8 +56,8 @@ def _score_0_3(prediction: str, truth: Truth) -> Scores:
     if places:
         words = truth["options"][places[0][1]]
         said = string.ascii_uppercase[max(n for n, option in enumerate(truth["options"]) if option == words)]
-    said = _plain(said)
-    return {"accuracy": float(said == _plain(truth["answer"])), "parse_failure": float(not said)}
+    said, right = (words.lower().translate(NO_MARKS) for words in (said, truth["answer"]))
+    return {"accuracy": float(said == right), "parse_failure": float(not said)}
 
 
 VARIANTS = (

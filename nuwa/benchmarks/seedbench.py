@@ -32,7 +32,7 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
     images = row["image"] or []
     if len(images) != 1:
         raise RecordError(f"column 'image' should hold 1 image, found {len(images)}")
-    options = lettered(text(row, column) for column in CHOICES)
+    options = lettered(_choice(row, column) for column in CHOICES)
     yield Example(
         example_id=f"seedbench:{text(row, 'question_id')}",
         question=text(row, "question"),
@@ -40,6 +40,13 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
         category=kind,
         image=image_bytes(images[0], "image"),
     )
+
+
+def _choice(row: dict[str, Any], column: str) -> str:
+    """An empty one has its line all the same."""
+    if row[column] is None:
+        raise RecordError(f"column {column!r} is empty")
+    return str(row[column])
 
 
 def _prompt(example: Example) -> str:

@@ -226,6 +226,27 @@ def test_vqav2_left_answers_alone_where_all_agree():
     assert score["lmms_eval_0_3"]("two", divided)["accuracy"] == score["lmms_eval"]("2", divided)["accuracy"] == 1
 
 
+REALWORLD = "Which?\n\nA. cat\nB. dog\nC. bird\nPlease"
+
+
+@pytest.mark.parametrize(
+    ("question", "truth", "right", "wrong"),
+    [
+        (REALWORLD, "B", ["__B.", "b_", "dog", "dogs"], ["(A)"]),
+        ("How many?", "2", [":}*%;2_>", "two", "2_"], ["two."]),
+        ("Where to?", "N.W.", ["NW", "n.w.", "_nw"], ["N W"]),
+        ("What is it?", "U-turn", ["U-turn", "uturn"], ["u turn"]),
+        ("Is it?", "No", ["\tno_", "no ."], ["none"]),
+    ],
+)
+def test_realworldqa_was_compared_without_any_punctuation(published, question, truth, right, wrong):
+    """Values of lmms-eval 0.3.4's own filters and metric."""
+    benchmark = get_benchmark("realworldqa", None, "lmms_eval_0_3")
+    (example,) = benchmark.examples(published("realworldqa").table({"question": question, "answer": truth}))
+    scores = {answer: benchmark.score(answer, example.truth)["accuracy"] for answer in right + wrong}
+    assert scores == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
+
+
 # Boxes
 
 
