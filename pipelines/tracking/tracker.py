@@ -20,6 +20,7 @@ and therefore means "complete". The *Duration* that MLflow shows for a child is 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ _RUNS_A_PAGE = 1000
 
 _DIGEST_CHARACTERS = 36
 MOST_SWEEPS = 200  # that a run's tag lists, 17 characters each: MLflow's tags hold 8,000 characters, those of old 5,000
+EARLIER = (
+    "earlier_sweeps"  # how many sweeps the tag has no room for; with a number: lists of those that had to leave it
+)
 _QUESTIONS = ("data", "model", "features")  # tags of a child that say what was asked of what
 
 
@@ -50,11 +54,30 @@ class _Child:
 
 
 class _Held(NamedTuple):
-    """A run below another sweep: ids of the newest sweeps that hold its trial, and how many came before these."""
+    """A run below another sweep: ids of the newest sweeps that hold its trial, and of those that ever had to give way to
+    newer ones, both in the order in which they came."""
 
     run_id: str
     sweeps: list[str]
-    earlier: int
+    displaced: list[str]
+
+    @classmethod
+    def of(cls, run_id: str, tags: Mapping[str, str]) -> _Held:
+        lists = itertools.takewhile(lambda name: name in tags, (f"{EARLIER}.{number}" for number in itertools.count(1)))
+        return cls(run_id, tags.get("sweeps", "").split(), " ".join(tags[name] for name in lists).split())
+
+    def tags_with(self, sweep_id: str) -> dict[str, str]:
+        """The tags that change when ``sweep_id`` holds the trial too, or again: a longer one MLflow would refuse, and with
+        it all that follows."""
+        names = [*(name for name in self.sweeps if name != sweep_id), sweep_id]
+        newest, before = names[-MOST_SWEEPS:], names[:-MOST_SWEEPS]
+        displaced = [*self.displaced, *(name for name in before if name not in self.displaced)]
+        tags = {"sweeps": " ".join(newest)}
+        if displaced:
+            number = (len(displaced) - 1) // MOST_SWEEPS  # lists before it are full
+            tags[EARLIER] = str(len(set(displaced) - set(newest)))
+            tags[f"{EARLIER}.{number + 1}"] = " ".join(displaced[number * MOST_SWEEPS :])
+        return tags
 
 
 # What was asked, and of other sweeps on that: by trial id and fingerprint.
@@ -116,8 +139,8 @@ class Tracker:
 
         A complete child of the same content stays as it is, and one of another sweep on the same questions is taken
         over: a trial has one run for all sweeps that hold it, tagged with the newest `MOST_SWEEPS` of their ids in
-        `sweeps` and the number of those before in `earlier_sweeps`, below the one that was written last. Anything else under the trial's id (half-written, other content, a duplicate from a repeated
-        request) goes to MLflow's trash and is written afresh, because params cannot change and a metric that is gone
+        `sweeps` and the number of the others in `earlier_sweeps`, below the one that was written last. Anything else under
+        the trial's id (half-written, other content, a duplicate from a repeated request) goes to MLflow's trash and is written afresh, because params cannot change and a metric that is gone
         would stay. `on_done` is called for every row, written or found.
         """
         children = self._children
@@ -237,9 +260,7 @@ class Tracker:
             self._elsewhere = (
                 questions,
                 {
-                    (held.get("trial_id"), held.get("fingerprint")): _Held(
-                        run_id, held.get("sweeps", "").split(), int(held.get("earlier_sweeps", 0))
-                    )
+                    (held.get("trial_id"), held.get("fingerprint")): _Held.of(run_id, held)
                     for run_id, held in tags.items()
                     if held.get("mlflow.parentRunId") != parent
                 },
@@ -248,12 +269,7 @@ class Tracker:
         taken = self._elsewhere[1].pop((row.trial_id, row.fingerprint), None)
         if taken is None:
             return None
-        names = [*(name for name in taken.sweeps if name != self._sweep_id), self._sweep_id]
-        tags = {"sweeps": " ".join(names[-MOST_SWEEPS:]), "mlflow.parentRunId": parent}
-        # A longer tag MLflow would refuse, and with it all that follows.
-        if earlier := taken.earlier + len(names[:-MOST_SWEEPS]):
-            tags["earlier_sweeps"] = str(earlier)
-        self._store.batch(taken.run_id, tags=tags)
+        self._store.batch(taken.run_id, tags=taken.tags_with(self._sweep_id) | {"mlflow.parentRunId": parent})
         return _Child(taken.run_id, row.fingerprint)
 
     def _write(self, row: TrialRun, children: dict[str, list[_Child]], parent: str) -> bool:

@@ -602,6 +602,13 @@ def test_a_trial_that_many_sweeps_hold_lists_the_newest_and_counts_the_others(ur
     tags = children_of(uri, "s4")["t"].data.tags
     assert tags["sweeps"] == "s2 s3 s4" and tags["earlier_sweeps"] == "2"
 
+    # Who comes back counts once, however often; the lists of who had to leave go on where one is full.
+    for sweep_id, newest in (("s0", "s3 s4 s0"), ("s1", "s4 s0 s1"), ("s0", "s4 s1 s0"), ("s5", "s1 s0 s5")):
+        assert write(uri, [row], sweep_id) == 0
+        tags = children_of(uri, sweep_id)["t"].data.tags
+        assert tags["sweeps"] == newest and int(tags["earlier_sweeps"]) == (3 if sweep_id == "s5" else 2)
+    assert tags["earlier_sweeps.1"] == "s0 s1 s2" and tags["earlier_sweeps.2"] == "s3 s4"
+
 
 @pytest.mark.parametrize("other", [{"data": "d2"}, {"model": "m2"}, {"features": "f2"}])
 def test_answers_to_other_questions_or_of_another_model_are_other_runs(uri: str, other: dict[str, str]) -> None:
