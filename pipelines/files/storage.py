@@ -205,7 +205,8 @@ class Folder:
         def action() -> bytes:
             if self.local is not None:  # hundreds of thousands of times, for a large store
                 with open(self._at(name), "rb", buffering=0) as content:
-                    content.seek(max(os.fstat(content.fileno()).st_size - count, 0))
+                    if (before := os.fstat(content.fileno()).st_size - count) > 0:
+                        content.seek(before)
                     return content.read()
             with self.filesystem.open_input_file(self._at(name)) as content:
                 content.seek(max(content.size() - count, 0))

@@ -35,6 +35,7 @@ from pipelines.sweep.units import UnitExample, bits
 KEYS = {"predictions": ("trial_id", "example_id"), "kept": ("trial_id", "image"), "timings": ("trial_id", "unit")}
 CHUNK_ROWS = 2**16  # answers of a row group, unless one trial has more
 RUN_BYTES = 32 * 1024**2  # gathered of each part before it is put on disk
+SLICE_ROWS = 128  # of one chunk side by side from which it is taken as it stands
 
 
 @dataclass
@@ -119,26 +120,36 @@ def _relevant(
     held_by = functools.cache(
         lambda digests: bits([number[digest] for digest in digests if digest in number], len(number))
     )
-    found = []
-    for unit in stored:
-        answers = {one: known[key] for one in unit.trials if (key := reuse_key(one, reuse)) in known}
-        if answers and held_by(unit.examples):
-            found.append((unit, answers))
-    found.sort(key=lambda one: not own.issuperset(one[1]))
+    # Many units hold the same trials: what is asked of these is found once.
+    answers_of = functools.cache(
+        lambda ids: {one: known[key] for one in ids if (key := reuse_key(one, reuse)) in known}
+    )
+    ids_of = functools.cache(lambda ids: pa.array(answers_of(ids).values(), pa.string()))
+    is_own = functools.cache(lambda ids: own.issuperset(answers_of(ids)))
+    found = [unit for unit in stored if answers_of(unit.trials) and held_by(unit.examples)]
 
-    units, taken, there = [], [], dict[str, int]()
-    for unit, answers in found:
+    units, taken, together = [], [], dict[tuple[str, ...], int]()
+    for unit in (unit for unit in found if is_own(unit.trials)):
+        units.append(unit)
+        taken.append(ids_of(unit.trials))
+        together[unit.trials] = together.get(unit.trials, 0) | held_by(unit.examples)
+    there: dict[str, int] = {}
+    for ids, held in together.items():
+        for answer, trial_id in answers_of(ids).items():
+            there[trial_id] = there.get(trial_id, 0) | held
+            origins.answers.setdefault(trial_id, set()).add(answer)
+
+    for unit in (unit for unit in found if not is_own(unit.trials)):
         held = held_by(unit.examples)
-        if not own.issuperset(answers):
-            answers = {answer: trial for answer, trial in answers.items() if held & ~there.get(trial, 0)}
+        answers = {one: trial for one, trial in answers_of(unit.trials).items() if held & ~there.get(trial, 0)}
         if not answers:
             continue
         units.append(unit)
         taken.append(pa.array(answers.values(), pa.string()))
-        origins.units.update([unit.provenance] if unit.provenance else [])
         for answer, trial_id in answers.items():
             there[trial_id] = there.get(trial_id, 0) | held
             origins.answers.setdefault(trial_id, set()).add(answer)
+    origins.units.update(unit.provenance for unit in units if unit.provenance)
 
     for unit, trials, tables in zip(units, taken, store.read_all(unit.unit for unit in units), strict=True):
         here = [by_digest[digest] for digest in unit.examples if digest in by_digest]
@@ -175,22 +186,24 @@ class _Runs:
 
     def add(self, rows: pa.Table) -> None:
         self.gathered.append(rows)
-        self.bytes += rows.nbytes
+        self.bytes += rows.get_total_buffer_size()
         if self.bytes > RUN_BYTES:
             self._put_down()
 
     def _put_down(self) -> None:
         """Leave what is gathered as a run; the order of rows within a chunk stays."""
+        rows = pa.concat_tables(self.gathered or [self.schema.empty_table()])
+        chunk = pc.index_in(rows["trial_id"], self.trials).to_numpy() // self.chunk_trials
+        ends = np.flatnonzero(chunk[1:] != chunk[:-1]) + 1
+        # Units have the rows of a trial together, in any order of trials; a few long slices cost less than a copy of each row.
+        if len(ends) * SLICE_ROWS > len(rows):
+            order = np.argsort(chunk, kind="stable")
+            rows, chunk = rows.combine_chunks().take(order), chunk[order]
+            ends = np.flatnonzero(chunk[1:] != chunk[:-1]) + 1
         pieces = collections.defaultdict[int, list[pa.Table]](list)
-        for rows in self.gathered:
-            chunk = pc.index_in(rows["trial_id"], self.trials).to_numpy() // self.chunk_trials
-            if (chunk[1:] < chunk[:-1]).any():
-                order = np.argsort(chunk, kind="stable")
-                rows, chunk = rows.take(order), chunk[order]
-            starts = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(rows)]
-            for start, end in itertools.pairwise(starts):
-                if end > start:
-                    pieces[int(chunk[start])].append(rows.slice(start, end - start))
+        for start, end in itertools.pairwise([0, *ends.tolist(), len(rows)]):
+            if end > start:
+                pieces[int(chunk[start])].append(rows.slice(start, end - start))
         self.gathered, self.bytes = [], 0
 
         places = np.full(self.count + 1, self.file.seek(0, os.SEEK_END))

@@ -71,11 +71,22 @@ SUFFIX = ".unit.parquet"
 FOOTER = (b"trials", b"examples")  # keys of its metadata; JSON
 PROVENANCE = b"provenance"  # likewise; absent in stores of old
 REPLACES = b"replaces"  # names of the units that were put together in it; absent where there are none
+ROWS = b"rows"  # of each of PARTS; JSON; absent in stores of old
+# Units are read whole, by this module, so their footers hold neither statistics nor Arrow's own schema, which would be most
+# of them. Numbers of tokens repeat; of texts and the rest a unit has too few rows for a dictionary to be worth its page.
+LAYOUT: Any = {
+    "write_statistics": False,
+    "store_schema": False,
+    "use_dictionary": ["kept_final.list.element", "indices.list.element"],
+    "write_page_checksum": True,
+}
 FAN = 2  # characters of a unit's name that its folder has
 REMEMBERED_FROM = 1000  # units of a folder of this machine; fewer footers are sooner read than remembered
 FOOTER_BYTES = 32 * 1024  # read at first; a longer footer is asked for again
 READERS = 16  # requests under way at once
-AHEAD = 4  # units that are fetched while one is worked on
+AHEAD = (
+    4  # units that are fetched while one is worked on; of a folder of this machine one, as reading it is all processor
+)
 FOOTERS = Path(tempfile.gettempdir()) / f"nuwa-footers-{os.getuid()}"  # what footers said, on each machine
 
 
@@ -117,6 +128,11 @@ class StoredUnit(NamedTuple):
     replaces: tuple[str, ...] = ()
 
     @property
+    def files(self) -> tuple[str, str]:
+        """Where its file lies, and where earlier versions left it."""
+        return file_of(self.unit), self.unit + SUFFIX
+
+    @property
     def origin(self) -> dict[str, Any]:
         """The provenance, read."""
         return json.loads(self.provenance) if self.provenance else {}
@@ -135,8 +151,10 @@ class ResultStore:
             footer[PROVENANCE] = stored.provenance
         if stored.replaces:
             footer[REPLACES] = json.dumps(stored.replaces)
+        footer[ROWS] = json.dumps([len(tables[part]) for part in PARTS])
         content = pa.BufferOutputStream()
-        with pq.ParquetWriter(content, COLUMNS.with_metadata(footer), write_page_checksum=True) as writer:
+        with pq.ParquetWriter(content, COLUMNS, **LAYOUT) as writer:
+            writer.add_key_value_metadata(footer)
             for part, schema in PARTS.items():
                 table = tables[part].cast(schema)
                 columns = [
@@ -201,20 +219,20 @@ class ResultStore:
                 tail = self.storage.tail(name, needed)
         except FileNotFoundError:
             return None
+        if (stated := _stated(name, tail, needed, listed)) is not None:
+            return stated
 
         try:
             footer = pq.read_metadata(pa.BufferReader(tail))
         except (OSError, pa.ArrowException) as error:  # of bytes at hand: they are no footer
             return NoParquet(f"no footer: {error}")
         try:
-            trials, examples = (listed(footer.metadata[key]) for key in FOOTER)
-            origin = footer.metadata.get(PROVENANCE)
-            provenance = sys.intern(origin.decode()) if origin is not None else None
-            replaces = tuple(json.loads(footer.metadata.get(REPLACES, b"[]")))
-            stored = StoredUnit(unit_name(trials, examples), trials, examples, provenance, replaces)
+            texts = footer.metadata
+            trials, examples = (listed(texts[key]) for key in FOOTER)
+            stored = _unit_of(trials, examples, texts.get(PROVENANCE), texts.get(REPLACES))
         except (KeyError, TypeError, ValueError):
             return None
-        whole = name in (file_of(stored.unit), stored.unit + SUFFIX) and footer.num_row_groups == len(PARTS)
+        whole = name in stored.files and footer.num_row_groups == len(PARTS)
         return stored if whole and footer.row_group(0).num_rows == len(trials) * len(examples) else None
 
     @staticmethod
@@ -310,14 +328,62 @@ class ResultStore:
 
     def read_all(self, units: Iterable[str]) -> Iterator[dict[str, pa.Table]]:
         """:meth:`read` of each of ``units``, in their order; a few are fetched ahead and no more are held."""
-        with ThreadPoolExecutor(AHEAD, thread_name_prefix="units") as pool:
+        most = AHEAD if self.storage.local is None else 1
+        with ThreadPoolExecutor(most, thread_name_prefix="units") as pool:
             ahead: collections.deque[Future[dict[str, pa.Table]]] = collections.deque()
             for unit in units:
                 ahead.append(pool.submit(self.read, unit))
-                if len(ahead) > AHEAD:
+                if len(ahead) > most:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+
+
+def _stated(name: str, tail: bytes, needed: int, listed: Callable[[bytes], tuple[str, ...]]) -> StoredUnit | None:
+    """The unit at ``name`` by the texts in its footer, the last ``needed`` bytes of ``tail``; null: that does not tell.
+
+    To read a footer as Parquet takes ten times as long, nearly all of it for columns that nobody asks about here. What is
+    found is right where its digest is the file's name.
+    """
+    if not len(tail) >= needed > 12 or not tail.endswith(b"PAR1"):
+        return None
+    try:
+        (trials, examples, rows), (origin, replaces) = (
+            [_text_of(tail, key, len(tail) - needed) for key in keys]
+            for keys in ((*FOOTER, ROWS), (PROVENANCE, REPLACES))
+        )
+        if trials is None or examples is None or rows is None:
+            return None
+        unit = _unit_of(listed(trials), listed(examples), origin, replaces)
+        first, *others = json.loads(rows)
+    except (TypeError, ValueError, IndexError):
+        return None
+    whole = len(others) == len(PARTS) - 1 and first == len(unit.trials) * len(unit.examples)
+    return unit if whole and name in unit.files else None
+
+
+def _unit_of(
+    trials: tuple[str, ...], examples: tuple[str, ...], origin: bytes | None, replaces: bytes | None
+) -> StoredUnit:
+    """The unit of what a footer lists, ``origin`` and ``replaces`` as they stand there."""
+    provenance = sys.intern(origin.decode()) if origin is not None else None
+    return StoredUnit(unit_name(trials, examples), trials, examples, provenance, tuple(json.loads(replaces or b"[]")))
+
+
+def _text_of(tail: bytes, key: bytes, start: int) -> bytes | None:
+    """The text of ``key`` among a footer's pairs, from ``start`` on, as Thrift's compact protocol writes them: field 1, a
+    length and the key, field 2, a length of seven bits a byte and the text, and a zero."""
+    mark = b"\x18" + bytes([len(key)]) + key + b"\x18"
+    at = tail.rfind(mark, start)
+    if at < 0:
+        return None
+    at, length, shift = at + len(mark), 0, 0
+    while True:
+        byte = tail[at]
+        at, length, shift = at + 1, length | (byte & 0x7F) << shift, shift + 7
+        if byte < 0x80:
+            break
+    return tail[at : at + length] if tail[at + length : at + length + 1] == b"\0" else None
 
 
 def _read_whole(content: bytes) -> dict[str, pa.Table]:

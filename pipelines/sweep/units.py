@@ -265,13 +265,22 @@ def answers_there(
     once, for very many trials."""
     number = {example.digest: place for place, example in enumerate(examples)}
     known = {reuse_key(trial.answer_id, reuse): trial.trial_id for trial in trials}
-    there: dict[str, int] = {}
+
+    # Many units hold the same trials, and many the same examples.
+    asked_of = functools.cache(lambda ids: [known[key] for one in ids if (key := reuse_key(one, reuse)) in known])
+    answered = functools.cache(
+        lambda digests: bits([number[digest] for digest in digests if digest in number], len(examples))
+    )
+    together: dict[tuple[str, ...], int] = {}
     for answer_ids, digests in done:
-        stored = [known[key] for key in (reuse_key(answer_id, reuse) for answer_id in answer_ids) if key in known]
-        if stored:
-            answered = bits([number[digest] for digest in digests if digest in number], len(examples))
-            for trial_id in stored:
-                there[trial_id] = there.get(trial_id, 0) | answered
+        ids = tuple(answer_ids)
+        if asked_of(ids):
+            together[ids] = together.get(ids, 0) | answered(tuple(digests))
+
+    there: dict[str, int] = {}
+    for ids, present in together.items():
+        for trial_id in asked_of(ids):
+            there[trial_id] = there.get(trial_id, 0) | present
     return there
 
 

@@ -182,7 +182,7 @@ def test_a_damaged_unit_leaves_the_tables_as_they_were(tmp_path):
     path = tmp_path / "store" / file_of(unit.unit)
     content = bytearray(path.read_bytes())
     column = pq.read_metadata(path).row_group(0).column(0)
-    content[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
+    content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     path.write_bytes(content)
     with pytest.raises(DamagedUnit, match=unit.unit):
         collected(store, tmp_path)

@@ -74,7 +74,7 @@ def flip(store: ResultStore, name: str, part: str) -> None:
     """Damage the last byte of the part's first column, which is inside a page."""
     content = bytearray(store.storage.read(name))
     column = pq.read_metadata(pa.BufferReader(bytes(content))).row_group(list(PARTS).index(part)).column(0)
-    content[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
+    content[column.data_page_offset + column.total_compressed_size - 1] ^= 1
     store.storage.write(name, bytes(content))
 
 
@@ -93,7 +93,7 @@ def test_what_is_written_is_listed_and_read(place):
 
 
 def test_parts_may_be_empty_and_footers_long(place):
-    unit, tables = unit_of(0, trials=40, examples=2000)
+    unit, tables = unit_of(0, trials=40, examples=4000)
     tables["kept"] = tables["kept"].slice(0, 0)
     store = ResultStore(place)
     store.write(unit, tables)
@@ -102,6 +102,40 @@ def test_parts_may_be_empty_and_footers_long(place):
     assert int.from_bytes(content[-8:-4], "little") > results.FOOTER_BYTES
     assert store.done() == [unit]
     assert store.read(unit.unit) == tables
+
+
+def test_what_a_footer_states_is_what_parquet_reads_there(tmp_path, monkeypatch):
+    """Texts are looked up in its bytes; Parquet itself is asked where they do not tell, as in stores of old."""
+    store = ResultStore(tmp_path)
+    spoof = b'\x18\x06trials\x18\x05["x"]\x00'.decode()
+    for number, (trials, examples) in enumerate([(1, 1), (2, 3), (40, 40), (3, 5000)]):
+        unit, tables = unit_of(number, trials, examples)
+        if number == 1:
+            said = pa.array([spoof] * (trials * examples), pa.string())
+            tables["predictions"] = tables["predictions"].set_column(2, "prediction", said)
+        origin = (None, '{"torch": "2"}', json.dumps({"\x18": "\x00\x18\x06trials"}), "{}")[number]
+        store.write(unit._replace(provenance=origin, replaces=("a", "b") * (number % 2)), tables)
+    asked = []
+    read = pq.read_metadata
+    monkeypatch.setattr(pq, "read_metadata", lambda *where: (asked.append(where), read(*where))[1])
+    stated = store.done()
+    assert len(stated) == 4 and not asked
+    monkeypatch.setattr(results, "_stated", lambda *what: None)
+    assert store.done() == stated and len(asked) == 4
+
+
+def test_texts_that_do_not_agree_with_a_files_name_or_rows_are_not_taken(tmp_path):
+    """Each change leaves a footer that Parquet reads; the unit in it is another, or not whole."""
+    store = ResultStore(tmp_path)
+    (unit,) = fill(store, 1)
+    path = tmp_path / file_of(unit.unit)
+    content = path.read_bytes()
+    for old, new in ((b'"t0-1"]', b'"t0-2"]'), (b"\x06trials", b"\x06trialz")):
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+        assert store.done() == []
+    path.write_bytes(content.replace(b"[6, 2, 2]", b"[9, 2, 2]"))
+    assert store.done() == [unit], "Parquet counts the rows themselves"
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, 0.3, 0.9, -9, -8, -1])
@@ -136,6 +170,18 @@ def test_other_files_are_left_alone(place):
     store.storage.write("predictions.parquet", b"someone's own")
     assert store.done(tidy=True) == []
     assert list(store.storage.stamps()) == ["predictions.parquet"]
+
+
+def test_a_footer_that_is_damaged_where_nobody_looks_is_found_when_read(tmp_path):
+    store = ResultStore(tmp_path)
+    (unit,) = fill(store, 1)
+    path = tmp_path / file_of(unit.unit)
+    content = bytearray(path.read_bytes())
+    content[len(content) - 8 - int.from_bytes(content[-8:-4], "little") + 4] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DamagedUnit, match=r"is moved to .*; run the same command again"):
+        store.read(unit.unit)
+    assert store.done() == []
 
 
 @pytest.mark.parametrize("part", PARTS)
