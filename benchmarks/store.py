@@ -1,4 +1,5 @@
-"""What a large result store costs: to know what it holds, to collect its tables, and to put its small units together.
+"""What a large result store costs: to know what it holds, to tell what a sweep lacks of that, to collect its tables, and to
+put its small units together.
 
 Each part runs in a process of its own, so its peak memory is its own. The folder of many units holds files whose footers
 are whole and tell different units; their pages are copies of one another and are never read. The last line is one JSON
@@ -20,6 +21,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +32,7 @@ from pipelines.sweep import results
 from pipelines.sweep.collection import collect
 from pipelines.sweep.compaction import compact
 from pipelines.sweep.results import PARTS, ResultStore, StoredUnit, file_of, unit_name
-from pipelines.sweep.units import UnitExample
+from pipelines.sweep.units import UnitExample, answers_there
 
 QUESTIONS, TRIALS_A_UNIT, QUESTIONS_A_UNIT, QUESTIONS_AN_IMAGE = 2500, 20, 50, 5
 LIMITS = {"first_s": 60.0, "again_s": 10.0, "collect_us": 3.0, "open_files": 64}
@@ -125,7 +128,27 @@ def listing(folder: Path) -> dict[str, float]:
         with Watched() as watched:
             count = len(ResultStore(folder / "units").done(tidy=True))
         figures |= {f"{name}_s": watched.cpu, f"{name}_wall_s": watched.wall}
-    return {"units": count} | figures
+    return {"units": count} | figures | decision(count)
+
+
+def decision(units: int) -> dict[str, float]:
+    """Tell of units that are known, of trials in groups on images in batches, which of 100 million answers are there."""
+    trials, batches = max(units * TRIALS_A_UNIT // 2000, TRIALS_A_UNIT), min(2000, units)
+    groups = [
+        tuple(f"t{number:015}.code.versions" for number in range(first, first + TRIALS_A_UNIT))
+        for first in range(0, trials, TRIALS_A_UNIT)
+    ]
+    asked = [
+        tuple(f"d{batch * QUESTIONS_A_UNIT + number:023}" for number in range(QUESTIONS_A_UNIT))
+        for batch in range(batches)
+    ]
+    there = [(ids, digests) for ids in groups for digests in asked]
+    of_sweep: Any = [SimpleNamespace(trial_id=one.partition(".")[0], answer_id=one) for ids in groups for one in ids]
+    examples = [UnitExample(digest, f"e{digest}", "i", "", 8) for digests in asked for digest in digests]
+    with Watched() as watched:
+        held = answers_there(of_sweep, examples, there, "any")
+    assert all(present.bit_count() == len(examples) for present in held.values())
+    return {"decision_s": watched.cpu}
 
 
 def collection(folder: Path) -> dict[str, float]:
