@@ -89,4 +89,8 @@ def _random_numbers_begin_alike() -> None:
 
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if (
+        torch.cuda.is_initialized()
+    ):  # torch.manual_seed() keeps a call and its stack for every device that is not, each time
+        torch.cuda.manual_seed_all(0)

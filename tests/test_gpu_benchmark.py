@@ -34,7 +34,7 @@ from nuwa.stage2 import SCORERS
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-SHORT = replace(DRY, scenes=1, questions=1, questions_an_image=(1,), output_tokens=2)
+SHORT = replace(DRY, scenes=1, questions=1, questions_an_image=(1,), output_tokens=2, answer_tokens=2)
 SHORT = replace(SHORT, batches=(1,), traced_tokens=2)
 
 

@@ -57,7 +57,7 @@ def _measure(session: Session, images: int, system: str) -> Iterator[Result]:
     if images == scale.batches[0]:  # kernels are chosen and the allocator grows once
         run()
     wall_ms = session.clock(run)
-    busy_ms = traced(run, session.device).busy_ms
+    busy_ms = traced(run, session.device).busy_ms if session.device.type == "cuda" else None  # kernels are a GPU's
     figures: dict[str, Any] = {"answers_per_s": 1000 * answers / wall_ms, "tokens_per_s": 1000 * tokens / wall_ms}
     figures["busy_share"] = None if busy_ms is None else busy_ms / wall_ms
     figures |= {"answers": answers, "tokens": tokens, "wall_ms": wall_ms}

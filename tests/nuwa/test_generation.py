@@ -22,7 +22,7 @@ from nuwa.grid import PatchGrid
 from nuwa.methods import specify
 from nuwa.schedule import UnreachableBudget
 from nuwa.stage1.learnpruner import Lpm, WeightsError, save_lpm
-from nuwa.vlm import Adapter, EncodedImage, LlavaAdapter, adapt, load_adapter
+from nuwa.vlm import Adapter, EncodedImage, LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter, adapt, load_adapter
 
 torch.set_num_threads(1)
 MAX_NEW = 6
@@ -99,21 +99,18 @@ def test_an_image_with_fewer_tokens_than_the_budget_keeps_all(tiny_qwen, photos)
             assert one.tokens == other.tokens
 
 
-@pytest.mark.parametrize("method", ["random", "uniform", "pooling", "divprune", "fastv", "nuwa"])
+WHOLE = ["random", "uniform", "pooling", "divprune", "fastv", "nuwa"]
+
+
+@pytest.mark.parametrize("method", WHOLE)
 def test_a_whole_budget_is_the_unpruned_model_under_every_strategy(family, pictures, method):
+    """Every method with every strategy, each on one of the families, all of which get to each strategy twice."""
+    families = [LlavaAdapter, LlavaNextAdapter, Qwen2_5VLAdapter]
+    position = ["perc", "pesp", "rpme"][(WHOLE.index(method) + families.index(type(family))) % 3]
+    options = {"position": position, "parameters": {"pillar_quantile": 0.0} if method == "nuwa" else None}
     whole = ask(family, pictures[:3], method="unpruned", average_tokens=None)
-    parameters = {"pillar_quantile": 0.0} if method == "nuwa" else None
-    for position in ("perc", "pesp", "rpme"):
-        full = ask(
-            family,
-            pictures[:3],
-            method=method,
-            average_tokens=None,
-            retention=1.0,
-            position=position,
-            parameters=parameters,
-        )
-        assert [one.tokens for one in full] == [one.tokens for one in whole]
+    full = ask(family, pictures[:3], method=method, average_tokens=None, retention=1.0, **options)
+    assert [one.tokens for one in full] == [one.tokens for one in whole]
 
 
 def test_neither_batches_nor_repetition_change_anything(family, pictures):
