@@ -69,14 +69,20 @@ def test_unpruned_equals_stock_generate(tiny_vlm, scenes, batch):
     assert len(set(stock)) > 1 or batch == 1, "a constant model would prove nothing"
 
 
-@pytest.mark.parametrize("method", ["random", "uniform", "pooling", "visionzip", "nuwa"])
-@pytest.mark.parametrize("strategy", ["perc", "pesp", "rpme"])
-def test_full_budget_equals_unpruned(tiny_vlm, scenes, method, strategy):
+@pytest.fixture(scope="module")
+def of_three(tiny_vlm, scenes):
+    """Three images' signals, questions about them, and what the unpruned model says."""
     _, _, signals = encode(tiny_vlm, scenes[:3])
     asked = questions_of(3)
+    return signals, asked, run(tiny_vlm, signals, asked)
+
+
+@pytest.mark.parametrize("method", ["random", "uniform", "pooling", "visionzip", "nuwa"])
+@pytest.mark.parametrize("strategy", ["perc", "pesp", "rpme"])
+def test_full_budget_equals_unpruned(tiny_vlm, of_three, method, strategy):
+    signals, asked, unpruned = of_three
     parameters = {"pillar_quantile": 0.0} if method == "nuwa" else {}
     full = [("attention_last_token"), ("cosine_mean_text")]
-    unpruned = run(tiny_vlm, signals, asked)
     assert run(tiny_vlm, signals, asked, method, 144, strategy, **parameters) == unpruned
     cuts = [(3, 144, full[0]), (5, 144, full[1])]
     assert run(tiny_vlm, signals, asked, method, 144, strategy, cuts, **parameters) == unpruned

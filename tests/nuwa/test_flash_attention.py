@@ -75,7 +75,7 @@ def pictures(family, scenes, photos):
     return [Image.fromarray(scene.image) for scene in scenes[:2]] if isinstance(family, LlavaAdapter) else photos[:2]
 
 
-@pytest.mark.parametrize("method", ["unpruned", "nuwa", "fastv", "sparsevlm"])
+@pytest.mark.parametrize("method", ["unpruned", "nuwa", "sparsevlm"])
 def test_answers_are_those_of_sdpa(family, by_flash, pictures, method):
     """Shared prefixes become a row a question; several cuts, recycled tokens and questions of unlike length among them."""
     assert by_flash.flash_attention and not family.flash_attention

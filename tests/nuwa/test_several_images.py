@@ -243,35 +243,39 @@ CHOOSING = [
 
 
 @pytest.mark.parametrize(("family", "case"), CHOOSING, indirect=["family"])
-def test_methods_inside_the_model_choose_by_all_that_is_seen(family, twin, pictures, case):
-    """As a masked stock model, from whose layers the methods choose: texts between images are seen like any other."""
+def test_methods_inside_the_model_choose_by_all_that_is_seen(request, family, twin, pictures, case):
+    """As a masked stock model, from whose layers the methods choose: texts between images are seen like any other.
+
+    In one message or over two turns, in turn by family and by case.
+    """
+    number = FAMILIES.index(request.node.callspec.params["family"]) + list(INSIDE).index(case)
     images, method = [pictures[number] for number in (0, 3, 5)], case.split(",")[0]
     options = {"preset": RECIPES[method].presets[0]} | INSIDE[case]
-    for messages in conversations(family)[:2]:
-        (answer,) = nuwa.generate(
-            family.model, family.processor, [images], [messages],
-            method=method, retention=0.6, max_new_tokens=MAX_NEW, **options,
-        )  # fmt: skip
-        layouts = [family.layout_among(image.size) for image in images]
-        places = [
-            None if column in (-3, -2, -1, view.grid.width) else (row, column)
-            for layout in layouts
-            for view in layout.views
-            for row in range(view.grid.height)
-            for column in [
-                *range(-view.leading if row == 0 else 0, view.grid.width),
-                *[view.grid.width] * (view.newline or (view.closing and row == view.grid.height - 1)),
-            ]
+    messages = conversations(family)[number % 2]
+    (answer,) = nuwa.generate(
+        family.model, family.processor, [images], [messages],
+        method=method, retention=0.6, max_new_tokens=MAX_NEW, **options,
+    )  # fmt: skip
+    layouts = [family.layout_among(image.size) for image in images]
+    places = [
+        None if column in (-3, -2, -1, view.grid.width) else (row, column)
+        for layout in layouts
+        for view in layout.views
+        for row in range(view.grid.height)
+        for column in [
+            *range(-view.leading if row == 0 else 0, view.grid.width),
+            *[view.grid.width] * (view.newline or (view.closing and row == view.grid.height - 1)),
         ]
-        spec = specify(method, budget=0.6 * layouts[0].tokens, **options).on(layouts[0], family.layers).spec
-        reference = InsideModel(
-            twin, family.processor, images, messages, list(range(len(places))), spec.position,
-            places=places, trims=spec.stage2.trims,
-        )  # fmt: skip
-        for cut in spec.cuts(answer.schedule):
-            reference.choose(cut.layer, cut.keep, cut.scorer.name, cut.scorer.parameters)
-        assert list(answer.kept_last) == reference.alive[-1]
-        assert list(answer.tokens) == reference.answer(MAX_NEW, family.end_tokens, answer.tokens)[0]
+    ]
+    spec = specify(method, budget=0.6 * layouts[0].tokens, **options).on(layouts[0], family.layers).spec
+    reference = InsideModel(
+        twin, family.processor, images, messages, list(range(len(places))), spec.position,
+        places=places, trims=spec.stage2.trims,
+    )  # fmt: skip
+    for cut in spec.cuts(answer.schedule):
+        reference.choose(cut.layer, cut.keep, cut.scorer.name, cut.scorer.parameters)
+    assert list(answer.kept_last) == reference.alive[-1]
+    assert list(answer.tokens) == reference.answer(MAX_NEW, family.end_tokens, answer.tokens)[0]
 
 
 def test_a_text_stands_behind_all_images(family, pictures):

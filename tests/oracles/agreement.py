@@ -68,8 +68,10 @@ def assert_same_outcome(selection: Selection, expected: Outcome, picture: Pictur
             assert np.array_equal(found[at], untouched[token]), "pillars are bit-identical to their input"
 
 
-def keeps(tokens: int) -> list[int]:
-    return sorted({1, -(-tokens // 3), tokens - 1, tokens} - {0})
+def keeps(tokens: int, turn: int | None = None) -> list[int]:
+    """One token, a third, all but one, and all; of a ``turn`` every second of these, so that two turns keep them all."""
+    chosen = [1, -(-tokens // 3), tokens - 1, tokens]
+    return sorted({*(chosen if turn is None else chosen[turn % 2 :: 2])} - {0})
 
 
 @st.composite

@@ -244,13 +244,13 @@ def test_training_on_an_image_lowers_its_loss(own_vlm, batch):
     learner = learner_of(own_vlm, keep_share=0.2)
     optimizer = torch.optim.Adam(learner.parameters(), lr=3e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(12):
         optimizer.zero_grad()
         loss = learner(batch)["answers"]
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert np.mean(losses[-5:]) < losses[0] - 0.1, losses
+    assert np.mean(losses[-4:]) < losses[0] - 0.1, losses
 
 
 # --- data
