@@ -43,7 +43,16 @@ from pipelines.features.layouts import image_layouts
 from pipelines.features.loading import Loading
 from pipelines.features.signals import signal_bytes
 from pipelines.features.stand_in import StandInProcessor
-from pipelines.settings import PARAMS_FILE, ClusterSettings, ModelSettings, Settings, SweepSettings, parse_settings
+from pipelines.presets import preset_path
+from pipelines.settings import (
+    PARAMS_FILE,
+    ClusterSettings,
+    ModelSettings,
+    Settings,
+    SweepSettings,
+    parse_settings,
+    read_yaml,
+)
 from pipelines.sweep.askable import unaskable
 from pipelines.sweep.costs import SAMPLED, Costs, Forecast, forecast, sweep_costs
 from pipelines.sweep.engine import blocks_of, priced, pulled_tables, with_weights
@@ -367,7 +376,21 @@ def _size(count: float) -> str:
 
 def plan_experiment(name: str) -> None:
     """The plan of an experiment, which ``params.yaml`` need not hold yet."""
-    plan(parse_settings(experiment(name), f"{PARAMS_FILE} with {name}"))
+    settings = parse_settings(experiment(name), f"{PARAMS_FILE} with {name}")
+    for line in only_timed(name):
+        print(line)
+    plan(settings)
+
+
+def only_timed(name: str) -> list[str]:
+    """What to say where an experiment has no sweep of its own."""
+    path = preset_path(name)
+    if set(read_yaml(path.read_text(), str(path))) != {"profile"}:
+        return []
+    return [
+        f"{name} sets what is timed, not what is swept: `make experiment profile PRESET={name}` runs it; the plan below is of "
+        f"the sweep in {PARAMS_FILE}"
+    ]
 
 
 if __name__ == "__main__":

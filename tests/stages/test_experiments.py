@@ -15,6 +15,7 @@ from pipelines.profiling import planned_methods
 from pipelines.settings import SettingsError, parse_settings
 from stages.entry import planned_trials
 from stages.experiment import experiment
+from stages.plan import only_timed
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted((ROOT / "experiments").glob("*.yaml"))
@@ -40,6 +41,17 @@ def test_what_an_overlay_times_can_be_timed(overlay):
     assert set(planned) == set(wanted.models)
     for specs in planned.values():
         assert {spec.method for spec in specs} == set(wanted.methods)
+
+
+def test_a_plan_says_where_an_overlay_has_no_sweep_of_its_own(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = {overlay.stem: only_timed(overlay.stem) for overlay in OVERLAYS}
+    assert {name: lines for name, lines in told.items() if lines} == {
+        "latency": [
+            "latency sets what is timed, not what is swept: `make experiment profile PRESET=latency` runs it; the plan below is "
+            "of the sweep in params.yaml"
+        ]
+    }
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
