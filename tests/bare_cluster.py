@@ -4,10 +4,12 @@ scales or serves a dashboard. Each of those is a process that imports for second
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
+import ray
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
@@ -37,11 +39,13 @@ def _start_nothing(self: Node, **_options: Any) -> None:
 
 
 @contextlib.contextmanager
-def bare_cluster(**options: Any) -> Iterator[Cluster]:
-    """A cluster of a head alone, with ``options`` of :func:`add_node`; it ends with the context."""
+def bare_ray(**options: Any) -> Iterator[None]:
+    """This process connected to a head alone, with ``options`` of :func:`add_node`, which ends with the context."""
     cluster = Cluster()
     try:
         add_node(cluster, **options)
-        yield cluster
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+        yield
     finally:
+        ray.shutdown()
         cluster.shutdown()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Ray settles on a mode once a process; the tests' instances end with them. tests/cluster has one that asks for a token.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -26,9 +27,17 @@ from tiny_families import (  # noqa: F401  (fixtures for all tests)
     tiny_smolvlm,
     tiny_vlm,
 )
+from warm_workers import warm_workers
 from wheels import library_wheel  # noqa: F401  (a fixture)
 
 collect_ignore = ["accelerator"]  # changes torch: tests/nuwa/test_device_placement.py gives it a process of its own
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[None]:
+    """Workers of Ray are copies of a process that has imported what they need."""
+    with warm_workers():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def mlflow_server(servers, monkeypatch) -> str:
 
 
 @pytest.fixture
-def cluster_address(servers, monkeypatch) -> str:
+def cluster_address(servers, warm, monkeypatch) -> str:
     """A head alone, whose autoscaler starts a node for one worker, and another when the first is taken away while it is at
     its second unit; expected by ``servers``."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +9,11 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import ray
 import yaml
-from bare_cluster import bare_cluster
+from bare_cluster import bare_ray
 from bench import BENCHMARKS, GRIDS, LONGEST, Bench, Swept
 from moto.server import ThreadedMotoServer
+from once_a_run import once_a_run
 from pyarrow import fs
 
 from nuwa.testbed.benchmark import make_testbed_benchmark
@@ -62,12 +61,10 @@ def cluster() -> ClusterSettings:
 
 
 @pytest.fixture(scope="module")
-def one_ray() -> Iterator[None]:
+def one_ray(warm) -> Iterator[None]:
     """A Ray instance for two workers, for all tests of a module that need one; else each run starts and ends its own."""
-    with bare_cluster(num_cpus=2) as cluster:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+    with bare_ray(num_cpus=2):
         yield
-        ray.shutdown()
 
 
 @pytest.fixture
@@ -97,8 +94,14 @@ def bucket(endpoint, monkeypatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
-    root = tmp_path_factory.mktemp("features")
+def bench(request, tmp_path_factory) -> Bench:
+    needs = ("model_folder", "prepared", "examples")
+    return once_a_run(
+        tmp_path_factory, "bench", lambda folder: make_bench(folder, *map(request.getfixturevalue, needs))
+    )
+
+
+def make_bench(root: Path, model_folder: Path, prepared: Path, examples: pd.DataFrame) -> Bench:
     store, _ = encode_missing(
         str(model_folder),
         prepared / "images.parquet",
@@ -125,16 +128,24 @@ def bench(model_folder, prepared, examples, tmp_path_factory) -> Bench:
 
 
 @pytest.fixture(scope="session")
-def results_of_all(tmp_path_factory) -> Path:
-    """Where the undisturbed sweep is stored; what is swept there again is there already."""
-    return tmp_path_factory.mktemp("results")
+def swept_once(bench, tmp_path_factory) -> tuple[Path, Swept]:
+    def make(folder: Path) -> tuple[Path, Swept]:
+        outcome = bench.run(folder / "results", ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
+        assert not outcome.failures
+        return folder / "results", outcome
+
+    return once_a_run(tmp_path_factory, "undisturbed", make)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(bench, results_of_all) -> Swept:
-    outcome = bench.run(results_of_all, ClusterSettings(address=None, workers=1, cpus=1, gpus=0))
-    assert not outcome.failures
-    return outcome
+def results_of_all(swept_once) -> Path:
+    """Where the undisturbed sweep is stored; what is swept there again is there already."""
+    return swept_once[0]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(swept_once) -> Swept:
+    return swept_once[1]
 
 
 @pytest.fixture(scope="session")

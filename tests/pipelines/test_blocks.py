@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from bare_cluster import bare_ray
 from bench import SLOW, Bench, Swept, same
 
 from pipelines.data.datasets import choose_questions
@@ -124,10 +125,13 @@ def test_a_killed_sweep_of_more_images_than_before_goes_on_to_the_same_bytes(hal
 
 
 @pytest.mark.parametrize("half", [("bfloat16", 7)], indirect=True)
-def test_workers_of_a_cluster_give_the_same_bytes_on_a_bucket(half, whole, cluster, bucket, tmp_path, monkeypatch):
+def test_workers_of_a_cluster_give_the_same_bytes_on_a_bucket(
+    half, whole, cluster, warm, bucket, tmp_path, monkeypatch
+):
     monkeypatch.setattr(results, "FOOTERS", tmp_path / "footers")
     assert cluster.workers == 2
-    assert same(half.run(bucket, cluster=cluster)[0], whole)
+    with bare_ray(num_cpus=2):  # begun here, for workers have the bucket's keys from its environment
+        assert same(half.run(bucket, cluster=cluster)[0], whole)
 
 
 # How questions are cut

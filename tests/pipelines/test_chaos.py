@@ -111,7 +111,7 @@ class Chaos:
 
 
 @pytest.fixture
-def chaos(bench, tmp_path):
+def chaos(bench, warm, tmp_path):
     made = Chaos(bench, tmp_path)
     yield made
     made.driver.kill()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import signal
-import subprocess
-import sys
 import tracemalloc
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from bench import ROOT
+from forked import forked
 from PIL import Image
 
 from nuwa.benchmarks import RecordError, get_benchmark
@@ -196,16 +195,16 @@ def test_a_killed_prepare_leaves_what_was_there(many, tmp_path):
     """Killed while images wait on disk: neither file has changed, and no other is left."""
     good = written(tmp_path, area)[0]
     before = (tmp_path / "i.parquet").read_bytes()
-    script = (
-        "import os, signal, sys; from pathlib import Path; from pipelines.data.datasets import write_examples\n"
-        "folder, seen = Path(sys.argv[1]), []\n"
-        "def order(size):\n"
-        "    seen.append(size)\n"
-        "    if len(seen) == 200: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return ()\n"
-        "write_examples({'pope': folder}, 'testbed', folder / 'e.parquet', folder / 'i.parquet', order=order)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
-    assert done.returncode == -signal.SIGKILL
+    seen = []
+
+    def order(size: tuple[int, int]) -> tuple[()]:
+        seen.append(size)
+        if len(seen) == 200:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ()
+
+    files = (tmp_path / "e.parquet", tmp_path / "i.parquet")
+    done = forked(lambda: write_examples({"pope": tmp_path}, "testbed", *files, order=order))
+    assert done.code == -signal.SIGKILL
     assert (tmp_path / "e.parquet").read_bytes() == good and (tmp_path / "i.parquet").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e.parquet", "i.parquet", "pope.parquet"]

@@ -20,7 +20,7 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
-from rehearsal.servers import BIN, HEAD, OBJECTS, end_tree, free_port
+from rehearsal.servers import HEAD, OBJECTS, end_tree, free_port, ray_start
 
 FIRST = 10  # last byte of the first node's address
 
@@ -83,7 +83,7 @@ class Raylets(NodeProvider):
             with self.lock:
                 number = len(self.machines)
                 name, address = f"node{number}", f"127.0.0.{FIRST + number}"
-                command = [BIN / "ray", "start", "--block", "--address", self.gcs, "--node-ip-address", address]
+                command = [*ray_start(), "--address", self.gcs, "--node-ip-address", address]
                 command += ["--temp-dir", self.folder / f"ray{number}", "--num-cpus", "1", "--num-gpus", "0"]
                 command += ["--object-store-memory", OBJECTS, "--disable-usage-stats"]
                 command += ["--dashboard-agent-listen-port", free_port()]

@@ -42,8 +42,8 @@ def take_machine_away() -> None:
     """Kill the raylet, whatever it started, who started it, and this process last."""
     import psutil
 
-    own = psutil.Process()
-    top = next(process for process in own.parents() if {"start", "--block"} <= set(process.cmdline()))
+    own, raylet = psutil.Process(), psutil.Process(int(os.environ["RAY_RAYLET_PID"]))
+    top = next(process for process in raylet.parents() if {"start", "--block"} <= set(process.cmdline()))
     for process in [top, *top.children(recursive=True)]:
         if process != own:
             process.kill()

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import warm_workers
 import yaml
 
 BIN = Path(sys.executable).parent
@@ -69,6 +70,12 @@ def told(dashboard: str, what: str) -> str:
     question = urllib.request.Request(f"{dashboard}/{what}", headers={"Authorization": f"Bearer {TOKEN}"})
     with urllib.request.urlopen(question, timeout=DEADLINE_S) as response:
         return response.read().decode()
+
+
+def ray_start() -> list[str | Path]:
+    """The command that starts a node, whose log nobody sends to a driver; with warm workers where there are any."""
+    begin = [sys.executable, warm_workers.__file__, "--ray"] if warm_workers.VARIABLE in os.environ else [BIN / "ray"]
+    return [*begin, "start", "--block", "--include-log-monitor", "false"]
 
 
 def alive_nodes(dashboard: str) -> int:
@@ -218,7 +225,7 @@ def growing_cluster(servers: Servers, most: int, **environment: str) -> str:
     }
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
         told_to_nodes.pop(name, None)
-    begin = [BIN / "ray", "start", "--block", "--head", "--node-ip-address", HEAD, "--port", port, "--num-cpus", "0"]
+    begin = [*ray_start(), "--head", "--node-ip-address", HEAD, "--port", port, "--num-cpus", "0"]
     begin += ["--num-gpus", "0", "--object-store-memory", OBJECTS, "--disable-usage-stats", "--temp-dir"]
     begin += [
         servers.folder / "ray0",

@@ -92,7 +92,7 @@ def test_a_search_leaves_its_tables_and_runs_and_asks_nothing_twice(work, capsys
     assert not (work / "data" / "search" / "swarm.csv").exists(), "what is not of this search goes"
 
 
-def test_workers_of_ray_race_to_the_same_table(work, monkeypatch):
+def test_workers_of_ray_race_to_the_same_table(work, warm, monkeypatch):
     settings, table = settings_of(work, swarm=None), work / "data" / "search" / "trials.csv"
     with monkeypatch.context() as here:
         work_here(here)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import logging
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from bare_cluster import bare_cluster
+from bare_cluster import bare_ray
 
 from pipelines.files.storage import StorageUnavailable
 from pipelines.settings import ClusterSettings
@@ -29,12 +28,10 @@ STICKY = "CUDA error: an illegal memory access was encountered"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_ray():
+def one_ray(warm):
     """Two pretended GPUs on this machine, for all tests of the module."""
-    with bare_cluster(num_cpus=2, num_gpus=2) as cluster:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+    with bare_ray(num_cpus=2, num_gpus=2):
         yield
-        ray.shutdown()
 
 
 def two(gpus: float = 0) -> ClusterSettings:
