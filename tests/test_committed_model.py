@@ -79,11 +79,18 @@ def accuracy(vlm, world, spec) -> dict[str, float]:
     return {family: float(np.mean(values)) for family, values in right.items()}
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_unpruned_is_stock_generate_token_for_token(vlm, world, batch):
+@pytest.fixture(scope="module", params=[1, 8])
+def unpruned(request, vlm, world):
+    """The first images of the world, and what the unpruned model says of them."""
+    rows = slice(0, request.param)
+    return rows, answer(vlm, world, specify("unpruned"), rows)
+
+
+def test_unpruned_is_stock_generate_token_for_token(vlm, world, unpruned):
     images, questions, _ = world
-    ours = iter(answer(vlm, world, specify("unpruned"), slice(0, batch)))
-    for image, mine in zip(images[:batch], questions[:batch], strict=True):
+    rows, whole = unpruned
+    ours = iter(whole)
+    for image, mine in zip(images[rows], questions[rows], strict=True):
         turns = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt_of(question)}]}
             for question in mine
@@ -96,11 +103,9 @@ def test_unpruned_is_stock_generate_token_for_token(vlm, world, batch):
             assert tuple(row[: ends[0]] if ends else row) == next(ours)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("method", ["random", "uniform", "pooling", "visionzip", "fastv", "nuwa"])
-def test_a_full_budget_is_the_unpruned_model(vlm, world, method, batch):
-    rows = slice(0, batch)
-    whole = answer(vlm, world, specify("unpruned"), rows)
+def test_a_full_budget_is_the_unpruned_model(vlm, world, unpruned, method):
+    rows, whole = unpruned
     parameters = {"pillar_quantile": 0.0} if method == "nuwa" else {}
     spec = specify(method, budget=144, position="perc", parameters=parameters)
     assert answer(vlm, world, spec, rows) == whole

@@ -12,10 +12,12 @@ from wheels import build_wheel, install
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "examples" / "plugin"
-OFFERED = """
-import importlib.metadata, pathlib, nuwa.plugins
+OFFERED_AND_TESTED = """
+import pathlib, sys, nuwa.plugins
 print(pathlib.Path(nuwa.__file__).parents[1])
-print(nuwa.plugins.load_plugins(), "loudest" in [one.name for one in nuwa.methods()])
+print(nuwa.plugins.load_plugins(), "loudest" in [one.name for one in nuwa.methods()], flush=True)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
@@ -31,12 +33,10 @@ def test_the_example_passes_its_own_test_beside_the_wheel_alone(library_wheel, t
         "OMP_NUM_THREADS": "1",
     }
 
-    def run(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
-        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        return ran.stdout
-
-    passed = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_plugin.py")
+    tests = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_plugin.py"]
+    command = [sys.executable, "-c", OFFERED_AND_TESTED, *tests]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found, loaded, passed, *_ = ran.stdout.splitlines()
+    assert (found, loaded) == (str(site), "('nuwa_loudest',) True")
     assert passed.startswith("....."), "five tests"
-    assert run("-c", OFFERED).splitlines() == [str(site), "('nuwa_loudest',) True"]
