@@ -27,6 +27,8 @@ token=$(mktemp "$PWD/.ray-token.XXXXXXXXXX")
 trap 'rm -f "$token"' EXIT
 head -c 32 /dev/urandom | base64 | tr -d '\n' >"$token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
+# Of Ray's pages of figures, which ask for no token, none is served.
+export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 export OMP_NUM_THREADS=1
 

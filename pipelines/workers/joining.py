@@ -31,6 +31,9 @@ KEPT_MEMORY = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"trim_threshold": 2**30, "mmap_threshold": 2**25, "hugetlb": 1}.items()
 )
+# Ray's pages of figures for Prometheus listen on every interface and ask for no token; with these variables none does: the
+# nodes' own are an option of Ray's, and no server listens on port -1, which is a line in the log of autoscaler and dashboard.
+NO_PAGES = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
 PROBE_S = 10.0  # for a connection; Ray itself would try for minutes
 ANSWER_S = 60.0  # for a first answer of the cluster, the import of Ray included
 ASK = """
@@ -56,6 +59,8 @@ def start_ray(cluster: ClusterSettings) -> bool:
     # Ray lets workers yield to everything else on the machine, 15 steps down; here they are what the machine is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("GLIBC_TUNABLES", KEPT_MEMORY)  # of workers on this machine; a cluster's have their own
+    for name, value in NO_PAGES.items():
+        os.environ.setdefault(name, value)
     if address is not None:
         probe(address)
     import ray

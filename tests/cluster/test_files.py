@@ -14,6 +14,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipelines.files.secrets import is_secret
+from pipelines.workers.joining import NO_PAGES
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -207,6 +208,23 @@ def test_every_launcher_and_documented_command_starts_ray_with_a_token():
         if "--head" in line:
             assert re.search(r"--dashboard-host[= ]127\.0\.0\.1", line), (name, line)
     assert "RAY_AUTH_MODE=token" in (CLUSTER / "slurm.sh").read_text()
+
+
+def test_no_launcher_serves_rays_pages_of_figures():
+    """They ask for no token. A node has one page, the head two more."""
+    on_a_node, *on_the_head = (f"{name}={value}" for name, value in NO_PAGES.items())
+    for name in LAUNCHERS:
+        (head,), (node,) = (load(f"{name}.yaml")[f"{kind}_start_ray_commands"] for kind in ("head", "worker"))
+        for command, closed in ((head, [on_a_node, *on_the_head]), (node, [on_a_node])):
+            assert set(closed) <= set(command.partition(";")[0].removeprefix("export ").split())
+
+    cluster = load("kuberay.yaml")["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        given = {f"{variable['name']}={variable['value']}" for variable in container["env"]}
+        assert {on_a_node, *(on_the_head if group is cluster["headGroupSpec"] else ())} <= given
+    for path in (CLUSTER / "slurm.sh", ROOT / "docs" / "cluster.md"):
+        assert re.search(rf"^(\$ )?export {' '.join([on_a_node, *on_the_head])}\b", path.read_text(), re.MULTILINE)
 
 
 def test_compose_is_what_docker_compose_reads():

@@ -188,6 +188,8 @@ def growing_cluster(servers: Servers, most: int, **environment: str) -> str:
     :class:`rehearsal.autoscaling.Raylets`, so what runs, runs where the job does not. Every node has ``environment`` and a
     folder of its own, as machines have; else nodes unpack code over each other.
     """
+    from pipelines.workers.joining import NO_PAGES  # the autoscaler's process reads this file too, without the project
+
     token, types = servers.folder / "token", servers.folder / "types.yaml"
     token.write_text(TOKEN)
     port, dashboard = free_port(), free_port()
@@ -217,6 +219,7 @@ def growing_cluster(servers: Servers, most: int, **environment: str) -> str:
     told_to_nodes = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        **NO_PAGES,
         "RAY_agent_register_timeout_ms": str(1000 * DEADLINE_S),  # a busy machine is not a broken one
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_HEARTBEAT_TIMEOUT_S": str(DEADLINE_S),
