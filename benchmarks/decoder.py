@@ -61,10 +61,13 @@ def run_trunk(trunk: Any, cuts: Sequence[Any], limits: list[int], seed: int = 0)
 
 
 def grid() -> list[dict[str, Any]]:
-    """Trials by the keywords of ``specify``: those of a default sweep that earlier versions know by the same names."""
+    """Trials by the keywords of ``specify``: those of a default sweep that earlier versions know by the same names.
+
+    VisionZip is left out: it merges tokens otherwise since, so its answers may differ for no fault of the decoder.
+    """
     budgets, positions = (16, 32, 48), ("perc", "pesp", "rpme")
     trials: list[dict[str, Any]] = [{"method": "unpruned"}]
-    for method in ("nuwa", "visionzip", "divprune", "vispruner", "random", "uniform"):
+    for method in ("nuwa", "divprune", "vispruner", "random", "uniform"):
         trials += [
             {"method": method, "budget": budget, "position": position} for budget in budgets for position in positions
         ]
