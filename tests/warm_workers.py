@@ -2,8 +2,9 @@
 
 A worker of a sweep imports torch and transformers for ten seconds of a processor before it does a second's work, and a suite
 starts dozens. What Ray starts here in its stead asks that process for a copy of itself, which goes on as Ray's worker does,
-with the arguments, environment, folder and files that it would have had; what asked ends as the copy ends. All processes of
-a test run share the one, which ends with them.
+with the arguments, environment, folder and files that it would have had; what asked ends as the copy ends, and the copy where
+what asked is killed. Programs of tests that drive Ray can begin so too (:func:`warm_program`). All processes of a test run
+share the one that is copied, which ends with them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "TESTS_WARM_WORKERS"  # the socket's name, for what Ray starts
+PROGRAM = "--program"
 SERVING: list[Any] = []  # by this process; it ends when the last process of the run has
 ASKS_FOR_A_WORKER, STAYS, BEGUN = b"w", b"s", b"b"
 OF_TRANSFORMERS = ("transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava")
@@ -86,6 +88,11 @@ def _asked_for() -> Iterator[None]:
         yield
 
 
+def warm_program(file: Path, *arguments: object) -> list[str]:
+    """The command of a Python program that imports the pipeline; Ray that it starts has such workers."""
+    return [sys.executable, __file__, PROGRAM, str(file), *map(str, arguments)]
+
+
 def ray_command() -> None:
     """Ray's command line, whose nodes have such workers."""
     from ray.scripts.scripts import main
@@ -98,9 +105,9 @@ def ray_command() -> None:
 
 
 def ask() -> int:
-    """Have a worker in this process's stead, and end as it does; where nobody answers, begin as Ray's worker does."""
+    """Have a worker or a program in this process's stead, and end as it does; where nobody answers, begin it anew."""
     told = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
-    with contextlib.suppress(OSError), _connect(os.environ[VARIABLE]) as connection:
+    with contextlib.suppress(OSError, KeyError), _connect(os.environ[VARIABLE]) as connection:
         connection.sendall(ASKS_FOR_A_WORKER)
         socket.send_fds(connection, [len(told).to_bytes(4, "big")], [0, 1, 2])
         connection.sendall(told)
@@ -108,7 +115,8 @@ def ask() -> int:
             return int.from_bytes(connection.recv(1) or b"\1", "big")
     from ray._private.workers import setup_worker
 
-    os.execv(sys.executable, [sys.executable, setup_worker.__file__, *sys.argv[1:]])
+    own = sys.argv[2:] if sys.argv[1] == PROGRAM else [setup_worker.__file__, *sys.argv[1:]]
+    os.execv(sys.executable, [sys.executable, *own])
 
 
 # --- the process that has imported everything ------------------------------------------------------------------------------
@@ -211,6 +219,9 @@ class Copies:
 
             traceback.print_exc()
         finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
             os._exit(code)
 
     def _leave(self, connection: Any) -> None:
@@ -247,8 +258,16 @@ def _peer(connection: socket.socket) -> tuple[int, int, int]:
 
 
 def _work(arguments: list[str]) -> None:
-    """What Ray's ``setup_worker.py`` does, and its ``default_worker.py``."""
+    """A program, or what Ray's ``setup_worker.py`` does, and its ``default_worker.py``."""
     import runpy
+
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
+    if arguments[0] == PROGRAM:
+        sys.argv = arguments[1:]
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        with _asked_for():
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        return
 
     from ray._private.runtime_env.context import RuntimeEnvContext
     from ray._private.utils import update_envs

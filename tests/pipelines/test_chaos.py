@@ -10,7 +10,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import time
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -20,6 +19,7 @@ import pytest
 from bare_cluster import add_node
 from bench import PATHS, ROOT, same
 from ray.cluster_utils import Cluster
+from warm_workers import warm_program
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "3"))
 KINDS = ("worker", "node", "driver")
@@ -56,6 +56,7 @@ class Chaos:
     def __init__(self, bench, folder):
         self.folder, self.results, self.log = folder, folder / "results", folder / "units.log"
         self.log.touch()
+        (folder / "driver.py").write_text(DRIVER)
         (folder / "bench.pickle").write_bytes(pickle.dumps(bench))
         self.cluster = Cluster()
         add_node(self.cluster, num_cpus=0)
@@ -69,7 +70,7 @@ class Chaos:
         arguments = [self.folder / "bench.pickle", self.cluster.address, NODES, self.results, self.log, SPEED]
         with open(self.folder / "driver.log", "a") as output:
             self.driver = subprocess.Popen(
-                [sys.executable, "-c", DRIVER, *map(str, arguments)],
+                warm_program(self.folder / "driver.py", *arguments),
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": PATHS, "RAY_AUTH_MODE": "disabled"},
                 stdout=output,

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from forked import forked
 from PIL import Image
+from warm_workers import warm_program
 
 from nuwa.plugins import PluginError, load_plugins, plugin_code
 from nuwa.stage1 import get_method
@@ -84,7 +85,7 @@ def asked(params) -> dict:
 def run(project: Path, asked: dict) -> dict:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [sys.executable, str(PROGRAM)],
+        warm_program(PROGRAM),
         input=json.dumps(asked),
         cwd=project,
         env=environment,
@@ -116,7 +117,9 @@ def test_a_change_to_a_plugin_changes_its_own_trials_only(project, asked):
     assert len(before) == 6
 
 
-def test_the_pipeline_runs_a_plugins_method_scorer_and_benchmark_and_isolates_one_that_fails(project, asked, bench):
+def test_the_pipeline_runs_a_plugins_method_scorer_and_benchmark_and_isolates_one_that_fails(
+    project, asked, bench, warm
+):
     """From the plugin's own table by ``prepare`` to answers of Ray's workers, scored by the plugin's rule."""
     rows = []
     for number, colour in enumerate(["red", "blue", "green"]):
