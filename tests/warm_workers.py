@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = "TESTS_WARM_WORKERS"  # the socket's name, for what Ray starts
 PROGRAM = "--program"
 SERVING: list[Any] = []  # by this process; it ends when the last process of the run has
@@ -280,13 +281,28 @@ def _work(arguments: list[str]) -> None:
     if prefix:  # of a working directory
         assert prefix[0] == "cd" and prefix[2] == "&&" and len(prefix) == 3, prefix
         os.chdir(prefix[1])
+        _forget_own_code()  # what was sent along is what has to work
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     sys.argv = rest
     runpy.run_path(rest[0], run_name="__main__")
 
 
+def _forget_own_code() -> None:
+    """Import packages of this checkout anew, from where the worker finds them; those that are installed stay."""
+    sys.path[:] = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"))]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if (
+            file
+            and name != "__main__"
+            and ROOT in Path(file).parents
+            and ".venv" not in Path(file).relative_to(ROOT).parts
+        ):
+            del sys.modules[name]
+
+
 def serve(file: int) -> None:
-    sys.path[0] = str(Path(__file__).parents[1])
+    sys.path[0] = str(ROOT)
     prepare()
     Copies(socket.socket(fileno=file)).serve()
 
