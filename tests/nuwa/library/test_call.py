@@ -113,8 +113,8 @@ def test_an_image_that_comes_again_is_encoded_and_prefilled_once(tiny_qwen, phot
     model = tiny_qwen.model.model
     with told_before(model.visual, see_images), told_before(model.language_model.layers[0], see_rows):
         answers = ask(tiny_qwen, images, questions, max_new_tokens=1)
-    once = 1 + 1  # of two layouts each: the tokens before the image, and the image with its questions
-    assert seen == {"images": 2, "rows": 2 * once}
+    # Of two layouts each a row: the tokens before the image, the image, and its questions.
+    assert seen == {"images": 2, "rows": 2}
 
     alone = [ask(tiny_qwen, image, text, max_new_tokens=1) for image, text in zip(images, questions, strict=True)]
     for one, other in zip(answers, alone, strict=True):
