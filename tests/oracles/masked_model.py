@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,8 +180,9 @@ class MaskedModel:
 
     def _run(self, answer: list[int], attentions: bool):
         embedded = self.embeddings(answer)
+        alike: dict[Any, Any] = {}  # what layers where the same is alive, and as far seen, have in common
         hooks = [
-            layer.register_forward_pre_hook(self._blocking(number, embedded.shape[1]), with_kwargs=True)
+            layer.register_forward_pre_hook(self._blocking(number, embedded.shape[1], alike), with_kwargs=True)
             for number, layer in enumerate(self.language.layers)
         ]
         hooks += [
@@ -209,8 +211,11 @@ class MaskedModel:
 
         return add
 
-    def _blocking(self, number: int, length: int):
-        mask = self.mask(number, length)
+    def _blocking(self, number: int, length: int, alike: dict[Any, Any]):
+        level = tuple(self.alive[number]), self.window(number)
+        if level not in alike:
+            alike[level] = self.mask(number, length)
+        mask = alike[level]
 
         def block(_module, arguments, named):
             named = {**named, "attention_mask": mask}
@@ -219,8 +224,10 @@ class MaskedModel:
                 hidden[0, self.visual[patch]] = torch.from_numpy(state).to(hidden)
             self.entering[number], arguments = hidden, (hidden, *arguments[1:])
             if self.strategy != "pesp":  # PESP's ids are the stock model's own
-                ids = self.position_tensor(self.positions(number, length))
-                named["position_embeddings"] = self.language.rotary_emb(arguments[0], position_ids=ids)
+                if level[0] not in alike:
+                    ids = self.position_tensor(self.positions(number, length))
+                    alike[level[0]] = self.language.rotary_emb(arguments[0], position_ids=ids)
+                named["position_embeddings"] = alike[level[0]]
             return arguments, named
 
         return block
