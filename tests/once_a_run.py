@@ -18,8 +18,8 @@ def once_a_run(folders: pytest.TempPathFactory, name: str, make: Callable[[Path]
     It is pickled, and for all to read; who asks meanwhile waits. A process that fails leaves it to the next.
     """
     top = folders.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        top = top.parent  # of all processes
+    if top.name == f"popen-{os.environ.get('PYTEST_XDIST_WORKER')}":
+        top = top.parent  # of all processes; a run within a test has a folder of its own
     place = top / "once" / name
     place.mkdir(parents=True, exist_ok=True)
     made = place / "made.pickle"

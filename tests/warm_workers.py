@@ -56,19 +56,34 @@ def warm_workers() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    import subprocess
     from unittest.mock import patch
 
     name = f"nuwa-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
-    with socket.socket(socket.AF_UNIX) as listening, contextlib.suppress(OSError):  # if another of this run was first
-        listening.bind("\0" + name)
-        listening.listen(64)
-        command = [sys.executable, __file__, "--serve", str(listening.fileno())]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        SERVING.append(subprocess.Popen(command, pass_fds=[listening.fileno()], env=environment))
+    with socket.socket(socket.AF_UNIX) as listening:
+        if _is_first(listening, name):
+            _serve_from(listening)
     with _connect(name, tries=100) as stays, patch.dict(os.environ, {VARIABLE: name}), _asked_for():
         stays.sendall(STAYS)
+        stays.recv(1)  # once it has imported all: Ray gives up a worker that takes long to register
         yield
+
+
+def _is_first(listening: socket.socket, name: str) -> bool:
+    """Whether no other process of this run has the name already."""
+    try:
+        listening.bind("\0" + name)
+    except OSError:
+        return False
+    listening.listen(64)
+    return True
+
+
+def _serve_from(listening: socket.socket) -> None:
+    import subprocess
+
+    command = [sys.executable, __file__, "--serve", str(listening.fileno())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    SERVING.append(subprocess.Popen(command, pass_fds=[listening.fileno()], env=environment))
 
 
 @contextlib.contextmanager
@@ -147,46 +162,52 @@ class Copies:
         self.listening, self.selector, self.readable = listening, selectors.DefaultSelector(), selectors.EVENT_READ
         self.staying: set[socket.socket] = set()
         self.workers: dict[int, socket.socket] = {}
-        self.ended, wake = socket.socketpair()
+
+        # A child that ends writes a byte where the others are waited for too.
+        self.ended, self.wake = socket.socketpair()
         self.ended.setblocking(False)
-        wake.setblocking(False)
-        signal.set_wakeup_fd(wake.fileno())
+        self.wake.setblocking(False)
+        signal.set_wakeup_fd(self.wake.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        self.wake = wake
         for watched in (listening, self.ended):
             self.selector.register(watched, self.readable)
 
     def serve(self) -> None:
         """Until nobody stays."""
         came = False
-        while self.staying or not came:
-            for key, _ in self.selector.select():
-                if key.fileobj is self.listening:
-                    self._welcome(self.listening.accept()[0])
-                    came = came or bool(self.staying)
-                elif key.fileobj is self.ended:
-                    self.ended.recv(4096)
-                    self._reap()
-                elif key.fileobj.fileno() >= 0:  # it was not closed a moment ago
-                    self._leave(key.fileobj)
-        for process in self.workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        try:
+            while self.staying or not came:
+                for key, _ in self.selector.select():
+                    if key.fileobj is self.listening:
+                        self._welcome(self.listening.accept()[0])
+                        came = came or bool(self.staying)
+                    elif key.fileobj is self.ended:
+                        self.ended.recv(4096)
+                        self._reap()
+                    elif key.fileobj.fileno() >= 0:  # it was not closed a moment ago
+                        self._leave(key.fileobj)
+        finally:
+            for process in self.workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
 
     def _welcome(self, connection: socket.socket) -> None:
         _, user, _ = _peer(connection)
         kind = connection.recv(1) if user == os.getuid() else b""
         if kind == STAYS:
             self.staying.add(connection)
+            connection.sendall(BEGUN)
         elif kind == ASKS_FOR_A_WORKER:
             size, files, *_ = socket.recv_fds(connection, 4, 3)
             told = b""
             while len(told) < int.from_bytes(size, "big") and (more := connection.recv(1 << 16)):
                 told += more
+
             process = os.fork()
             if process == 0:
                 connection.close()
-                self._become(files, *json.loads(told))
+                self._become(files, told)
+
             for file in files:
                 os.close(file)
             with contextlib.suppress(OSError):  # killed meanwhile, as will be seen
@@ -197,9 +218,11 @@ class Copies:
             return
         self.selector.register(connection, self.readable)
 
-    def _become(self, files: list[int], arguments: list[str], environment: dict[str, str], folder: str) -> None:
+    def _become(self, files: list[int], told: bytes) -> None:
+        """Go on as what was asked for, from arguments, environment and folder as ``told``, and end."""
         code = 1
         try:
+            arguments, environment, folder = json.loads(told)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for target, file in enumerate(files):
@@ -208,6 +231,7 @@ class Copies:
             self.selector.close()
             for mine in (self.listening, self.ended, self.wake, *self.staying, *self.workers.values()):
                 mine.close()
+
             os.environ.clear()
             os.environ.update(environment)
             os.chdir(folder)
@@ -241,8 +265,8 @@ class Copies:
                 process, status = os.waitpid(-1, os.WNOHANG)
                 if process == 0:
                     return
-                connection = self.workers.pop(process)
-                if connection.fileno() < 0:
+                connection = self.workers.pop(process, None)
+                if connection is None or connection.fileno() < 0:
                     continue
                 self.selector.unregister(connection)
                 code = os.waitstatus_to_exitcode(status)
@@ -292,12 +316,7 @@ def _forget_own_code() -> None:
     sys.path[:] = [path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"))]
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if (
-            file
-            and name != "__main__"
-            and ROOT in Path(file).parents
-            and ".venv" not in Path(file).relative_to(ROOT).parts
-        ):
+        if file and name != "__main__" and ROOT in Path(file).parents and "site-packages" not in Path(file).parts:
             del sys.modules[name]
 
 

@@ -64,8 +64,8 @@ for _protocol in (
     Protocol(TESTBED, "this repository: published prompts, short answer limits"),
     Protocol(
         "lmms_eval",
-        "lmms-eval 0.7.2 (commit 75571cfe), chat class of Qwen2.5-VL, MMMU as its simple class asks it; Qwen2-VL (its one class) and Qwen3-VL (chat class) "
-        "as of 0.7.3; grounding is its bbox_rec tasks",
+        "lmms-eval 0.7.2 (commit 75571cfe), chat class of Qwen2.5-VL, MMMU as its simple class asks it; Qwen2-VL (its one "
+        "class) and Qwen3-VL (chat class) as of 0.7.3; grounding is its bbox_rec tasks",
         {LLAVA_1_5: 1024, LLAVA_NEXT: 1024, QWEN2_VL: 128, QWEN2_5_VL: 128, QWEN3_VL: 128},
     ),
     Protocol(

@@ -45,7 +45,7 @@ def _read(row: dict[str, Any]) -> Iterator[Example]:
 def _choice(row: dict[str, Any], column: str) -> str:
     """An empty one has its line all the same."""
     if row[column] is None:
-        raise RecordError(f"column {column!r} is empty")
+        raise RecordError(f"column {column!r} is null")
     return str(row[column])
 
 

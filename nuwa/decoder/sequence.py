@@ -170,10 +170,10 @@ class Stretch:
     ``hidden`` ``(rows, columns, dim)`` has passed all layers below ``layer``; ``first`` is the stretch's first layer.
     ``spans`` ``(rows, columns, 2)``: the ranks each column serves. ``positions`` ``(axes, rows, columns)``: position
     ids. ``slot`` ``(rows, columns)``: place in the unpruned image (or ``TEXT``). ``between`` ``(rows, tokens)``: columns
-    of the texts between images. ``place`` ``(questions, 2)``: each question's row and rank. ``text`` ``(questions, longest)``: the columns of its tokens behind the image, padded at
-    the right with -1. ``last`` ``(questions,)``: column of its last token. ``next_position`` ``(questions,)``: position
-    id of its first generated token. ``keys``: what the stretch's layers have written. ``inputs``: hidden states entering
-    the layers that a cut's scorer reads. ``prefix``: tokens that stand before every row, where they are no columns of it.
+    of the texts between images. ``place`` ``(questions, 2)``: each question's row and rank. ``text`` ``(questions,
+    longest)``: the columns of its tokens behind the image, padded at the right with -1. ``last`` ``(questions,)``: column
+    of its last token. ``next_position`` ``(questions,)``: position id of its first generated token. ``keys``: what the
+    stretch's layers have written. ``inputs``: hidden states entering the layers that a cut's scorer reads. ``prefix``: tokens that stand before every row, where they are no columns of it.
     ``left`` ``(questions, dim)``: the questions' last tokens as they left the model's last layer, once they have;
     ``hidden`` and ``inputs`` are empty from then on.
     ``deep``: for each of the model's first layers what is added behind it, ``(rows, columns, dim)``, zero but for visual

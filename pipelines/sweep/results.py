@@ -84,9 +84,7 @@ FAN = 2  # characters of a unit's name that its folder has
 REMEMBERED_FROM = 1000  # units of a folder of this machine; fewer footers are sooner read than remembered
 FOOTER_BYTES = 32 * 1024  # read at first; a longer footer is asked for again
 READERS = 16  # requests under way at once
-AHEAD = (
-    4  # units that are fetched while one is worked on; of a folder of this machine one, as reading it is all processor
-)
+AHEAD = 4  # units fetched while one is worked on; of a folder of this machine one, as reading it is all processor
 FOOTERS = Path(tempfile.gettempdir()) / f"nuwa-footers-{os.getuid()}"  # what footers said, on each machine
 
 

@@ -41,9 +41,8 @@ _RUNS_A_PAGE = 1000
 
 _DIGEST_CHARACTERS = 36
 MOST_SWEEPS = 200  # that a run's tag lists, 17 characters each: MLflow's tags hold 8,000 characters, those of old 5,000
-EARLIER = (
-    "earlier_sweeps"  # how many sweeps the tag has no room for; with a number: lists of those that had to leave it
-)
+# How many sweeps the tag has no room for; with a number behind it: lists of those that had to leave it.
+EARLIER = "earlier_sweeps"
 _QUESTIONS = ("data", "model", "features")  # tags of a child that say what was asked of what
 
 
@@ -55,16 +54,20 @@ class _Child:
 
 class _Held(NamedTuple):
     """A run below another sweep: ids of the newest sweeps that hold its trial, and of those that ever had to give way to
-    newer ones, both in the order in which they came."""
+    newer ones, both in the order in which they came; ``unlisted``: how many more were counted when none was listed."""
 
     run_id: str
     sweeps: list[str]
     displaced: list[str]
+    unlisted: int
 
     @classmethod
     def of(cls, run_id: str, tags: Mapping[str, str]) -> _Held:
+        sweeps = tags.get("sweeps", "").split()
         lists = itertools.takewhile(lambda name: name in tags, (f"{EARLIER}.{number}" for number in itertools.count(1)))
-        return cls(run_id, tags.get("sweeps", "").split(), " ".join(tags[name] for name in lists).split())
+        displaced = " ".join(tags[name] for name in lists).split()
+        listed = len(set(displaced) - set(sweeps))
+        return cls(run_id, sweeps, displaced, max(0, int(tags.get(EARLIER, 0)) - listed))
 
     def tags_with(self, sweep_id: str) -> dict[str, str]:
         """The tags that change when ``sweep_id`` holds the trial too, or again: a longer one MLflow would refuse, and with
@@ -75,7 +78,7 @@ class _Held(NamedTuple):
         tags = {"sweeps": " ".join(newest)}
         if displaced:
             number = (len(displaced) - 1) // MOST_SWEEPS  # lists before it are full
-            tags[EARLIER] = str(len(set(displaced) - set(newest)))
+            tags[EARLIER] = str(self.unlisted + len(set(displaced) - set(newest)))
             tags[f"{EARLIER}.{number + 1}"] = " ".join(displaced[number * MOST_SWEEPS :])
         return tags
 
@@ -140,8 +143,9 @@ class Tracker:
         A complete child of the same content stays as it is, and one of another sweep on the same questions is taken
         over: a trial has one run for all sweeps that hold it, tagged with the newest `MOST_SWEEPS` of their ids in
         `sweeps` and the number of the others in `earlier_sweeps`, below the one that was written last. Anything else under
-        the trial's id (half-written, other content, a duplicate from a repeated request) goes to MLflow's trash and is written afresh, because params cannot change and a metric that is gone
-        would stay. `on_done` is called for every row, written or found.
+        the trial's id (half-written, other content, a duplicate from a repeated request) goes to MLflow's trash and is
+        written afresh, because params cannot change and a metric that is gone would stay. `on_done` is called for every
+        row, written or found.
         """
         children = self._children
         if children is None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ KEPT_MEMORY = ":".join(
 )
 # Ray's pages of figures for Prometheus listen on every interface and ask for no token; with these variables none does: the
 # nodes' own are an option of Ray's, and no server listens on port -1, which is a line in the log of autoscaler and dashboard.
+STARTS = 3  # tries of an instance on this machine
+TOO_LATE = "timed out during startup"  # what Ray says of a raylet that it waited for in vain
 NO_PAGES = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "-1", "DASHBOARD_METRIC_PORT": "-1"}
 PROBE_S = 10.0  # for a connection; Ray itself would try for minutes
 ANSWER_S = 60.0  # for a first answer of the cluster, the import of Ray included
@@ -81,7 +83,7 @@ def start_ray(cluster: ClusterSettings) -> bool:
                 size = stage_code(Path(), Path(staged))
                 print(f"joining {address}; code: {size / 1e6:.1f} MB", file=sys.stderr, flush=True)
                 options |= {"address": address, "runtime_env": {"working_dir": staged}}
-            ray.init(**options)
+            _begin(options)
     except UserError:
         raise
     except Exception as error:  # Ray raises bare Exceptions here
@@ -90,6 +92,20 @@ def start_ray(cluster: ClusterSettings) -> bool:
             f"Ray did not start or join {where}: {reason(error)}; see cluster.address and RAY_ADDRESS"
         ) from error
     return True
+
+
+def _begin(options: Mapping[str, Any]) -> None:
+    """``ray.init``, anew where a raylet of this machine came too late for Ray: on busy cores half a minute is not enough."""
+    import ray
+
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises bare Exceptions here
+            if not left or TOO_LATE not in str(error):
+                raise
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -223,6 +223,8 @@ def test_no_launcher_serves_rays_pages_of_figures():
         (container,) = group["template"]["spec"]["containers"]
         given = {f"{variable['name']}={variable['value']}" for variable in container["env"]}
         assert {on_a_node, *(on_the_head if group is cluster["headGroupSpec"] else ())} <= given
+    (autoscaler,) = cluster["autoscalerOptions"]["env"]
+    assert f"{autoscaler['name']}={autoscaler['value']}" in on_the_head
     for path in (CLUSTER / "slurm.sh", ROOT / "docs" / "cluster.md"):
         assert re.search(rf"^(\$ )?export {' '.join([on_a_node, *on_the_head])}\b", path.read_text(), re.MULTILINE)
 

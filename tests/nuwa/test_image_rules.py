@@ -123,6 +123,20 @@ def test_llavas_grid_stands_upright_on_small_images(size, transformers, llava):
     assert layout(NEXT, ImageRules("lmms_eval", grid="transformers"), size).tokens == transformers
 
 
+def crops_of(size: tuple[int, int]) -> int:
+    """Crops of LLaVA's own choice, from its rule: of pinpoints (width, height) the one that keeps most pixels of the image,
+    then wastes least, then stands first."""
+    width, height = size
+    best, most, least = (0, 0), -1, float("inf")
+    for across, down in [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]:
+        scale = min(across / width, down / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = across * down - kept
+        if kept > most or (kept == most and wasted < least):
+            best, most, least = (across, down), kept, wasted
+    return best[0] // 336 * (best[1] // 336)
+
+
 def test_sixty_sizes_lie_as_the_harnesses_lay_them():
     """``layouts.json`` says by whose functions its values were made."""
     table = json.loads((Path(__file__).parent / "layouts.json").read_text(encoding="utf-8"))
@@ -137,6 +151,7 @@ def test_sixty_sizes_lie_as_the_harnesses_lay_them():
             found = layout(NEXT, ImageRules(protocol), size)
             local = [(view.grid.height, view.grid.width) for view in found.views[1:]]
             assert local == ([(rows, columns)] if llava else []), (size, protocol)
+            assert [view.crops for view in found.views[1:]] == ([crops_of(size)] if llava else []), (size, protocol)
             assert found.tokens == 576 + rows * (columns + 1), (size, protocol)
         if stock is None:
             with pytest.raises(ValueError, match=r"^so tall that no column"):

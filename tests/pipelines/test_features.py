@@ -250,7 +250,7 @@ def scaled_model(model_folder, factor, folder):
 
 @pytest.fixture
 def one_worker(cluster):
-    """What a worker of Ray raises reaches the driver from one as from several, and each imports everything anew."""
+    """What a worker of Ray raises reaches the driver from one as from several."""
     return cluster.model_copy(update={"workers": 1})
 
 

@@ -610,6 +610,18 @@ def test_a_trial_that_many_sweeps_hold_lists_the_newest_and_counts_the_others(ur
     assert tags["earlier_sweeps.1"] == "s0 s1 s2" and tags["earlier_sweeps.2"] == "s3 s4"
 
 
+def test_sweeps_that_were_counted_before_any_was_listed_stay_counted(uri: str, database: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "MOST_SWEEPS", 3)
+    row = replace(run_of("t"), tags={"data": "d1", "model": "m1", "features": "f1"})
+    for number in range(3):
+        write(uri, [row], f"s{number}")
+    child = children_of(uri, "s2")["t"]
+    MlflowClient(uri).set_tag(child.info.run_id, "earlier_sweeps", "7")  # as it was written once: a number alone
+    for sweep_id, count in (("s3", "8"), ("s4", "9"), ("s0", "9")):
+        assert write(uri, [row], sweep_id) == 0
+        assert children_of(uri, sweep_id)["t"].data.tags["earlier_sweeps"] == count
+
+
 @pytest.mark.parametrize("other", [{"data": "d2"}, {"model": "m2"}, {"features": "f2"}])
 def test_answers_to_other_questions_or_of_another_model_are_other_runs(uri: str, other: dict[str, str]) -> None:
     asked = {"data": "d1", "model": "m1", "features": "f1"}

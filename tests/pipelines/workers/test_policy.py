@@ -229,6 +229,7 @@ def test_auto_takes_what_the_cluster_has_too_many_open_files_pass_and_an_excepti
     assert len(workers_of(run.notes)) == 2
     assert sorted(run.finished) == ["reading", "u0", "u1", "u2"]
     assert run.tries("reading") == 3 and run.tries("bad") == 1
+    assert all(run.tries(unit.name) == 1 for unit in together)  # none had to be replaced to meet another
     ((_, failure),) = run.given_up.values()
     assert failure.reason == "KeyError: 'no such thing'"
 
