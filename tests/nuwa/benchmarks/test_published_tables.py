@@ -336,7 +336,7 @@ DAMAGE = [
     ("seedbench", {"image": []}, "column 'image' should hold 1 image, found 0"),
     ("seedbench", {"image": [None]}, "column 'image' holds no image"),
     ("seedbench", {"data_type": "audio"}, "column 'data_type' is 'audio', allowed are image, video"),
-    ("seedbench", {"choice_d": None}, "column 'choice_d' is empty"),
+    ("seedbench", {"choice_d": None}, "column 'choice_d' is null"),
     ("mmmu", {"image_1": None}, "column 'image_1' holds no image"),
     ("mmmu", {"options": "['A'"}, "column 'options' should be the text of a list of two or more, found \"['A'\""),
     (
