@@ -34,8 +34,9 @@ GRIDS = [
 
 
 @pytest.fixture(scope="module")
-def tower(tiny_vlm, tmp_path_factory):
-    return write_text_tower(tiny_vlm, tmp_path_factory.mktemp("clip"))
+def tower(bench, tmp_path_factory):
+    """Beside the encoder of the model that the bench holds, which another process may have made."""
+    return write_text_tower(LlavaAdapter.load(bench.model), tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
