@@ -34,15 +34,20 @@ GRIDS = [
 
 
 @pytest.fixture(scope="module")
-def tower(bench, tmp_path_factory):
-    """Beside the encoder of the model that the bench holds, which another process may have made."""
-    return write_text_tower(LlavaAdapter.load(bench.model), tmp_path_factory.mktemp("clip"))
+def tiny(bench):
+    """The model that the bench holds, which another process may have made."""
+    return LlavaAdapter.load(bench.model)
 
 
 @pytest.fixture(scope="module")
-def trials(tiny_vlm):
+def tower(tiny, tmp_path_factory):
+    return write_text_tower(tiny, tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def trials(tiny):
     plan = SweepSettings(benchmarks=BENCHMARKS, images=None, subset_seed=0, unit_images=4, budgets=[16], grids=GRIDS)
-    return [trial for trial in expand(plan, Layouts.fixed(PatchGrid(12, 12)), tiny_vlm.layers) if trial.budgets]
+    return [trial for trial in expand(plan, Layouts.fixed(PatchGrid(12, 12)), tiny.layers) if trial.budgets]
 
 
 def swept(bench, tower, trials, results, cluster, examples):
@@ -57,7 +62,7 @@ def swept(bench, tower, trials, results, cluster, examples):
 
 
 def test_a_grid_of_text_free_and_text_aware_methods_answers_as_each_trial_alone(
-    bench, tower, trials, cluster, tiny_vlm, tmp_path
+    bench, tower, trials, cluster, tmp_path
 ):
     assert [trial.spec.reads_question for trial in trials] == [False] * 12 + [True] * 6
     chosen = sorted({example.image for example in bench.examples})[:2]
@@ -96,19 +101,19 @@ def test_what_a_question_decides_is_planned_question_by_question(bench, trials):
     assert costs.trunk(kept, layers, by_question=True) > costs.trunk(kept, layers)
 
 
-def test_the_text_tower_is_part_of_what_its_own_trials_are(bench, tower, trials, tiny_vlm, tmp_path):
+def test_the_text_tower_is_part_of_what_its_own_trials_are(bench, tower, trials, tiny, tmp_path):
     free, reading = trials[0], trials[-1]
-    other = write_text_tower(tiny_vlm, tmp_path, longest=20)
-    plain, one, two = (adapt(tiny_vlm.model, tiny_vlm.processor, text_tower=path) for path in (None, tower, other))
+    other = write_text_tower(tiny, tmp_path, longest=20)
+    plain, one, two = (adapt(tiny.model, tiny.processor, text_tower=path) for path in (None, tower, other))
     assert code_of(free, plain) == code_of(free, one) == code_of(free, two)
     assert len({code_of(reading, vlm).digest for vlm in (plain, one, two)}) == 3
     check_text_tower([reading], Loading(text_tower=str(tower)).here(bench.model), bench.model)
 
 
-def test_a_tower_of_another_encoder_is_refused_before_anything_runs(bench, trials, tiny_vlm, tmp_path):
-    twin = eager_copy(tiny_vlm.model)
+def test_a_tower_of_another_encoder_is_refused_before_anything_runs(bench, trials, tiny, tmp_path):
+    twin = eager_copy(tiny.model)
     twin.model.vision_tower.post_layernorm.bias.data += 1
-    wrong = write_text_tower(adapt(twin, tiny_vlm.processor), tmp_path)
+    wrong = write_text_tower(adapt(twin, tiny.processor), tmp_path)
     vlm = Loading(text_tower=str(wrong)).here(bench.model)
     check_text_tower(trials[:12], vlm, bench.model)
     with pytest.raises(TextTowerError, match="its vision half is not the model's encoder"):
