@@ -47,7 +47,7 @@ chaos: $(TESTABLE)
 	$(RUN) CHAOS_KILLS=20 python -m pytest tests/pipelines/test_chaos.py
 
 # The nearest thing to the real day on one machine: a checkpoint of 1.4 GB, S3, PostgreSQL, a cluster that grows and is hurt;
-# up to half an hour. ARGS="--small --images 2": minutes.
+# ten minutes on two free cores. ARGS="--small --images 2": minutes.
 rehearsal: $(TESTABLE)
 	$(RUN) PYTHONPATH=tests OMP_NUM_THREADS=1 python -m rehearsal $(ARGS)
 
