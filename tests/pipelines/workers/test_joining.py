@@ -39,7 +39,7 @@ def test_a_worker_imports_all_itself_and_a_raylet_that_comes_too_late_is_started
     def look() -> tuple[bool, int, dict[str, str | None]]:
         warm = "torch" in sys.modules
         import pipelines.features.encoding
-        import pipelines.sweep.answers  # noqa: F401
+        import pipelines.sweep.answers  # noqa: F401  (what a worker imports)
 
         return warm, os.nice(0), {name: os.environ.get(name) for name in ("GLIBC_TUNABLES", *NO_PAGES)}
 
